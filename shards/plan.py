@@ -1,0 +1,157 @@
+"""Which sample is where in an epoch: pure arithmetic over shard sizes and a seed.
+
+In: the number of samples of each shard. Out: for positions of an epoch's stream, the shard and the row.
+What stays true: the order is a function of (shard sizes, seed, epoch, lanes, block_shards) and of nothing else; ranks,
+threads and resuming only choose which positions they look up. Memory is a block's, not the dataset's.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of training samples, for every epoch.
+
+    shard_sizes: samples of each shard, in the dataset's order.
+    global_batch: images in one optimizer step over all ranks.
+    seed: another seed gives other orders.
+    lanes: the stream is cut into this many equal lanes, and each batch takes as many images from each lane.
+    block_shards: inside a lane, samples are shuffled within blocks of this many consecutive shards; 0 means all.
+
+    Raises:
+        ValueError: lanes that do not divide the batch, or a batch larger than the split.
+    """
+
+    shard_sizes: tuple[int, ...]
+    global_batch: int
+    seed: int
+    lanes: int = 1
+    block_shards: int = 0
+
+    def __post_init__(self):
+        """Check that the numbers fit together."""
+        if self.global_batch < 1 or self.lanes < 1 or self.block_shards < 0:
+            raise ValueError("'data.batch_size' and 'data.lanes' must be at least 1, 'data.block_shards' at least 0.")
+        if self.global_batch % self.lanes:
+            raise ValueError(
+                f"'data.lanes' must divide 'data.batch_size'. Got {self.lanes} lanes and {self.global_batch} images."
+            )
+        if self.n_batches == 0:
+            raise ValueError(
+                f"The training split has {sum(self.shard_sizes)} images, too few for one batch of 'data.batch_size' "
+                f"{self.global_batch} from {self.lanes} lane(s). Lower data.batch_size."
+            )
+
+    @property
+    def lane_length(self) -> int:
+        """Positions of the stream in one lane."""
+        return sum(self.shard_sizes) // self.lanes
+
+    @property
+    def n_batches(self) -> int:
+        """Full batches in one epoch."""
+        return self.lane_length // (self.global_batch // self.lanes)
+
+    @property
+    def n_left_out(self) -> int:
+        """Samples that one epoch does not reach (others in each epoch)."""
+        return sum(self.shard_sizes) - self.n_batches * self.global_batch
+
+    def locate(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find samples by position in the epoch's stream of batches (batch k holds positions kB to (k+1)B - 1).
+
+        Args:
+            epoch: counted from 0.
+            positions: (n,) int64.
+
+        Returns:
+            shard numbers and row numbers, both (n,) int64.
+        """
+        batch, within = np.divmod(np.asarray(positions, dtype=np.int64), self.global_batch)
+        lane, place = np.divmod(within, self.global_batch // self.lanes)
+        place = batch * (self.global_batch // self.lanes) + place  # within the lane
+        order, starts = _shards_of_epoch(self, epoch)
+        stream = np.empty_like(place)
+        for number in np.unique(lane):
+            here = lane == number
+            stream[here] = self._shuffled(epoch, int(number), place[here])
+        which = np.searchsorted(starts, stream, side="right") - 1
+        return order[which], stream - starts[which]
+
+    def _shuffled(self, epoch: int, lane: int, places: np.ndarray) -> np.ndarray:
+        """Places in a lane -> places in the stream of permuted shards, shuffled within blocks."""
+        first, last = lane * self.lane_length, (lane + 1) * self.lane_length
+        _, starts = _shards_of_epoch(self, epoch)
+        edges = starts[(starts > first) & (starts < last)]  # where shards begin inside the lane
+        if self.block_shards == 0:
+            edges = edges[:0]
+        edges = np.concatenate([[first], edges[self.block_shards - 1 :: self.block_shards or 1], [last]])
+        stream = places + first
+        block = np.searchsorted(edges, stream, side="right") - 1
+        for number in np.unique(block):
+            here = block == number
+            low, high = int(edges[number]), int(edges[number + 1])
+            stream[here] = low + _block_order(self, epoch, lane, int(number), high - low)[stream[here] - low]
+        return stream
+
+
+def share(batch_size: int, rank: int, world: int) -> tuple[int, int]:
+    """The positions [start, stop) of a global batch that a rank takes: uneven where the world does not divide it.
+
+    Raises:
+        ValueError: more ranks than images.
+    """
+    if world > batch_size:
+        raise ValueError(
+            f"'data.batch_size' is {batch_size} images for {world} processes: some would get none. "
+            "Raise data.batch_size or start fewer processes."
+        )
+    return rank * batch_size // world, (rank + 1) * batch_size // world
+
+
+def evaluation_units(n_samples: int, unit: int, rank: int, world: int) -> list[tuple[int, int]]:
+    """The [start, stop) ranges of a split, each of at most `unit` samples, that a rank evaluates.
+
+    The cuts do not depend on the world; ranks take units in turn, so every sample has exactly one rank.
+    """
+    starts = range(rank * unit, n_samples, world * unit)
+    return [(start, min(start + unit, n_samples)) for start in starts]
+
+
+def locate_in_order(shard_sizes: tuple[int, ...], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and row numbers of samples [start, stop) of a split in stored order."""
+    starts = np.concatenate([[0], np.cumsum(shard_sizes)[:-1]])
+    places = np.arange(start, stop)
+    which = np.searchsorted(starts, places, side="right") - 1
+    return which, places - starts[which]
+
+
+@lru_cache(maxsize=4)
+def _shards_of_epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The epoch's order of shards, and where each begins in the stream."""
+    order = _philox(plan.seed, epoch, 0, 0).permutation(len(plan.shard_sizes))
+    sizes = np.asarray(plan.shard_sizes, dtype=np.int64)[order]
+    return order, np.concatenate([[0], np.cumsum(sizes)[:-1]])
+
+
+def _block_order(plan: Plan, epoch: int, lane: int, block: int, length: int) -> np.ndarray:
+    """The shuffled order of one block; each lane remembers its last two, so memory does not grow with the dataset."""
+    remembered = _recent_blocks(plan, epoch)
+    number, order = remembered.get((lane, block % 2), (None, None))
+    if number != block:
+        order = _philox(plan.seed, epoch, lane + 1, block).permutation(length)
+        remembered[lane, block % 2] = (block, order)
+    return order
+
+
+@lru_cache(maxsize=2)
+def _recent_blocks(plan: Plan, epoch: int) -> dict:
+    return {}
+
+
+def _philox(seed: int, *counter: int) -> np.random.Generator:
+    """A generator keyed by integers alone (Philox4x64, Salmon et al. 2011)."""
+    return np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, *counter]))

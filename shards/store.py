@@ -1,0 +1,91 @@
+"""Read stored pictures by shard, offset and size, from many threads.
+
+In: a `Dataset` and shard numbers of one split. Out: the JPEG's bytes and the rows of the shard's table. What stays
+true: tables are read when their shard is first used, and the number of open files is bounded.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from shards.index import Dataset, load_table
+
+OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class Table:
+    """The numbers of one shard's table, each (samples,) int64."""
+
+    key: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+
+
+class Store:
+    """The samples of one split, addressed by (shard number, row). Safe to share between threads."""
+
+    def __init__(self, dataset: Dataset, split: str):
+        """Open nothing yet; `split` may be an alias."""
+        self.dataset = dataset
+        self.shards = dataset.split(split)
+        self.shard_sizes = tuple(shard.samples for shard in self.shards)
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._tables: dict[int, Table] = {}
+        self._lock = threading.Lock()
+
+    def table(self, shard: int) -> Table:
+        """Keys, offsets, sizes and labels of one shard."""
+        with self._lock:
+            if shard not in self._tables:
+                frame = load_table(self.dataset, self.shards[shard])
+                self._tables[shard] = Table(*(frame[name].to_numpy() for name in ("key", "offset", "size", "label")))
+            return self._tables[shard]
+
+    def read(self, shard: int, row: int) -> bytes:
+        """The picture's bytes.
+
+        Raises:
+            FileNotFoundError: the shard is gone.
+            ValueError: the shard ends before the picture does.
+        """
+        table = self.table(shard)
+        offset, size = int(table.offset[row]), int(table.size[row])
+        data = os.pread(self._open(shard).descriptor, size, offset)
+        if len(data) != size:
+            raise ValueError(f"the shard ends at byte {offset + len(data)}, inside the picture")
+        return data
+
+    def name(self, shard: int, row: int) -> str:
+        """What to call a sample in an error: its key, shard and offset."""
+        table = self.table(shard)
+        path = self.dataset.folder / self.shards[shard].file
+        return f"sample {table.key[row]:08d} of {path} (byte {table.offset[row]})"
+
+    def _open(self, shard: int) -> "_File":
+        with self._lock:
+            file = self._files.pop(shard, None) or _File(self.dataset.folder / self.shards[shard].file)
+            self._files[shard] = file
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)  # closed when the last thread that reads from it lets go
+            return file
+
+
+class _File:
+    """A file descriptor that closes itself when nobody holds it any more."""
+
+    def __init__(self, path):
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"The shard {path} is missing. Copy it again, or pack the dataset again."
+            ) from error
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
