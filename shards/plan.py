@@ -121,12 +121,11 @@ def evaluation_units(n_samples: int, unit: int, rank: int, world: int) -> list[t
     return [(start, min(start + unit, n_samples)) for start in starts]
 
 
-def locate_in_order(shard_sizes: tuple[int, ...], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shard and row numbers of samples [start, stop) of a split in stored order."""
+def locate_in_order(shard_sizes: tuple[int, ...], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and row numbers, both (n,), of places (n,) in a split in stored order."""
     starts = np.concatenate([[0], np.cumsum(shard_sizes)[:-1]])
-    places = np.arange(start, stop)
-    which = np.searchsorted(starts, places, side="right") - 1
-    return which, places - starts[which]
+    which = np.searchsorted(starts, positions, side="right") - 1
+    return which, positions - starts[which]
 
 
 @lru_cache(maxsize=4)

@@ -1,0 +1,202 @@
+"""Pictures as the model sees them: pure batch functions, on whatever device the batch is.
+
+In: (B, 3, H, W) uint8 and numbers that identify each picture. Out: (B, 3, S, S) float32, normalised. What stays true:
+crop, scale, flip and turn are one affine map and one interpolation; every random number is a hash of (seed, stream,
+position), so a picture is varied in the same way on any number of devices.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from harness.config import Augment
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which torchvision's weights were trained with
+STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
+
+
+def training_view(
+    images: torch.Tensor, positions: torch.Tensor, epoch: int, seed: int, augment: Augment, size: int
+) -> torch.Tensor:
+    """One random view of each picture.
+
+    Args:
+        images: (B, 3, H, W) uint8. positions: (B,) int64, places in the epoch's stream. size: S in pixels.
+
+    Returns:
+        (B, 3, S, S) float32, normalised.
+    """
+    draws = uniforms(seed, epoch, positions, 10).unbind(1)
+    side = _between(draws[0], *augment.scale)
+    room = 1 - side  # how far the crop's centre may go from the picture's, in half short sides
+    offset = torch.stack([_between(draws[1], -1, 1) * room, _between(draws[2], -1, 1) * room], 1)
+    flips = torch.stack([_sign(draws[3] < augment.flip), _sign(draws[4] < augment.flip_vertical)], 1)
+    turned = (draws[5] < augment.rotate_probability).float()
+    angle = _between(draws[6], -augment.rotate, augment.rotate) * turned * (torch.pi / 180)
+    views = _warp(images, side, offset, flips, angle, size, augment)
+    jitter = [1 + _between(draws[7 + i], -1, 1) * strength for i, strength in enumerate(_jitters(augment))]
+    return _normalise(_recolour(views, *jitter) if any(_jitters(augment)) else views)
+
+
+def plain_view(images: torch.Tensor, augment: Augment, size: int) -> torch.Tensor:
+    """The central square, upright: (B, 3, H, W) uint8 to (B, 3, S, S) float32, normalised."""
+    n = len(images)
+    upright = images.new_ones((n, 2), dtype=torch.float32)
+    nothing = images.new_zeros((n, 2), dtype=torch.float32)
+    return _normalise(_warp(images, upright[:, 0], nothing, upright, nothing[:, 0], size, augment))
+
+
+def evaluation_views(
+    kind: str, images: torch.Tensor, keys: torch.Tensor, seed: int, augment: Augment, size: int
+) -> Iterator[torch.Tensor]:
+    """The views of test-time augmentation, one after the other; only one is in memory.
+
+    Args:
+        kind: none, flips, dihedral8 or spins:N. keys: (B,) int64, which choose the angles of spins.
+
+    Yields:
+        (B, 3, S, S) float32, normalised. The first is the plain view, but for spins, which have none.
+    """
+    turns, mirrored, spins = parse_views(kind)
+    if spins:
+        for number in range(spins):
+            draws = uniforms(seed, -1 - number, keys, 2).unbind(1)
+            ones = torch.ones_like(draws[0])
+            flips = torch.stack([_sign(draws[0] < 0.5), ones], 1)
+            angle = _between(draws[1], -torch.pi, torch.pi)
+            yield _normalise(_warp(images, ones, torch.zeros_like(flips), flips, angle, size, augment))
+        return
+    plain = plain_view(images, augment, size)
+    for turn in turns:
+        for mirror in mirrored:
+            view = torch.rot90(plain, turn, (2, 3)) if turn else plain
+            yield (view.flip(3) if mirror else view).contiguous(memory_format=torch.channels_last)
+
+
+def parse_views(kind: str) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
+    """What a kind of test-time augmentation means: quarter turns, mirrored or not, number of spins.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    known = {
+        "none": ((0,), (False,), 0),
+        "flips": ((0, 2), (False, True), 0),
+        "dihedral8": ((0, 1, 2, 3), (False, True), 0),
+    }
+    name, _, number = kind.partition(":")
+    if name == "spins" and number.isdecimal() and int(number) > 0:
+        return (), (), int(number)
+    if kind not in known:
+        raise ValueError(f"The 'eval.views' setting must be none, flips, dihedral8 or spins:N. Got {kind!r} instead.")
+    return known[kind]
+
+
+def uniforms(seed: int, stream: int, positions: torch.Tensor, n: int) -> torch.Tensor:
+    """Random numbers that depend on their arguments alone: SplitMix64 (Steele, Lea, Flood 2014) as a hash.
+
+    Args:
+        positions: (B,) int64. n: numbers for each.
+
+    Returns:
+        (B, n) float32 in [0, 1), multiples of 2^-24: the same bits on every device.
+    """
+    start = torch.tensor([seed], dtype=torch.int64, device=positions.device)
+    state = _mix(_mix(_mix(start) + stream) + positions)  # (B,)
+    draws = _mix(state[:, None] + _GOLDEN * torch.arange(1, n + 1, device=positions.device))
+    return _shift(draws, 40).float() * 2.0**-24
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift: torch's is arithmetic on int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser; int64 arithmetic wraps, as it must."""
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _between(draw: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return low + (high - low) * draw
+
+
+def _sign(mirrored: torch.Tensor) -> torch.Tensor:
+    return 1.0 - 2.0 * mirrored.float()
+
+
+def _jitters(augment: Augment) -> tuple[float, float, float]:
+    return augment.brightness, augment.contrast, augment.saturation
+
+
+def _warp(
+    images: torch.Tensor,
+    side: torch.Tensor,
+    offset: torch.Tensor,
+    flips: torch.Tensor,
+    angle: torch.Tensor,
+    size: int,
+    augment: Augment,
+) -> torch.Tensor:
+    """Cut a turned, mirrored square out of each picture.
+
+    Args:
+        images: (B, 3, H, W) uint8. side: (B,) of the square, offset: (B, 2) of its centre, both in short sides of the
+            picture (offset in halves). flips: (B, 2) of +-1. angle: (B,) radians.
+
+    Returns:
+        (B, 3, S, S) float32 in 0..255, black outside the picture.
+    """
+    height, width = images.shape[2:]
+    short = min(height, width)
+    pictures = images.float()
+    shrink = int(short * augment.scale[0] / size)
+    if shrink > 1:  # bilinear interpolation alone would skip pixels: average blocks first, as many as never enlarges
+        pictures = F.avg_pool2d(pictures, shrink, ceil_mode=True, count_include_pad=False)
+    blocks = torch.tensor([pictures.shape[3], pictures.shape[2]], device=images.device) * max(1, shrink)
+    cos, sin = angle.cos(), angle.sin()
+    turn = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)  # (B, 2, 2)
+    turn = turn * (side[:, None] * flips)[:, None, :]
+    # From the square's [-1, 1] to pixels from the picture's centre, then to the sampled array's [-1, 1].
+    linear = turn * (short / blocks)[:, None]
+    centre = (offset * short + torch.tensor([width, height], device=images.device)) / blocks - 1
+    grid = F.affine_grid(torch.cat([linear, centre[:, :, None]], 2), [len(images), 3, size, size], align_corners=False)
+    views = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    if augment.corners == "black":  # beyond the central square there is nothing, as if cropped before the turn
+        beyond = short / torch.tensor([width, height], device=images.device)
+        from_centre = (grid + 1) * (blocks / torch.tensor([width, height], device=images.device)) - 1
+        inside = (from_centre.abs() <= beyond + 1e-6).all(3)  # (B, S, S)
+        views = views * inside[:, None]
+    return views.contiguous(memory_format=torch.channels_last)
+
+
+def _recolour(
+    views: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
+) -> torch.Tensor:
+    """Brightness, contrast (about the mean luminance) and saturation as one matrix; factors (B,), views in 0..255."""
+    luma = torch.tensor(LUMA, device=views.device)
+    mean = (views.mean((2, 3)) * luma).sum(1)  # (B,)
+    identity = torch.eye(3, device=views.device)
+    matrix = saturation[:, None, None] * identity + (1 - saturation)[:, None, None] * luma  # (B, 3, 3)
+    matrix = matrix * (brightness * contrast)[:, None, None]
+    shift = brightness * (1 - contrast) * mean
+    recoloured = torch.einsum("bij,bjhw->bihw", matrix, views) + shift[:, None, None, None]
+    return recoloured.clamp(0, 255).contiguous(memory_format=torch.channels_last)
+
+
+def _normalise(views: torch.Tensor) -> torch.Tensor:
+    mean = 255 * torch.tensor(MEAN, device=views.device)[:, None, None]
+    std = 255 * torch.tensor(STD, device=views.device)[:, None, None]
+    return (views - mean) / std

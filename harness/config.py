@@ -1,0 +1,263 @@
+"""Every setting, once, with its unit; read from a YAML file and then from the command line.
+
+In: arguments as `--config configs/ham10000.yaml --data.path data/ham10000`. Out: a frozen `Config`. What stays true:
+an unknown key or a value of the wrong type is an error before anything starts; files do not inherit from each other.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read, and how."""
+
+    path: str = "data/demo"
+    """folder of packed shards"""
+    demo_images: int = 0
+    """draw and pack this many demo lesions if the folder does not exist; 0 means never"""
+    image_size: int = 224
+    """side of the model's square input, in pixels"""
+    batch_size: int = 64
+    """images in one optimizer step over all processes"""
+    lanes: int = 1
+    """parts that the stream of samples is cut into; each batch takes as many images from each"""
+    block_shards: int = 0
+    """samples are shuffled within this many consecutive shards; 0 means within all"""
+    threads: int = 0
+    """decoding threads of each process; 0 means one for each core it may use"""
+    batches_ahead: int = 4
+    """batches decoded ahead of the one in use"""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training pictures are varied; all of it happens on the device, in one interpolation."""
+
+    scale: tuple[float, float] = (0.7, 1.0)
+    """smallest and largest side of the random square crop, as a share of the stored picture's short side"""
+    flip: float = 0.5
+    """probability of a horizontal flip"""
+    flip_vertical: float = 0.5
+    """probability of a vertical flip"""
+    rotate: float = 180.0
+    """largest angle of a random turn, in degrees"""
+    rotate_probability: float = 1.0
+    """probability of a turn"""
+    corners: Literal["picture", "black"] = "picture"
+    """what a turned crop shows beyond its square: the rest of the stored picture, or black"""
+    brightness: float = 0.1
+    """brightness is multiplied by 1 +- this"""
+    contrast: float = 0.1
+    """contrast is multiplied by 1 +- this"""
+    saturation: float = 0.1
+    """saturation is multiplied by 1 +- this"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained."""
+
+    name: str = "resnet50"
+    """a torchvision classification model"""
+    weights: str = "imagenet1k_v2"
+    """imagenet1k_v1, imagenet1k_v2, none (train from scratch), or a .safetensors or .pth file"""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How it is trained."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adamw"
+    """optimizer; adam adds weight decay to the gradient, adamw applies it to the weights"""
+    lr: float = 3e-4
+    """highest learning rate"""
+    weight_decay: float = 0.05
+    """weight decay"""
+    momentum: float = 0.9
+    """momentum, of sgd alone"""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """learning rate after the warm-up: constant, or along a half cosine to zero at the last step"""
+    warmup_epochs: float = 1.0
+    """epochs over which the learning rate rises linearly from zero"""
+    label_smoothing: float = 0.0
+    """share of a label's weight that is spread over all classes"""
+    micro_batch: int = 0
+    """most images of one forward pass on a process; 0 means its whole share of the batch"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long, where to, and what is kept."""
+
+    folder: str = "runs/run"
+    """the run's folder; starting the same command again continues what is there"""
+    epochs: int = 30
+    """most epochs"""
+    patience: int = 10
+    """epochs without a better score after which training stops"""
+    monitor: Literal["loss", "balanced_accuracy", "macro_f1"] = "balanced_accuracy"
+    """validation score that chooses the best weights and stops early"""
+    seed: int = 0
+    """seed of weights, order and augmentation"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """arithmetic of the forward pass; auto asks the device"""
+    log_every: int = 10
+    """steps between entries of the log; stop requests are noticed as often"""
+    save_every_minutes: float = 10.0
+    """minutes between checkpoints inside an epoch; each epoch ends with one in any case"""
+    keep: int = 2
+    """newest checkpoints kept, beside the best weights"""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """The final evaluation; validation between epochs is always of the plain view."""
+
+    split: str = "test"
+    """split that is evaluated at the end"""
+    views: str = "dihedral8"
+    """test-time augmentation: none, flips (4), dihedral8 (8), or spins:N (N random turns and flips)"""
+    unit: int = 64
+    """images of one forward pass, the same at any number of processes"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+    eval: Eval = field(default_factory=Eval)
+
+
+# Settings that may differ when a run is continued: they do not change what is computed.
+FREE = {
+    *("data.path", "data.demo_images", "data.threads", "data.batches_ahead"),
+    *("run.folder", "run.log_every", "run.save_every_minutes", "run.keep"),
+}
+
+
+def read_config(arguments: list[str], default: Path) -> Config:
+    """Read settings: the file named by `--config` (else `default`), then the single settings, in that order.
+
+    Raises:
+        SystemExit: with code 2 and a sentence, for a key, a type or a value that cannot be.
+    """
+    parser = _parser()
+    files, rest = _config_first(arguments)
+    settings = parser.parse_args([*(files or ["--config", str(default)]), *rest])
+    read = parser.instantiate(settings)
+    config = Config(**{part.name: getattr(read, part.name) for part in fields(Config)})
+    try:
+        check(config)
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot be, or that contradict each other.
+
+    Raises:
+        ValueError: naming the setting and the value found.
+    """
+    at_least = {
+        **{"data.image_size": 16, "data.batch_size": 2, "data.lanes": 1, "data.block_shards": 0, "data.threads": 0},
+        **{"data.batches_ahead": 1, "data.demo_images": 0, "augment.rotate": 0, "augment.brightness": 0},
+        **{"augment.contrast": 0, "augment.saturation": 0, "optim.lr": 0, "optim.weight_decay": 0, "eval.unit": 1},
+        **{"optim.warmup_epochs": 0, "optim.micro_batch": 0, "run.epochs": 1, "run.patience": 1, "run.seed": 0},
+        **{"run.log_every": 1, "run.save_every_minutes": 0, "run.keep": 1},
+    }
+    settings = flat(config)
+    for key, least in at_least.items():
+        if not settings[key] >= least:
+            raise ValueError(f"The '{key}' setting must be at least {least}. Got {settings[key]} instead.")
+    for key in ("augment.flip", "augment.flip_vertical", "augment.rotate_probability", "optim.label_smoothing"):
+        if not 0 <= settings[key] <= 1:
+            raise ValueError(f"The '{key}' setting must be between 0 and 1. Got {settings[key]} instead.")
+    low, high = config.augment.scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"The 'augment.scale' setting must be 0 < LOW <= HIGH <= 1. Got {low}, {high} instead.")
+    if config.optim.warmup_epochs > config.run.epochs:
+        raise ValueError(
+            f"'optim.warmup_epochs' ({config.optim.warmup_epochs}) must not exceed 'run.epochs' ({config.run.epochs})."
+        )
+
+
+def flat(config: Config) -> dict:
+    """Settings by dotted name, as {'data.path': 'data/demo', ...}."""
+    return {f"{part}.{key}": value for part, values in asdict(config).items() for key, value in values.items()}
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Settings that change what is computed and differ, as `key: OLD is now NEW`; both as from `flat`."""
+
+    def plain(value):
+        return list(value) if isinstance(value, tuple) else value
+
+    keys = sorted((set(old) | set(new)) - FREE)
+    absent = "absent"
+    return [
+        f"{key}: {old.get(key, absent)} is now {new.get(key, absent)}"
+        for key in keys
+        if plain(old.get(key, absent)) != plain(new.get(key, absent))
+    ]
+
+
+def to_yaml(config: Config) -> str:
+    """The settings as a file that `--config` reads."""
+    plain = {
+        part: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for part, values in asdict(config).items()
+    }
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def load_config(path: Path) -> Config:
+    """Read a file that `to_yaml` wrote.
+
+    Raises:
+        ValueError: a file of another version of the harness.
+    """
+    saved = yaml.safe_load(Path(path).read_text())
+    try:
+        parts = {part.name: part.type(**_tuples(saved[part.name])) for part in fields(Config)}
+        return Config(**parts)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not of this version of the harness ({error}). Start a new run folder.") from error
+
+
+def _tuples(values: dict) -> dict:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="launch/train.py", description="Train, evaluate, and continue what was interrupted.")
+    parser.add_argument("--config", action="config", help="YAML file; settings after it on the command line win")
+    for part in fields(Config):
+        parser.add_class_arguments(part.type, part.name)
+    return parser
+
+
+def _config_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split off --config: the parser applies arguments in order, and the command line must win over the file."""
+    files, rest, remaining = [], [], list(arguments)
+    while remaining:
+        word = remaining.pop(0)
+        if word == "--config" and remaining:
+            files += [word, remaining.pop(0)]
+        elif word.startswith("--config="):
+            files.append(word)
+        else:
+            rest.append(word)
+    return files, rest

@@ -1,0 +1,161 @@
+"""Predict every sample of a split exactly once, on any number of ranks, and score it.
+
+In: a model, a `Store`, views. Out: `Predictions`, then `predictions.csv` and `metrics.json`. What stays
+true: the split is cut into units that do not depend on the world, and each forward pass has the same number of rows,
+so the bytes of the results are the same at any world size; a lost or repeated sample is an error before any score.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from harness.augment import evaluation_views, plain_view
+from harness.checkpoint import write_atomically
+from harness.config import Config
+from harness.hardware import decode_threads
+from harness.loader import evaluation_batches
+from harness.metrics import score, table
+from harness.world import World
+from shards.index import load_table
+from shards.store import Store
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of a whole split, sorted by key.
+
+    keys: (N,) int64. labels: (N,) int64. plain: (N, C) probabilities of the upright view. mean: (N, C) probabilities,
+    averaged over the views.
+    """
+
+    keys: np.ndarray
+    labels: np.ndarray
+    plain: np.ndarray
+    mean: np.ndarray
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, store: Store, config: Config, world: World, views: str) -> Predictions:
+    """Collective: predict the store's split; each image is decoded once, on one rank.
+
+    Args:
+        model: bare (not wrapped for gradients), on the world's device; left in evaluation mode.
+        views: test-time augmentation, as in `eval.views`.
+
+    Raises:
+        RuntimeError: a sample was lost or predicted twice.
+    """
+    model.eval()
+    world.broadcast_buffers(model)
+    size, unit, device = config.data.image_size, config.eval.unit, world.device
+    threads = decode_threads(config.data.threads)
+    keys, rows = [torch.empty(0, dtype=torch.int64)], []
+    for batch in evaluation_batches(store, unit, world.rank, world.size, device, threads, config.data.batches_ahead):
+        n = len(batch.keys)
+        images, image_keys = batch.images, batch.keys
+        if n < unit:  # the last unit is filled with its last picture, so that all have the same arithmetic
+            repeat = torch.arange(unit, device=device).clamp(max=n - 1)
+            images, image_keys = images[repeat], image_keys[repeat]
+        plain = _probabilities(model, plain_view(images, config.augment, size), world)
+        total, count = torch.zeros_like(plain), 0
+        if views != "none":
+            for view in evaluation_views(views, images, image_keys, config.run.seed, config.augment, size):
+                first_is_plain = count == 0 and not views.startswith("spins")
+                total += plain if first_is_plain else _probabilities(model, view, world)
+                count += 1
+        mean = total / count if count else plain
+        keys.append(batch.keys.cpu())
+        rows.append(
+            torch.cat([batch.labels[:, None].float(), plain[:n], mean[:n]], 1).cpu()
+        )  # device sync, once a unit
+    n_classes = len(store.dataset.classes)
+    local = torch.cat([torch.empty(0, 1 + 2 * n_classes), *rows])
+    global_keys, global_rows = world.gather_rows(torch.cat(keys), local)
+    problem = world.decide(_incomplete(global_keys, store) if world.is_main else None)
+    if problem:
+        raise RuntimeError(problem)
+    labels = global_rows[:, 0].long().numpy()
+    plain, mean = global_rows[:, 1:].numpy().reshape(len(labels), 2, n_classes).transpose(1, 0, 2)
+    return Predictions(global_keys.numpy(), labels, plain, mean)
+
+
+def validate(model: nn.Module, store: Store, config: Config, world: World) -> dict:
+    """Collective: scores of the plain view, computed on rank 0 and known to all."""
+    found = predict(model, store, config, world, "none")
+    return world.decide(score(found.plain, found.labels, store.dataset.classes) if world.is_main else None)
+
+
+def evaluate(model: nn.Module, store: Store, split: str, config: Config, world: World, out: Path, about: dict) -> dict:
+    """Collective: evaluate with test-time augmentation and write the results.
+
+    Args:
+        split: its name, as asked for. out: folder for predictions.csv and metrics.json.
+        about: what to record beside the scores.
+
+    Returns:
+        the content of metrics.json, on every rank.
+    """
+    views, classes = config.eval.views, store.dataset.classes
+    found = predict(model, store, config, world, views)
+
+    def write() -> dict:
+        description = store.dataset.description
+        metrics = {
+            "format": 1,
+            "split": split,
+            "views": views,
+            "dataset": store.dataset.fingerprint,
+            "protocol": description.protocol,
+            "warnings": description.warnings,
+            **about,
+            "plain": score(found.plain, found.labels, classes),
+            "tta": score(found.mean, found.labels, classes),
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "predictions.csv", _prediction_rows(found, store).to_csv(index=False).encode())
+        write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+        return metrics
+
+    return world.decide(world.on_main(write))
+
+
+def summary(metrics: dict) -> str:
+    """What `evaluate` found, for people."""
+    scores, plain = metrics["tta"], metrics["plain"]
+    lines = [f"{metrics['split']} split, {scores['images']} images, views: {metrics['views']}", table(scores)]
+    if metrics["views"] != "none":
+        lines.append(
+            f"the plain view alone: balanced accuracy {plain['balanced_accuracy']:.3f}, macro f1 {plain['macro_f1']:.3f}"
+        )
+    return "\n".join(lines + [f"warning: {warning}" for warning in metrics["warnings"]])
+
+
+def _probabilities(model: nn.Module, view: torch.Tensor, world: World) -> torch.Tensor:
+    with world.autocast():
+        logits = model(view)
+    return logits.float().softmax(1)  # (unit, C)
+
+
+def _incomplete(keys: torch.Tensor, store: Store) -> str | None:
+    """What is wrong with the keys that were predicted, None if they are the split's, each once."""
+    expected = np.sort(np.concatenate([store.table(shard).key for shard in range(len(store.shards))]))
+    if np.array_equal(keys.numpy(), expected):
+        return None
+    lost, repeated = len(np.setdiff1d(expected, keys)), len(keys) - len(keys.unique())
+    return f"Evaluation lost {lost} samples and predicted {repeated} twice: nothing was scored. Please report this."
+
+
+def _prediction_rows(found: Predictions, store: Store) -> pd.DataFrame:
+    """One row an image: key, image id, group, label, prediction, then a probability for each class."""
+    classes = np.array(store.dataset.classes)
+    tables = pd.concat([load_table(store.dataset, shard)[["key", "image_id", "group"]] for shard in store.shards])
+    rows = tables.sort_values("key", ignore_index=True)
+    rows["label"], rows["prediction"] = classes[found.labels], classes[found.mean.argmax(1)]
+    for number, name in enumerate(classes):
+        rows[f"p_{name}"] = [f"{value:.7g}" for value in found.mean[:, number]]
+    return rows

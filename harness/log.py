@@ -1,0 +1,80 @@
+"""What a run tells: `log.jsonl`, TensorBoard, a progress bar and one line an epoch.
+
+In: numbers with their step. Out: the same, for people and programs. What stays true: no step stands twice, since
+continuing from a checkpoint first removes what came after it; only rank 0 writes.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from harness.checkpoint import write_atomically
+
+
+class Log:
+    """The log of one run, open for writing on rank 0; elsewhere its methods do nothing."""
+
+    def __init__(self, folder: Path, step: int, writes: bool):
+        """Continue after `step`: entries of later steps are removed."""
+        self._file = self._board = self._bar = None
+        if not writes:
+            return
+        path = Path(folder) / "log.jsonl"
+        if path.is_file():
+            write_atomically(path, b"".join(line for line in path.read_bytes().splitlines(True) if _until(line, step)))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the log is
+        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "Log":
+        """Nothing to do."""
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Close the files."""
+        self.end_bar()
+        if self._file:
+            self._file.close()
+            self._board.close()
+
+    def write(self, kind: str, step: int, numbers: dict) -> None:
+        """Append an entry and show its numbers in TensorBoard as `kind/name`."""
+        if not self._file:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step} | numbers) + "\n")
+        for name, value in numbers.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Bring everything to disk, before a checkpoint relies on it."""
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
+
+    def begin_bar(self, title: str, total: int, done: int) -> None:
+        """Show a progress bar of an epoch, where there is a terminal to show it on."""
+        if self._file:
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=" images", leave=False, disable=None)
+
+    def move_bar(self, images: int, **numbers: str) -> None:
+        """Advance the bar; numbers stand behind it."""
+        if self._bar is not None:
+            self._bar.set_postfix(numbers, refresh=False)
+            self._bar.update(images)
+
+    def end_bar(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _until(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # a line cut off by a crash

@@ -1,0 +1,137 @@
+"""A torchvision classifier with a head for our classes, and where its weights come from.
+
+In: a model's name, a source of weights, the number of classes. Out: a module. What stays true: weights either fit
+(everything but the head) or are refused with the names that do not; no pickle is executed.
+"""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+
+
+def build_model(name: str, n_classes: int) -> nn.Module:
+    """A torchvision classification model, freshly initialised, with `n_classes` outputs.
+
+    Raises:
+        ValueError: no such model, or one whose head cannot be replaced.
+    """
+    known = torchvision.models.list_models(torchvision.models)
+    if name not in known or "inception" in name or name == "googlenet":  # these two return more than logits
+        raise ValueError(
+            f"The 'model.name' setting must be a torchvision classifier, as {_near(name, known)}. Got {name!r}."
+        )
+    model = torchvision.models.get_model(name, weights=None)
+    head = find_head(model)
+    parent, _, attribute = head.rpartition(".")
+    old = model.get_submodule(head)
+    setattr(model.get_submodule(parent), attribute, nn.Linear(old.in_features, n_classes))
+    return model
+
+
+def find_head(model: nn.Module) -> str:
+    """Dotted name of the classifier's last linear layer."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(
+            f"{type(model).__name__} ends in no linear layer, so its head cannot be replaced. Use another model."
+        )
+    return linear[-1]
+
+
+def load_weights(model: nn.Module, name: str, weights: str) -> str:
+    """Fill a model built by `build_model`, but for a head of other size.
+
+    Args:
+        model: changed in place. name: its torchvision name.
+        weights: imagenet1k_v1, imagenet1k_v2, none, or a .safetensors or .pth file in torchvision's naming.
+
+    Returns:
+        one sentence that says what was loaded.
+
+    Raises:
+        ValueError: weights that do not fit, with the names; weights that torchvision does not have.
+        FileNotFoundError: no such file.
+        ConnectionError: weights that cannot be downloaded.
+    """
+    if weights == "none":
+        return "weights: none, training from scratch"
+    if weights.startswith("imagenet1k_"):
+        path = _imagenet_file(name, weights)
+    else:
+        path = Path(weights)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"The weights file {path} is not there. 'model.weights' is imagenet1k_v1, imagenet1k_v2, none, or a file."
+            )
+    return _fill(model, path)
+
+
+def fetch(url: str, path: Path, model: str) -> Path:
+    """Download a file of weights to `path` unless it is there; its name ends in the start of its SHA-256.
+
+    Raises:
+        ConnectionError: saying where to place the file by hand.
+    """
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = path.stem.rpartition("-")[2]
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the SHA-256 does not fit
+        raise ConnectionError(
+            f"Cannot download the weights of {model} ({error}). Fetch {path.name} from {url} elsewhere and place it at "
+            f"{path}, or train from scratch with --model.weights none."
+        ) from error
+    return path
+
+
+def _imagenet_file(name: str, weights: str) -> Path:
+    choices = {entry.name.lower(): entry for entry in torchvision.models.get_model_weights(name)}
+    if weights not in choices:
+        raise ValueError(
+            f"torchvision has no {weights} for {name}. It has: {', '.join(choices)}. Or use none, or a file."
+        )
+    url = choices[weights].url
+    return fetch(url, Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2], name)
+
+
+def _fill(model: nn.Module, path: Path) -> str:
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zipfile and pickle raise their own kinds
+        raise ValueError(
+            f"Cannot read the weights file {path} ({error}). Give a .safetensors or .pth state dict."
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"{path} is no state dict (names with tensors). Save `model.state_dict()` and give that.")
+    wanted, head = model.state_dict(), find_head(model)
+    names = {name for name in wanted if not name.startswith(f"{head}.")}
+    fresh = any(name not in found or found[name].shape != wanted[name].shape for name in set(wanted) - names)
+    wrong = sorted(name for name in names if name not in found or found[name].shape != wanted[name].shape)
+    wrong = [name for name in wrong if not name.endswith("num_batches_tracked")]
+    if wrong:
+        shown = ", ".join(wrong[:3])
+        raise ValueError(
+            f"The weights file {path} does not fit {type(model).__name__}: {len(wrong)} of {len(names)} tensors are missing "
+            f"or of another shape ({shown}, ...). Give weights of the same model."
+        )
+    chosen = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
+    model.load_state_dict(chosen, strict=False)
+    unused = len(set(found) - set(chosen))
+    return (
+        f"weights: {path}, {len(chosen)} tensors"
+        + (", a new head" if fresh else "")
+        + (f", {unused} unused" if unused else "")
+    )
+
+
+def _near(name: str, known: list[str]) -> str:
+    family = [other for other in known if other[:4] == name[:4]]
+    return ", ".join((family or ["resnet18", "resnet50", "efficientnet_v2_s", "convnext_tiny"])[:4])

@@ -1,0 +1,64 @@
+"""How far a run is, and whether it is done: pure.
+
+In: a `Progress` and a validation score. Out: the next `Progress`. What stays true: this and the weights are all that a
+run needs to continue.
+"""
+
+from dataclasses import dataclass, replace
+from math import isfinite
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    epoch: epochs done. samples_seen: samples of the current epoch that are in the weights, over all ranks.
+    step: optimizer steps done. best: best validation score, None before the first. best_step: step of the best
+    weights. best_epoch: its number, counted from 1. stale: epochs since.
+    loss, correct, images: sums over the current epoch's training images.
+    """
+
+    epoch: int = 0
+    samples_seen: int = 0
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    best_epoch: int = 0
+    stale: int = 0
+    loss: float = 0.0
+    correct: float = 0.0
+    images: float = 0.0
+
+
+def train_on(progress: Progress, steps: int, samples: int, loss: float, correct: float, images: float) -> Progress:
+    """Progress after some steps inside an epoch."""
+    return replace(
+        progress,
+        step=progress.step + steps,
+        samples_seen=progress.samples_seen + samples,
+        loss=progress.loss + loss,
+        correct=progress.correct + correct,
+        images=progress.images + images,
+    )
+
+
+def advance(progress: Progress, score: float | None, higher_is_better: bool) -> Progress:
+    """Progress after an epoch and its validation; a score that is no number is never the best."""
+    ended = replace(progress, epoch=progress.epoch + 1, samples_seen=0, loss=0.0, correct=0.0, images=0.0)
+    better = score is not None and isfinite(score)
+    if better and progress.best is not None:
+        better = score > progress.best if higher_is_better else score < progress.best
+    if better:
+        return replace(ended, best=score, best_step=ended.step, best_epoch=ended.epoch, stale=0)
+    return replace(ended, stale=progress.stale + 1)
+
+
+def should_stop(progress: Progress, epochs: int, patience: int) -> str | None:
+    """Why training is over, or None."""
+    if progress.samples_seen:
+        return None
+    if progress.epoch >= epochs:
+        return f"all {epochs} epochs done"
+    if progress.stale >= patience:
+        return f"no better score for {patience} epochs"
+    return None

@@ -1,0 +1,147 @@
+"""The processes of a run and what they tell each other. The only file that knows of `Accelerator` and of ranks.
+
+In: the environment that a launcher made. Out: a `World`. What stays true: every method that is marked collective is
+called by all ranks at the same point, or all of them wait for ever.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather, reduce
+
+from harness.hardware import check_wheel, choose_precision
+
+
+class World:
+    """All ranks of a run, seen from one of them."""
+
+    def __init__(self, precision: str):
+        """Join the world that the launcher announced.
+
+        Args:
+            precision: auto, fp32, bf16 or fp16.
+
+        Raises:
+            RuntimeError: a torch without kernels for this GPU, or ranks that do not see each other.
+        """
+        cuda = torch.cuda.is_available()
+        if cuda:
+            number = int(os.environ.get("LOCAL_RANK", "0"))
+            if number >= torch.cuda.device_count():
+                raise RuntimeError(
+                    f"This machine has {torch.cuda.device_count()} GPU(s), and the launcher started a process for GPU "
+                    f"number {number + 1}. Start as many processes as there are GPUs."
+                )
+            device = torch.cuda.get_device_properties(number)
+            check_wheel((device.major, device.minor), torch.cuda.get_arch_list(), device.name)
+        self.precision, self.precision_reason = choose_precision(precision, torch.device("cuda" if cuda else "cpu"))
+        self._accelerator = Accelerator(
+            cpu=not cuda,  # without it, ranks on a machine without CUDA each believe to be alone
+            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        announced = int(os.environ.get("WORLD_SIZE", "1"))
+        if announced != self._accelerator.num_processes:
+            raise RuntimeError(
+                f"The launcher announced {announced} processes, and {self._accelerator.num_processes} see each other. "
+                "Start with `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc-per-node N`."
+            )
+        self.rank = self._accelerator.process_index
+        self.size = self._accelerator.num_processes
+        self.device = self._accelerator.device
+        self.is_main = self.rank == 0
+
+    def describe(self) -> str:
+        """One line: how many processes on what, in which precision, and why."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        count = "1 process" if self.size == 1 else f"{self.size} processes"
+        return f"{count} on {device}, {self.precision} ({self.precision_reason}), torch {torch.__version__}"
+
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's."""
+        return self._accelerator.prepare(model, optimizer)
+
+    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as it was built."""
+        return self._accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision for a model that is not wrapped."""
+        return self._accelerator.autocast()
+
+    def without_sync(self, model: torch.nn.Module) -> AbstractContextManager:
+        """Backward passes inside do not average gradients over ranks."""
+        return self._accelerator.no_sync(model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward pass, with the loss scaled where fp16 asks for it."""
+        self._accelerator.backward(loss)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of fp16, None otherwise."""
+        return self._accelerator.scaler
+
+    def on_main(self, action: Callable, *arguments):
+        """Run on rank 0 alone; others get None and do not wait."""
+        return action(*arguments) if self.is_main else None
+
+    def print(self, text: str = "") -> None:
+        """Print a line on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        """Collective: wait for all ranks."""
+        self._accelerator.wait_for_everyone()
+
+    def decide(self, value):
+        """Collective: rank 0's value (plain values and dataclasses of them) for everyone."""
+        if self.size == 1:
+            return value
+        return broadcast_object_list([value], from_process=0)[0]
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Collective: for each flag, whether any rank raised it."""
+        if self.size == 1:
+            return flags
+        return tuple(bool(total) for total in self.sum(torch.tensor([float(flag) for flag in flags])).tolist())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Collective: elementwise sum over ranks, on every rank."""
+        if self.size == 1:
+            return values
+        return reduce(values.to(self.device), reduction="sum")
+
+    def gather_rows(self, keys: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Collective: rows of all ranks, sorted by key, whatever number each rank has.
+
+        Args:
+            keys: (n,) int64, not negative.
+            rows: (n, ...), n differs from rank to rank.
+
+        Returns:
+            (N,) keys and (N, ...) rows on every rank, on the CPU.
+        """
+        if self.size > 1:
+            counts = gather(torch.tensor([len(keys)], device=self.device))
+            short = int(counts.max()) - len(keys)
+            keys = torch.cat([keys.to(self.device), keys.new_full((short,), -1).to(self.device)])
+            rows = torch.cat([rows.to(self.device), rows.new_zeros((short, *rows.shape[1:])).to(self.device)])
+            keys, rows = gather(keys), gather(rows)
+            keys, rows = keys[keys >= 0], rows[keys >= 0]
+        order = torch.argsort(keys, stable=True)
+        return keys[order].cpu(), rows[order].cpu()
+
+    def broadcast_buffers(self, model: torch.nn.Module) -> None:
+        """Collective: rank 0's BatchNorm statistics become everyone's."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                buffer.copy_(broadcast(buffer))
+
+    def close(self) -> None:
+        """Leave the world in good order."""
+        self._accelerator.end_training()

@@ -1,0 +1,79 @@
+"""Evaluate a run's best weights again: `python launch/evaluate.py runs/ham10000 --split test --views dihedral8`.
+
+Works on any number of processes (`torchrun --nproc-per-node N launch/evaluate.py ...`); the results are the same.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from harness import checkpoint
+from harness.augment import parse_views
+from harness.config import Config, load_config
+from harness.evaluate import evaluate, summary
+from harness.model import build_model
+from harness.report import draw_results
+from harness.world import World
+from shards.index import Dataset, load
+from shards.store import Store
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; the exit code is 0, or 1 after an error."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = _settings(options)
+        parse_views(config.eval.views)
+        dataset, best = load(config.data.path), checkpoint.best(options.run)
+        check_classes(best, dataset)
+        world = World(config.run.precision)
+        world.print(world.describe())
+        model = build_model(config.model.name, len(dataset.classes))
+        checkpoint.load_model(best, model)
+        model.to(world.device, memory_format=torch.channels_last)
+        out = options.out or options.run / f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}"
+        store = Store(dataset, config.eval.split)
+        metrics = evaluate(model, store, config.eval.split, config, world, out, best.about)
+        world.on_main(draw_results, out)
+        world.print("\n" + summary(metrics))
+        world.print(f"results: {out}")
+        world.close()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def check_classes(best: checkpoint.Checkpoint, dataset: Dataset) -> None:
+    """Refuse a dataset whose labels mean something else than the model's outputs."""
+    if list(dataset.classes) != best.about["classes"]:
+        raise ValueError(
+            f"The classes of {dataset.folder} ({', '.join(dataset.classes)}) differ from those of {best.folder} "
+            f"({', '.join(best.about['classes'])}). Evaluate on a dataset packed with the same classes in the same order."
+        )
+
+
+def _settings(options: argparse.Namespace) -> Config:
+    saved = options.run / "config.yaml"
+    if not saved.is_file():
+        raise FileNotFoundError(f"{options.run} holds no run (no config.yaml). Give the --run.folder of a training.")
+    config = load_config(saved)
+    changed = replace(config.eval, split=options.split or config.eval.split, views=options.views or config.eval.views)
+    return replace(config, eval=changed, data=replace(config.data, path=str(options.data or config.data.path)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Evaluate the best weights of a run.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--split", help="split to evaluate (default: the run's eval.split)")
+    parser.add_argument("--views", help="none, flips, dihedral8 or spins:N (default: the run's eval.views)")
+    parser.add_argument("--data", type=Path, help="packed folder (default: the run's data.path)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Train and evaluate: `accelerate launch launch/train.py --config configs/ham10000.yaml --data.path data/ham10000`.
+
+Without --config it trains the demo: lesions are drawn and packed first. Starting the same command again continues.
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from harness.config import read_config
+from harness.report import draw_results
+from harness.signals import STOPPED
+from harness.train import train
+from harness.world import World
+from shards import demo
+from shards.catalogue import read_ham10000
+from shards.pack import pack
+from shards.split import lesion
+
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; the exit code is 0 when finished, 75 when stopped as asked, 1 after an error."""
+    config = read_config(sys.argv[1:] if arguments is None else arguments, DEMO)
+    folder = Path(config.run.folder)
+    try:
+        world = World(config.run.precision)
+        world.print(world.describe())
+        if config.data.demo_images:
+            world.on_main(draw_demo, Path(config.data.path), config.data.demo_images)
+            world.barrier()
+        outcome = train(config, world)
+        if outcome == "finished":
+            world.on_main(draw_results, folder)
+        world.close()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if outcome == "finished" else STOPPED
+
+
+def draw_demo(packed: Path, images: int) -> None:
+    """Draw and pack demo lesions, unless they are there."""
+    if (packed / "dataset.json").is_file():
+        return
+    print(f"drawing and packing {images} demo lesions into {packed}", flush=True)
+    originals = Path(tempfile.mkdtemp(prefix="demo-lesions-"))
+    try:
+        demo.draw(originals, images)
+        source = read_ham10000(originals)
+        pack(source, lesion(source.images), packed)
+    finally:
+        shutil.rmtree(originals)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
