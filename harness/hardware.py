@@ -74,9 +74,11 @@ def check_wheel(capability: tuple[int, int], architectures: list[str], name: str
     )
 
 
+def own_cores() -> int:
+    """Cores that this process may use: its affinity, shared with the other processes of its machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def decode_threads(asked: int) -> int:
-    """Decoding threads for this process: what was asked, else its share of the cores that it may use."""
-    if asked:
-        return asked
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Decoding threads for this process: what was asked, else one for each of its cores."""
+    return asked or own_cores()

@@ -44,11 +44,12 @@ def score(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...
 def table(scores: dict) -> str:
     """The per-class table of `score`, for people."""
     columns = ("precision", "recall", "f1", "auc")
-    lines = [f"{'class':<10}{'images':>8}" + "".join(f"{name:>11}" for name in columns)]
+    width = max(10, *(len(name) + 2 for name in scores["per_class"]))
+    lines = [f"{'class':<{width}}{'images':>8}" + "".join(f"{name:>13}" for name in columns)]
     for name, row in scores["per_class"].items():
-        lines.append(f"{name:<10}{row['images']:>8}" + "".join(f"{_shown(row[column]):>11}" for column in columns))
+        lines.append(f"{name:<{width}}{row['images']:>8}" + "".join(f"{_shown(row[column]):>13}" for column in columns))
     totals = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auc", "loss")
-    lines.append("  ".join(f"{name.replace('_', ' ')} {_shown(scores[name])}" for name in totals))
+    lines.append(",  ".join(f"{name.replace('_', ' ')} {_shown(scores[name])}" for name in totals))
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather, reduce
 
-from harness.hardware import check_wheel, choose_precision
+from harness.hardware import check_wheel, choose_precision, own_cores
 
 
 class World:
@@ -43,6 +43,8 @@ class World:
             mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
+        if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
+            torch.set_num_threads(own_cores())
         announced = int(os.environ.get("WORLD_SIZE", "1"))
         if announced != self._accelerator.num_processes:
             raise RuntimeError(
