@@ -118,7 +118,7 @@ def train(config: Config, world: World) -> str:
                     world.barrier()  # no rank leaves before the checkpoint is written: launchers kill the others
                     return "stopped"
 
-            best = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}" if progress.best_epoch else "no epoch scored"
+            best = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
             world.print(f"training ends: {over}; {best}")
             world.barrier()  # the best weights are on disk
             checkpoint.load_model(checkpoint.best(folder, progress), model)

@@ -1,0 +1,156 @@
+"""A checkpoint is whole or it is not used, and nothing is deleted before its successor is safe."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from harness import checkpoint
+from harness.progress import Progress
+
+ABOUT = {"model": "m", "classes": ["a", "b"], "dataset": "d"}
+
+
+def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.zeros(2, 3, 8, 8))
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    for _ in range(steps):
+        one_step(model, optimizer)
+    return model, optimizer
+
+
+def one_step(model, optimizer):
+    model(torch.ones(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(run, step: int, keep: int = 2, best_step: int = 0):
+    model, optimizer = trained(step)
+    checkpoint.save_step(run, Progress(step=step, best_step=best_step), ABOUT, model, optimizer, None, keep)
+    return model, optimizer
+
+
+def names(run) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_continuing_from_a_checkpoint_equals_never_having_stopped(tmp_path):
+    save(tmp_path, 3)
+    model, optimizer = trained(0)
+    found = checkpoint.newest(tmp_path)
+    assert found.progress.step == 3
+    assert found.about == ABOUT
+    checkpoint.restore(found, model, optimizer, None)
+    for _ in range(2):
+        one_step(model, optimizer)
+    undisturbed, _ = trained(5)
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path):
+    model, _ = trained(1)
+    checkpoint.save_best(tmp_path, Progress(step=1, best_step=1), ABOUT, model)
+    for step in (1, 2, 3):
+        save(tmp_path, step, best_step=1)
+    assert names(tmp_path) == ["best-00000001", "step-00000002", "step-00000003"]
+    checkpoint.save_best(tmp_path, Progress(step=4, best_step=4), ABOUT, model)
+    assert "best-00000001" in names(tmp_path)  # until a checkpoint points to the new one
+    save(tmp_path, 4, best_step=4)
+    assert names(tmp_path) == ["best-00000004", "step-00000003", "step-00000004"]
+    assert checkpoint.best(tmp_path).progress.best_step == 4
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "progress.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file, how):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = tmp_path / "checkpoints" / "step-00000002" / file
+    data = bytearray(path.read_bytes())
+    if how == "remove":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data if how == "flip" else data[:-5])
+    said = []
+    assert checkpoint.newest(tmp_path, said.append).progress.step == 1
+    assert "step-00000002 is damaged" in said[0]
+
+
+def test_when_none_is_whole_it_is_an_error_not_a_fresh_start(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-00000001" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="No checkpoint .* is whole"):
+        checkpoint.newest(tmp_path, lambda text: None)
+
+
+def test_what_a_crash_left_half_written_is_not_seen(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / ".step-00000002.tmp").mkdir()
+    assert checkpoint.newest(tmp_path).progress.step == 1
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_crash_at_any_call_leaves_a_checkpoint_to_continue_from(tmp_path, monkeypatch):
+    """Fail at the n-th operation on the file system, for every n: the newest valid step is 1 or 2, never none."""
+    for n in range(1, 40):
+        run = tmp_path / str(n)
+        save(run, 1)
+        calls = 0
+
+        def failing(function):
+            def call(*arguments, **options):
+                nonlocal calls
+                calls += 1
+                if calls >= n:  # noqa: B023 - used at once
+                    raise InterruptedError
+                return function(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for module, name in (
+                (os, "rename"),
+                (os, "fsync"),
+                (checkpoint.shutil, "rmtree"),
+                (checkpoint, "save_file"),
+            ):
+                patched.setattr(module, name, failing(getattr(module, name)))
+            try:
+                save(run, 2, keep=1)
+                survived = True
+            except InterruptedError:
+                survived = False
+        assert checkpoint.newest(run).progress.step in ((2,) if survived else (1, 2))
+        if survived:
+            return
+    raise AssertionError("never survived")
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path):
+    save(tmp_path, 1)
+    model, optimizer = trained(1)
+    again = replace(Progress(step=1), best=0.5)
+    checkpoint.save_step(tmp_path, again, ABOUT, model, optimizer, None, 2)
+    assert checkpoint.newest(tmp_path).progress.best == 0.5
+
+
+def test_a_newer_format_says_to_update(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with pytest.raises(ValueError, match=r"format 99.*Update"):
+        checkpoint.newest(tmp_path)
+
+
+def test_no_best_weights_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Train first"):
+        checkpoint.best(tmp_path)

@@ -1,0 +1,125 @@
+"""The plan is exact: each batch full, each sample at most once an epoch, the same at any world size."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from shards.plan import Plan, evaluation_units, locate_in_order, share
+
+
+@st.composite
+def plans(draw):
+    sizes = tuple(draw(st.lists(st.integers(1, 30), min_size=1, max_size=12)))
+    lanes = draw(st.integers(1, 4))
+    batch = lanes * draw(st.integers(1, 6))
+    assume(sum(sizes) // lanes >= batch // lanes)
+    return Plan(sizes, batch, draw(st.integers(0, 2**40)), lanes, draw(st.integers(0, 4)))
+
+
+def stream(plan: Plan, epoch: int) -> list[tuple[int, int]]:
+    positions = np.arange(plan.n_batches * plan.global_batch)
+    shards, rows = plan.locate(epoch, positions)
+    return list(zip(shards.tolist(), rows.tolist(), strict=True))
+
+
+@given(plans(), st.integers(0, 1000))
+def test_an_epoch_is_full_batches_of_samples_that_exist_each_at_most_once(plan, epoch):
+    samples = stream(plan, epoch)
+    assert len(set(samples)) == len(samples) == plan.n_batches * plan.global_batch
+    assert all(0 <= row < plan.shard_sizes[shard] for shard, row in samples)
+    assert 0 <= plan.n_left_out < plan.global_batch + plan.lanes
+
+
+@given(plans(), st.integers(0, 3), st.sampled_from([1, 2, 3, 4, 8]), st.randoms())
+def test_ranks_together_see_the_batch_whatever_their_number_and_order(plan, epoch, world, random):
+    assume(world <= plan.global_batch)
+    whole = stream(plan, epoch)
+    for number in range(plan.n_batches):
+        base, found = number * plan.global_batch, {}
+        ranks = list(range(world))
+        random.shuffle(ranks)
+        for rank in ranks:
+            start, stop = share(plan.global_batch, rank, world)
+            shards, rows = plan.locate(epoch, np.arange(base + start, base + stop))
+            found |= dict(enumerate(zip(shards.tolist(), rows.tolist(), strict=True), start=base + start))
+        assert [found[place] for place in sorted(found)] == whole[base : base + plan.global_batch]
+
+
+@given(plans())
+def test_lanes_and_blocks_keep_to_their_shards(plan):
+    samples = stream(plan, 0)
+    if plan.lanes == 1 and plan.block_shards:
+        starts = np.concatenate([[0], np.cumsum(plan.shard_sizes)])
+        order = []  # shards by first appearance: a block's shards come before the next block's
+        for shard, _ in samples:
+            if shard not in order:
+                order.append(shard)
+        seen_at = {shard: [n for n, (s, _) in enumerate(samples) if s == shard] for shard in order}
+        for shard in order:
+            assert max(seen_at[shard]) - min(seen_at[shard]) < max(starts[-1], 1)
+            assert len(seen_at[shard]) <= plan.shard_sizes[shard]
+
+
+def test_a_block_holds_only_its_own_shards():
+    plan = Plan((10,) * 6, 10, seed=1, block_shards=2)
+    samples = stream(plan, 4)
+    blocks = [{shard for shard, _ in samples[start : start + 20]} for start in range(0, 60, 20)]
+    assert [len(block) for block in blocks] == [2, 2, 2]
+    assert set.union(*blocks) == set(range(6))
+
+
+def test_a_lane_reads_only_its_own_part_of_the_stream():
+    plan = Plan((10,) * 6, 6, seed=1, lanes=3)
+    samples = stream(plan, 0)
+    lanes = [{samples[n][0] for n in range(len(samples)) if n % 6 // 2 == lane} for lane in range(3)]
+    assert [len(lane) for lane in lanes] == [2, 2, 2]
+    assert set.union(*lanes) == set(range(6))
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    plan = Plan((50, 50), 10, seed=0)
+    assert stream(plan, 0) == stream(Plan((50, 50), 10, seed=0), 0)
+    assert stream(plan, 0) != stream(plan, 1)
+    assert stream(plan, 0) != stream(Plan((50, 50), 10, seed=1), 0)
+
+
+def test_what_one_epoch_leaves_out_another_reaches():
+    plan = Plan((10, 9), 4, seed=0)
+    assert plan.n_left_out == 3
+    assert len(set().union(*(stream(plan, epoch) for epoch in range(20)))) == 19
+
+
+def test_the_full_shuffle_is_uniform_enough():
+    plan = Plan((25, 25, 25, 25), 100, seed=5)
+    places = np.zeros((100, 4))
+    for epoch in range(400):
+        for place, (shard, _) in enumerate(stream(plan, epoch)):
+            places[place, shard] += 1
+    assert abs(places / 400 - 0.25).max() < 0.11  # 5 standard deviations
+
+
+@given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 9))
+def test_every_evaluation_sample_has_exactly_one_rank_and_units_do_not_depend_on_the_world(n, unit, world):
+    units = [cut for rank in range(world) for cut in evaluation_units(n, unit, rank, world)]
+    assert sorted(units) == evaluation_units(n, unit, 0, 1)
+    assert sorted(place for start, stop in units for place in range(start, stop)) == list(range(n))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_samples_in_order_are_the_shards_rows_in_order(sizes):
+    shards, rows = locate_in_order(tuple(sizes), np.arange(sum(sizes)))
+    expected = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
+    assert list(zip(shards.tolist(), rows.tolist(), strict=True)) == expected
+
+
+def test_more_ranks_than_images_is_an_error_with_the_numbers():
+    with pytest.raises(ValueError, match="4 images for 5 processes"):
+        share(4, 0, 5)
+
+
+def test_plans_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="3 lanes and 4 images"):
+        Plan((10,), 4, 0, lanes=3)
+    with pytest.raises(ValueError, match="10 images, too few"):
+        Plan((10,), 11, 0)
