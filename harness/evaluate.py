@@ -6,6 +6,8 @@ so the bytes of the results are the same at any world size; a lost or repeated s
 """
 
 import json
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from harness.augment import evaluation_views, plain_view
 from harness.checkpoint import write_atomically
 from harness.config import Config
 from harness.hardware import decode_threads
-from harness.loader import evaluation_batches
+from harness.loader import Batch, evaluation_batches
 from harness.metrics import score, table
 from harness.world import World
 from shards.index import load_table
@@ -39,7 +41,6 @@ class Predictions:
     mean: np.ndarray
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, store: Store, config: Config, world: World, views: str) -> Predictions:
     """Collective: predict the store's split; each image is decoded once, on one rank.
 
@@ -52,27 +53,16 @@ def predict(model: nn.Module, store: Store, config: Config, world: World, views:
     """
     model.eval()
     world.broadcast_buffers(model)
-    size, unit, device = config.data.image_size, config.eval.unit, world.device
-    threads = decode_threads(config.data.threads)
-    keys, rows = [torch.empty(0, dtype=torch.int64)], []
-    for batch in evaluation_batches(store, unit, world.rank, world.size, device, threads, config.data.batches_ahead):
-        n = len(batch.keys)
-        images, image_keys = batch.images, batch.keys
-        if n < unit:  # the last unit is filled with its last picture, so that all have the same arithmetic
-            repeat = torch.arange(unit, device=device).clamp(max=n - 1)
-            images, image_keys = images[repeat], image_keys[repeat]
-        plain = _probabilities(model, plain_view(images, config.augment, size), world)
-        total, count = torch.zeros_like(plain), 0
-        if views != "none":
-            for view in evaluation_views(views, images, image_keys, config.run.seed, config.augment, size):
-                first_is_plain = count == 0 and not views.startswith("spins")
-                total += plain if first_is_plain else _probabilities(model, view, world)
-                count += 1
-        mean = total / count if count else plain
-        keys.append(batch.keys.cpu())
-        rows.append(
-            torch.cat([batch.labels[:, None].float(), plain[:n], mean[:n]], 1).cpu()
-        )  # device sync, once a unit
+    threads, ahead = decode_threads(config.data.threads), config.data.batches_ahead
+    units = evaluation_batches(store, config.eval.unit, world.rank, world.size, world.device, threads, ahead)
+    keys, rows, waiting = [torch.empty(0, dtype=torch.int64)], [], deque()
+    with world.reproducible_threads() as workers, ThreadPoolExecutor(workers) as pool:
+        for batch in units:
+            keys.append(batch.keys.cpu())
+            waiting.append(pool.submit(_predict_unit, model, batch, config, world, views))
+            if len(waiting) > workers:
+                rows.append(waiting.popleft().result())
+        rows += [future.result() for future in waiting]
     n_classes = len(store.dataset.classes)
     local = torch.cat([torch.empty(0, 1 + 2 * n_classes), *rows])
     global_keys, global_rows = world.gather_rows(torch.cat(keys), local)
@@ -133,6 +123,24 @@ def summary(metrics: dict) -> str:
             f"the plain view alone: balanced accuracy {plain['balanced_accuracy']:.3f}, macro f1 {plain['macro_f1']:.3f}"
         )
     return "\n".join(lines + [f"warning: {warning}" for warning in metrics["warnings"]])
+
+
+@torch.inference_mode()
+def _predict_unit(model: nn.Module, batch: Batch, config: Config, world: World, views: str) -> torch.Tensor:
+    """Rows (n, 1 + 2C) of one unit, on the CPU: label, plain probabilities, probabilities averaged over the views."""
+    size, unit, n = config.data.image_size, config.eval.unit, len(batch.keys)
+    images, keys = batch.images, batch.keys
+    if n < unit:  # the last unit is filled with its last picture, so that all have the same arithmetic
+        repeat = torch.arange(unit, device=world.device).clamp(max=n - 1)
+        images, keys = images[repeat], keys[repeat]
+    plain = _probabilities(model, plain_view(images, config.augment, size), world)
+    total, count = torch.zeros_like(plain), 0
+    for view in evaluation_views(views, images, keys, config.run.seed, config.augment, size) if views != "none" else ():
+        first_is_plain = count == 0 and not views.startswith("spins")
+        total += plain if first_is_plain else _probabilities(model, view, world)
+        count += 1
+    mean = total / count if count else plain
+    return torch.cat([batch.labels[:, None].float(), plain[:n], mean[:n]], 1).cpu()  # device sync, once a unit
 
 
 def _probabilities(model: nn.Module, view: torch.Tensor, world: World) -> torch.Tensor:

@@ -5,8 +5,8 @@ called by all ranks at the same point, or all of them wait for ever.
 """
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -69,6 +69,22 @@ class World:
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as it was built."""
         return self._accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+    @contextmanager
+    def reproducible_threads(self) -> Iterator[int]:
+        """Inside, arithmetic on a CPU is the same whatever the number of cores and processes.
+
+        Some kernels split a sum over the threads they are given, so each gets one. Yields how many forward passes may
+        run beside each other instead: one for each core, or one on a GPU.
+        """
+        if self.device.type != "cpu":
+            yield 1
+            return
+        torch.set_num_threads(1)
+        try:
+            yield own_cores()
+        finally:
+            torch.set_num_threads(own_cores())
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision for a model that is not wrapped."""

@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file
 def test_when_none_is_whole_it_is_an_error_not_a_fresh_start(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "step-00000001" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="No checkpoint .* is whole"):
+    with pytest.raises(ValueError, match=r"No checkpoint .* is whole"):
         checkpoint.newest(tmp_path, lambda text: None)
 
 

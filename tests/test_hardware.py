@@ -12,8 +12,17 @@ OLD = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # torch 2
 
 @pytest.mark.parametrize(
     ("capability", "architectures", "runs"),
-    [((6, 0), NEW, False), ((7, 0), NEW, False), ((6, 0), OLD, True), ((7, 0), OLD, True)]
-    + [((7, 5), NEW, True), ((8, 9), NEW, True), ((9, 0), NEW, True), ((12, 1), NEW, True), ((10, 0), OLD, False)],
+    [
+        ((6, 0), NEW, False),
+        ((7, 0), NEW, False),
+        ((6, 0), OLD, True),
+        ((7, 0), OLD, True),
+        ((7, 5), NEW, True),
+        ((8, 9), NEW, True),
+        ((9, 0), NEW, True),
+        ((12, 1), NEW, True),
+        ((10, 0), OLD, False),
+    ],
 )
 def test_a_wheel_runs_where_it_has_kernels_of_the_same_major_version(capability, architectures, runs):
     if runs:

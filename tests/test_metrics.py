@@ -78,5 +78,5 @@ def test_a_class_without_images_is_shown_as_not_defined():
     ],
 )
 def test_broken_predictions_are_refused(probabilities, labels):
-    with pytest.raises(ValueError, match="robabilities|Labels"):
+    with pytest.raises(ValueError, match=r"robabilities|Labels"):
         score(probabilities, labels, ("x", "y"))

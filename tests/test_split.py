@@ -32,7 +32,7 @@ def check(table, split):
 def test_lesion_split_is_disjoint_stratified_and_complete(table, number):
     split = lesion(table, number)
     check(table, split)
-    for label, rows in table.groupby("label"):
+    for _label, rows in table.groupby("label"):
         n = rows["group"].nunique()
         counts = {name: rows["group"][rows.index.isin(stored)].nunique() for name, stored in split.rows.items()}
         assert sum(counts.values()) == n

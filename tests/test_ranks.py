@@ -1,0 +1,93 @@
+"""Several real processes: the same samples, a finished run, and the same scores from the same weights."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from conftest import launch
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def two_ranks(finished_run, tmp_path_factory):
+    """The run of `finished_run`, on two processes."""
+    run = tmp_path_factory.mktemp("ranks") / "run"
+    done = launch("train", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run, ranks=2)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_two_ranks_finish_and_print_as_one(two_ranks):
+    assert json.loads((two_ranks / "state.json").read_text())["status"] == "finished"
+
+
+def test_two_ranks_see_as_many_samples_as_one(finished_run, two_ranks):
+    logs = [
+        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (finished_run, two_ranks)
+    ]
+    steps = [[(entry["kind"], entry["step"]) for entry in log] for log in logs]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize(("ranks", "views"), [(2, "flips"), (3, "spins:2")])
+def test_any_number_of_ranks_gives_the_same_bytes_of_results_from_the_same_weights(
+    finished_run, tmp_path, ranks, views
+):
+    outs = []
+    for number in (1, ranks):
+        outs.append(tmp_path / str(number))
+        done = launch("evaluate", finished_run, "--views", views, "--out", outs[-1], ranks=number)
+        assert done.returncode == 0, done.stderr
+    for name in ("predictions.csv", "metrics.json"):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+
+
+def test_evaluating_again_gives_the_runs_own_results(finished_run, tmp_path):
+    done = launch("evaluate", finished_run, "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / "predictions.csv").read_bytes() == (finished_run / "predictions.csv").read_bytes()
+
+
+def test_a_dataset_with_other_classes_is_refused(finished_run, source, tmp_path):
+    from shards import catalogue
+    from shards.pack import Packing, pack
+    from shards.split import lesion
+
+    read = catalogue.read_ham10000(source)
+    swapped = catalogue.Catalogue(read.images, (*read.classes[1:], read.classes[0]), "swapped")
+    pack(swapped, lesion(swapped.images), tmp_path / "data", Packing(size=(48, 36)), quiet=True)
+    done = launch("evaluate", finished_run, "--data", tmp_path / "data")
+    assert done.returncode == 1
+    assert "differ from those of" in done.stderr
+
+
+def test_results_that_a_rank_lost_or_doubled_are_an_error(dataset, finished_run):
+    from harness.evaluate import _incomplete
+    from shards.store import Store
+
+    store = Store(dataset, "test")
+    keys = torch.tensor(pd.read_csv(finished_run / "predictions.csv")["key"].to_numpy())
+    assert _incomplete(keys, store) is None
+    assert "lost 1 samples" in _incomplete(keys[1:], store)
+    assert "1 twice" in _incomplete(torch.cat([keys[:1], keys]), store)
+
+
+def test_a_run_of_two_ranks_killed_and_continued_on_one_goes_on(finished_run, two_ranks, tmp_path):
+    run = shutil.copytree(two_ranks, tmp_path / "run")
+    steps = sorted((run / "checkpoints").glob("step-*"))
+    shutil.rmtree(steps[-1])  # back to the end of the second epoch
+    (run / "state.json").unlink()
+    done = launch("train", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run)
+    assert done.returncode == 0, done.stderr
+    assert "epoch   3/3" in done.stdout
+    assert "epoch   2/3" not in done.stdout
+    newest = load_file(max((run / "checkpoints").glob("step-*")) / "model.safetensors")
+    assert all(torch.isfinite(tensor.float()).all() for tensor in newest.values())
+
+
+def test_more_ranks_than_images_in_a_batch_is_an_error_with_the_numbers(tiny):
+    done = launch("train", "--config", tiny, "--data.batch_size", "2", ranks=3)
+    assert done.returncode == 1
+    assert "2 images for 3 processes" in done.stderr
