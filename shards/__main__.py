@@ -3,13 +3,24 @@
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from shards import catalogue, demo, index, split
 from shards.image import FITS
 from shards.pack import Packing, pack
 
-PROTOCOLS = {"lesion": split.lesion, "seed": split.seed}
+PLAIN = {"lesion": split.lesion, "image": split.image, "seed": split.seed, "seed-leaky": split.seed_leaky}
+PROTOCOLS = """\
+protocols:
+  lesion       groups (lesions) of each class, .70/.15/.15; the default. With --folds: cross-validation
+  seed         the 2021 notebook's without its leak: one image a lesion, 80/20; validation doubles as test
+  isic2018     train and validation from HAM10000, test from the challenge's images in --test-source
+  column:NAME  the source says train, val or test in that column
+for studies, marked as leaking:
+  image        images of each class, .70/.15/.15, wherever their lesions land
+  seed-leaky   the notebook's, with its leak: every validation image is a training image
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,8 +47,8 @@ def _pack(options) -> int:
         raise FileExistsError(f"{options.out} exists already. Give another folder, or remove it: rm -r {options.out}")
     packing = Packing(options.size, options.fit, options.quality, options.shard_samples)
     start = time.perf_counter()
-    source = catalogue.read_ham10000(options.source)
-    chosen = PROTOCOLS[options.protocol](source.images, options.seed)
+    source = _read_source(options)
+    chosen = _choose_split(options, source.images)
     described = pack(source, chosen, options.out, packing, options.threads)
     seconds = time.perf_counter() - start
     dataset = index.load(options.out)
@@ -47,6 +58,49 @@ def _pack(options) -> int:
         f"{images / seconds:.0f} images/s; left out {described.left_out} (left_out.csv says why)"
     )
     return _show(options)
+
+
+def _read_source(options) -> catalogue.Catalogue:
+    path: Path = options.source
+    if options.protocol == "isic2018":
+        if options.test_source is None:
+            raise ValueError("--protocol isic2018 needs --test-source, the folder of the challenge's test images.")
+        return catalogue.read_isic2018(path, options.test_source)
+    if path.suffix.lower() in (".csv", ".parquet"):
+        if not (options.image_column and options.label_column):
+            raise ValueError(
+                f"{path.name} needs --image-column and --label-column (and --group-column if it has groups)."
+            )
+        return catalogue.read_table(path, options.image_column, options.label_column, options.group_column)
+    if path.is_dir() and not any((path / name).is_file() for name in catalogue.METADATA):
+        return catalogue.read_class_folders(path)
+    return catalogue.read_ham10000(path)
+
+
+def _choose_split(options, images) -> split.Split:
+    name, seed = options.protocol, options.seed
+    own_test = name == "isic2018" or name.startswith("column:")
+    if options.folds and name != "lesion":
+        raise ValueError(f"--folds goes with --protocol lesion. Got --protocol {name}.")
+    if own_test and options.holdout:
+        raise ValueError(f"--holdout does not go with --protocol {name}, which has a test split of its own.")
+    if name == "isic2018":
+        return split.isic2018(images, seed)
+    if own_test:
+        return split.column(images, name.removeprefix("column:"), seed)
+    if name not in PLAIN:
+        raise ValueError(
+            f"The '--protocol' must be one of {', '.join(PLAIN)}, isic2018, column:NAME. Got {name!r} instead."
+        )
+    if options.folds:
+        held_out = bool(options.holdout)
+        protocol = partial(split.folds, seed=seed, n_folds=options.folds, fold=options.fold, held_out=held_out)
+    elif name in ("lesion", "image") and options.holdout:
+        train, val = split.FRACTIONS[0], split.FRACTIONS[1]
+        protocol = partial(PLAIN[name], seed=seed, fractions=(train / (train + val), val / (train + val)))
+    else:
+        protocol = partial(PLAIN[name], seed=seed)
+    return split.hold_out(images, options.holdout, protocol) if options.holdout else protocol(images)
 
 
 def _verify(options) -> int:
@@ -97,15 +151,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--images", type=int, default=700, help="pictures to draw (default 700)")
     command.add_argument("--seed", type=int, default=0, help="another seed draws other lesions (default 0)")
     command.set_defaults(run=_demo)
-    command = commands.add_parser("pack", help="pack a HAM10000 folder into shards")
-    command.add_argument("source", type=Path, help="folder with HAM10000_metadata.csv and the images")
-    command.add_argument("out", type=Path, help="folder to make")
-    command.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="lesion",
-        help="lesion: grouped and stratified .70/.15/.15 (default); seed: the 2021 notebook's 80/20 without its leak",
+    command = commands.add_parser(
+        "pack",
+        help="pack images into shards",
+        epilog=PROTOCOLS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    command.add_argument(
+        "source", type=Path, help="HAM10000 folder, folder with one folder a class, CSV or Parquet file"
+    )
+    command.add_argument("out", type=Path, help="folder to make")
+    command.add_argument("--protocol", default="lesion", help="how to split, see below (default lesion)")
+    command.add_argument("--folds", type=int, default=0, help="number of cross-validation folds, 3 or more")
+    command.add_argument("--fold", type=int, default=0, help="which fold is the test split, from 0 (default 0)")
+    command.add_argument(
+        "--holdout", type=float, default=0, help="share of groups cut as a common test set before all else"
+    )
+    command.add_argument("--test-source", type=Path, help="folder of the ISIC 2018 test images and their ground truth")
+    command.add_argument("--image-column", help="of a CSV or Parquet file: paths of the images, from the file's folder")
+    command.add_argument("--label-column", help="of a CSV or Parquet file: class names")
+    command.add_argument("--group-column", help="of a CSV or Parquet file: lesion or patient, never cut by a split")
     command.add_argument("--seed", type=int, default=0, help="another seed gives another split (default 0)")
     command.add_argument(
         "--size", type=_size, default=(341, 256), help="stored WIDTHxHEIGHT in pixels (default 341x256)"

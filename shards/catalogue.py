@@ -11,8 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 HAM10000_CLASSES = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")  # the order of the ISIC 2018 challenge
+METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata")  # as Kaggle and as Dataverse name it
 REQUIRED = ("image_id", "path", "label", "group")
 PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
+NO_GROUPS = "the source names no groups (lesions, patients): pictures of one of them may be in several splits"
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Catalogue:
         (blank where unknown). `label` is a class name, `group` what must never be cut by a split (the lesion).
     classes: class names; a class's number is its place here.
     name: where the images came from, for people.
+    warnings: what a reader of a score must be told of the source.
     """
 
     images: pd.DataFrame
     classes: tuple[str, ...]
     name: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def extra_columns(self) -> list[str]:
@@ -56,16 +60,102 @@ def read_ham10000(folder: Path) -> Catalogue:
             "HAM10000's own CSV has lesion_id, image_id, dx, dx_type, age, sex, localization."
         )
     table = table.rename(columns=columns)
-    found = _find_pictures(folder, set(table["image_id"]))
-    absent = [image_id for image_id in table["image_id"] if image_id not in found]
-    if absent:
-        raise FileNotFoundError(
-            f"{_some(absent)} of {folder}'s metadata: no picture of that name ({', '.join(sorted(PICTURES))}) lies below "
-            f"{folder}. Unpack every part of the download there, or remove those rows from the metadata."
-        )
-    table["path"] = [str(found[image_id]) for image_id in table["image_id"]]
+    table["path"] = _paths(table["image_id"], _find_pictures(folder, set(table["image_id"])), folder)
     extras = [column for column in table.columns if column not in REQUIRED]
     return checked(Catalogue(table[[*REQUIRED, *extras]], HAM10000_CLASSES, folder.name))
+
+
+def read_isic2018(folder: Path, test: Path) -> Catalogue:
+    """HAM10000 with the ISIC 2018 challenge's test images; the column `part` says which is which.
+
+    Args:
+        folder: HAM10000, as for `read_ham10000`. test: holds `ISIC2018_Task3_Test_GroundTruth.csv` (one-hot columns
+            MEL, NV, BCC, AKIEC, BKL, DF, VASC) and the images, in any folders. Their lesions are not known, so each
+            image is a group.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_ham10000`; also classes unknown to it, and rows that are not one-hot.
+    """
+    ham, test = read_ham10000(folder), Path(test)
+    name = "ISIC2018_Task3_Test_GroundTruth.csv"
+    files = sorted(test.rglob(name)) if test.is_dir() else []
+    if not files:
+        raise FileNotFoundError(f"No {name} in {test}. Give the folder that holds it and the challenge's test images.")
+    truth = _read_csv(files[0])
+    unknown = [column for column in truth.columns if column != "image" and column.lower() not in HAM10000_CLASSES]
+    if "image" not in truth.columns or unknown:
+        raise ValueError(
+            f"{files[0]} must have the columns image, MEL, NV, BCC, AKIEC, BKL, DF, VASC. Found: {', '.join(truth)}."
+        )
+    hot = truth.drop(columns="image").apply(pd.to_numeric, errors="coerce")
+    odd = truth["image"][(hot.sum(axis=1) != 1) | ~hot.isin([0, 1]).all(axis=1)]
+    if len(odd):
+        raise ValueError(f"{_some(odd)} of {files[0]}: not exactly one class is 1. Download the ground truth again.")
+    rows = pd.DataFrame({"image_id": truth["image"], "label": hot.idxmax(axis=1).str.lower(), "group": truth["image"]})
+    found = _find_pictures(test, set(rows["image_id"]))
+    rows["path"] = _paths(rows["image_id"], found, test)
+    both = pd.concat([ham.images.assign(part="train"), rows.assign(part="test")], ignore_index=True).fillna("")
+    return checked(Catalogue(both, HAM10000_CLASSES, f"{ham.name} with the ISIC 2018 test images"))
+
+
+def read_class_folders(root: Path) -> Catalogue:
+    """Read `root/CLASS/*`: the folders' names are the classes, in alphabetical order; each image is a group.
+
+    Raises:
+        FileNotFoundError: no folder, or no pictures in folders below it.
+    """
+    root = Path(root)
+    rows = [
+        {"image_id": f"{path.parent.name}/{path.stem}", "path": str(path), "label": path.parent.name}
+        for path in sorted(root.glob("*/*"))
+        if path.suffix.lower() in PICTURES
+    ]
+    if not rows:
+        raise FileNotFoundError(
+            f"No source in {root}: neither HAM10000_metadata.csv nor pictures ({', '.join(sorted(PICTURES))}) in one folder "
+            "a class. Give such a folder, or a CSV or Parquet file with --image-column and --label-column."
+        )
+    images = pd.DataFrame(rows)
+    images["group"] = images["image_id"]
+    return checked(Catalogue(images[list(REQUIRED)], tuple(sorted(images["label"].unique())), root.name, (NO_GROUPS,)))
+
+
+def read_table(path: Path, image_column: str, label_column: str, group_column: str | None) -> Catalogue:
+    """Read any CSV or Parquet file with one row an image.
+
+    Args:
+        path: the file. image_column: paths, absolute or from the file's folder, with or without their ending.
+        label_column: class names; their alphabetical order numbers them. group_column: what no split may cut; without
+            it each image is a group.
+
+    Raises:
+        FileNotFoundError: the file, or paths that lead nowhere.
+        ValueError: missing columns, blanks, repeated images, groups with two labels.
+    """
+    path = Path(path)
+    table = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
+    wanted = {"--image-column": image_column, "--label-column": label_column, "--group-column": group_column}
+    for option, column in wanted.items():
+        if column is not None and column not in table.columns:
+            raise ValueError(f"{path} has no column {column!r} ({option}). It has: {', '.join(table.columns)}.")
+    given = table[image_column].str.strip()
+    resolved = [_resolve(path.parent, name) for name in given]
+    absent = [name for name, file in zip(given, resolved, strict=True) if file is None]
+    if absent:
+        raise FileNotFoundError(
+            f"{_some(absent)} of {path}: no such picture. Paths are taken from {path.parent.resolve()}; "
+            "move the file beside the images or write absolute paths."
+        )
+    core = {
+        "image_id": given.map(lambda name: str(Path(name).with_suffix(""))),
+        "path": [str(file) for file in resolved],
+        "label": table[label_column].str.strip(),
+        "group": table[group_column].str.strip() if group_column else given,
+    }
+    extras = table.drop(columns=[column for column in {*wanted.values(), *REQUIRED} if column in table.columns])
+    images = pd.concat([pd.DataFrame(core), extras], axis=1)
+    classes = tuple(sorted(set(images["label"]) - {""}))
+    return checked(Catalogue(images, classes, path.name, () if group_column else (NO_GROUPS,)))
 
 
 def checked(catalogue: Catalogue) -> Catalogue:
@@ -114,18 +204,54 @@ def _read_metadata(folder: Path) -> pd.DataFrame:
         raise FileNotFoundError(
             f"The source {folder} is not a folder. Give the folder that holds HAM10000_metadata.csv."
         )
-    for name in ("HAM10000_metadata.csv", "HAM10000_metadata"):
+    for name in METADATA:
         if (folder / name).is_file():
-            try:
-                return pd.read_csv(folder / name, dtype=str, keep_default_na=False)
-            except pd.errors.ParserError as error:
-                raise ValueError(f"{folder / name} is no CSV: {error}. Download it again.") from error
-            except pd.errors.EmptyDataError as error:
-                raise ValueError(f"{folder / name} is empty. Download it again.") from error
+            return _read_csv(folder / name)
     raise FileNotFoundError(
         f"No HAM10000_metadata.csv in {folder}. Give the folder that holds it beside the image folders; "
         "`python -m shards demo OUT` draws an example of the layout."
     )
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise FileNotFoundError(f"The file {path} is not there. Give a CSV or Parquet file with one row an image.")
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV: {error}. Download it again, or save it as UTF-8.") from error
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(f"{path} is empty. Download it again.") from error
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path).astype("string").fillna("").astype(object)
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow: pip install pyarrow") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The file {path} is not there. Give a file with one row an image.") from error
+    except Exception as error:  # pyarrow's errors are its own kinds
+        raise ValueError(f"{path} is no Parquet file: {error}. Write it again.") from error
+
+
+def _resolve(folder: Path, name: str) -> Path | None:
+    """The picture that a table means, None where there is none; a blank name is never one."""
+    for ending in ("", *sorted(PICTURES)):
+        path = folder / f"{name}{ending}"
+        if name and path.is_file():
+            return path
+    return None
+
+
+def _paths(image_ids: pd.Series, found: dict[str, Path], folder: Path) -> list[str]:
+    absent = [image_id for image_id in image_ids if image_id not in found]
+    if absent:
+        raise FileNotFoundError(
+            f"{_some(absent)} of the metadata: no picture of that name ({', '.join(sorted(PICTURES))}) lies below "
+            f"{folder}. Unpack every part of the download there, or remove those rows from the metadata."
+        )
+    return [str(found[image_id]) for image_id in image_ids]
 
 
 def _find_pictures(folder: Path, wanted: set[str]) -> dict[str, Path]:

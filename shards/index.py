@@ -6,6 +6,7 @@ each file's SHA-256 stands in a file above it, and `dataset.json` carries its ow
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +143,33 @@ def load_table(dataset: Dataset, shard: Shard) -> pd.DataFrame:
     columns = pd.read_csv(path, nrows=0).columns
     types = {column: numbers.get(column, str) for column in columns}
     return pd.read_csv(path, dtype=types, keep_default_na=False)
+
+
+def group_hashes(groups: Iterable[str]) -> np.ndarray:
+    """Groups as sorted 64-bit hashes (the start of their SHA-256), each once: enough to find shared ones, 8 bytes each."""
+    hashes = [int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "little") for group in set(groups)]
+    return np.sort(np.array(hashes, dtype=np.uint64))
+
+
+def load_groups(dataset: Dataset, split: str) -> np.ndarray:
+    """The groups of a split, as from `group_hashes`.
+
+    Raises:
+        ValueError, FileNotFoundError: the file is damaged or missing.
+    """
+    real = dataset.description.aliases.get(split, split)
+    return np.load(_read_listed(dataset.folder, f"{real}.groups.npy", dataset.description.files), allow_pickle=False)
+
+
+def shared_groups(dataset: Dataset) -> dict[str, int]:
+    """For each evaluation split, how many of its groups are training groups; only those that share any."""
+    train = load_groups(dataset, "train")
+    shared = {
+        name: len(np.intersect1d(train, load_groups(dataset, name)))
+        for name in dataset.description.counts
+        if name != "train"
+    }
+    return {name: count for name, count in shared.items() if count}
 
 
 def sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ not at all (it is written beside its name and renamed at the end); the same inpu
 number of threads; memory does not depend on the number of images.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -23,8 +24,8 @@ from tqdm import tqdm
 
 from shards.catalogue import Catalogue
 from shards.image import FITS, encode, fit, open_rgb
-from shards.index import FORMAT, SHARD_COLUMNS, Description, Shard, sha256
-from shards.split import Split, assert_disjoint
+from shards.index import FORMAT, SHARD_COLUMNS, Description, Shard, group_hashes, sha256
+from shards.split import Split, check_split
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def pack(
         FileExistsError: `out` exists and is not an empty folder.
         ValueError: a picture that cannot be decoded, or a split that leaks.
     """
-    assert_disjoint(catalogue.images, split)
+    check_split(catalogue.images, split)
     packing = packing or Packing()
     with _new_folder(Path(out)) as folder:
         source, written, shards = hashlib.sha256(), 0, []
@@ -91,6 +92,8 @@ def pack(
                     shards.append(Shard(path.name, name, len(members), path.stat().st_size, *digests))
                     written += len(members)
         _write_table(pd.DataFrame(shards, columns=SHARD_COLUMNS), folder / "shards.csv")
+        for name, rows in split.rows.items():
+            np.save(folder / f"{name}.groups.npy", group_hashes(catalogue.images["group"].iloc[rows]))
         reasons = [(catalogue.images["image_id"].iloc[row], why) for row, why in sorted(split.left_out.items())]
         _write_table(pd.DataFrame(reasons, columns=["image_id", "reason"]), folder / "left_out.csv")
         description = Description(
@@ -103,9 +106,12 @@ def pack(
             aliases=split.aliases,
             counts={name: _class_counts(catalogue, rows) for name, rows in split.rows.items()},
             left_out=len(split.left_out),
-            warnings=list(split.warnings),
+            warnings=[*catalogue.warnings, *split.warnings],
             source={"name": catalogue.name, "images": len(catalogue.images), "fingerprint": source.hexdigest()},
-            files={name: sha256(folder / name) for name in ("shards.csv", "left_out.csv")},
+            files={
+                name: sha256(folder / name)
+                for name in ("shards.csv", "left_out.csv", *(f"{name}.groups.npy" for name in split.rows))
+            },
         )
         _write(folder / "dataset.json", description.to_bytes())
     return description
@@ -124,6 +130,13 @@ def _new_folder(out: Path) -> Iterator[Path]:
         _sync_folder(partial)
         os.rename(partial, out)  # takes the place of an empty folder, too
         _sync_folder(out.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"The disk of {out} is full: nothing was kept. Free space there, or give another folder."
+            ) from error
+        raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

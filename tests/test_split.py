@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.split import assert_disjoint, lesion, seed
+from shards.split import check_split, lesion, seed
 
 
 @st.composite
@@ -22,7 +22,7 @@ def catalogues(draw, least_groups: int = 3):
 
 
 def check(table, split):
-    assert_disjoint(table, split)
+    check_split(table, split)
     placed = np.concatenate([*split.rows.values(), list(split.left_out)]).astype(int)
     assert sorted(placed) == list(range(len(table)))
     assert all(split.left_out.values())
@@ -91,4 +91,4 @@ def test_a_group_in_two_splits_is_refused():
     leaking = seed(pd.DataFrame({"image_id": list("abc"), "label": ["x"] * 3, "group": list("ghi")}))
     object.__setattr__(leaking, "rows", {"train": np.array([0]), "val": np.array([1])})
     with pytest.raises(ValueError, match="Group g is in train and in val"):
-        assert_disjoint(table, leaking)
+        check_split(table, leaking)
