@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,16 +25,26 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What weights were made of: model, classes in order, fingerprint of the dataset, hashes of its training groups."""
+
+    model: str
+    classes: tuple[str, ...]
+    dataset: str
+    train_groups: np.ndarray  # as from shards.index.group_hashes
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A valid checkpoint on disk: its folder, how far it is, and what it says of itself."""
+    """A valid checkpoint on disk: its folder, how far it is, and where it comes from."""
 
     folder: Path
     progress: Progress
-    about: dict
+    origin: Origin
 
 
 def save_step(
-    run: Path, progress: Progress, about: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler, keep: int
+    run: Path, progress: Progress, origin: Origin, model: nn.Module, optimizer: torch.optim.Optimizer, scaler, keep: int
 ) -> None:
     """Save all that continues a run, then remove all but the newest `keep` checkpoints and the best weights."""
 
@@ -42,7 +53,7 @@ def save_step(
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         torch.save(state, folder / "optimizer.pt")
 
-    _save(run / "checkpoints" / f"step-{progress.step:08d}", progress, about, write)
+    _save(run / "checkpoints" / f"step-{progress.step:08d}", progress, origin, write)
     for folder in _newest_first(run, "step-")[keep:]:
         shutil.rmtree(folder)
     for folder in _newest_first(run, "best-"):
@@ -50,12 +61,12 @@ def save_step(
             shutil.rmtree(folder)
 
 
-def save_best(run: Path, progress: Progress, about: dict, model: nn.Module) -> None:
+def save_best(run: Path, progress: Progress, origin: Origin, model: nn.Module) -> None:
     """Save the best weights so far; the ones before are removed by the next `save_step`, which points to these."""
     _save(
         run / "checkpoints" / f"best-{progress.best_step:08d}",
         progress,
-        about,
+        origin,
         lambda folder: _save_model(model, folder),
     )
 
@@ -130,13 +141,15 @@ def _save_model(model: nn.Module, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def _save(folder: Path, progress: Progress, about: dict, write: Callable[[Path], None]) -> None:
+def _save(folder: Path, progress: Progress, origin: Origin, write: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     write(temporary)
-    content = {"format": FORMAT, "progress": asdict(progress), "about": about}
+    np.save(temporary / "train-groups.npy", origin.train_groups)
+    origin_text = {"model": origin.model, "classes": list(origin.classes), "dataset": origin.dataset}
+    content = {"format": FORMAT, "progress": asdict(progress), "origin": origin_text}
     (temporary / "progress.json").write_text(json.dumps(content, indent=1) + "\n")
     manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -156,7 +169,7 @@ def _problem(folder: Path) -> str | None:
         for name, digest in manifest.items():
             if sha256(folder / name) != digest:
                 return f"{name} is not what was written"
-        if "progress.json" not in manifest or "model.safetensors" not in manifest:
+        if not {"progress.json", "model.safetensors", "train-groups.npy"} <= set(manifest):
             return "its manifest is incomplete"
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
@@ -169,7 +182,10 @@ def _read(folder: Path) -> Checkpoint:
         raise ValueError(
             f"{folder} has format {content['format']}; this version reads up to {FORMAT}. Update dermharness."
         )
-    return Checkpoint(folder, Progress(**content["progress"]), content["about"])
+    made_of = content["origin"]
+    groups = np.load(folder / "train-groups.npy", allow_pickle=False)
+    origin = Origin(made_of["model"], tuple(made_of["classes"]), made_of["dataset"], groups)
+    return Checkpoint(folder, Progress(**content["progress"]), origin)
 
 
 def _newest_first(run: Path, prefix: str) -> list[Path]:

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from harness.augment import evaluation_views, plain_view
-from harness.checkpoint import write_atomically
+from harness.checkpoint import Checkpoint, Origin, write_atomically
 from harness.config import Config
 from harness.hardware import decode_threads
 from harness.loader import Batch, evaluation_batches
 from harness.metrics import score, table
 from harness.world import World
-from shards.index import load_table
+from shards.index import Dataset, load_groups, load_table
 from shards.store import Store
 
 
@@ -80,12 +80,14 @@ def validate(model: nn.Module, store: Store, config: Config, world: World) -> di
     return world.decide(score(found.plain, found.labels, store.dataset.classes) if world.is_main else None)
 
 
-def evaluate(model: nn.Module, store: Store, split: str, config: Config, world: World, out: Path, about: dict) -> dict:
+def evaluate(
+    model: nn.Module, store: Store, split: str, config: Config, world: World, out: Path, weights: Checkpoint
+) -> dict:
     """Collective: evaluate with test-time augmentation and write the results.
 
     Args:
         split: its name, as asked for. out: folder for predictions.csv and metrics.json.
-        about: what to record beside the scores.
+        weights: where the model's weights come from.
 
     Returns:
         the content of metrics.json, on every rank.
@@ -101,8 +103,10 @@ def evaluate(model: nn.Module, store: Store, split: str, config: Config, world: 
             "views": views,
             "dataset": store.dataset.fingerprint,
             "protocol": description.protocol,
-            "warnings": description.warnings,
-            **about,
+            "warnings": [*description.warnings, *leak_warnings(store.dataset, split, weights.origin)],
+            "model": weights.origin.model,
+            "trained_on": weights.origin.dataset,
+            "best_epoch": weights.progress.best_epoch,
             "plain": score(found.plain, found.labels, classes),
             "tta": score(found.mean, found.labels, classes),
         }
@@ -112,6 +116,15 @@ def evaluate(model: nn.Module, store: Store, split: str, config: Config, world: 
         return metrics
 
     return world.decide(world.on_main(write))
+
+
+def leak_warnings(dataset: Dataset, split: str, origin: Origin) -> list[str]:
+    """One sentence if groups of a split are among those that the weights were trained on, else nothing."""
+    groups = load_groups(dataset, split)
+    shared = len(np.intersect1d(groups, origin.train_groups))
+    if not shared:
+        return []
+    return [f"{shared} of {len(groups)} groups (lesions) of the {split} split were trained on: the scores are too high"]
 
 
 def summary(metrics: dict) -> str:

@@ -46,9 +46,9 @@ def find_start(folder: Path, dataset: Dataset) -> Checkpoint | None:
         ValueError: the run was trained on another dataset.
     """
     found = newest(folder)
-    if found is not None and found.about["dataset"] != dataset.fingerprint:
+    if found is not None and found.origin.dataset != dataset.fingerprint:
         raise ValueError(
-            f"{found.folder} was trained on the dataset {found.about['dataset'][:12]}, and {dataset.folder} is "
+            f"{found.folder} was trained on the dataset {found.origin.dataset[:12]}, and {dataset.folder} is "
             f"{dataset.fingerprint[:12]}. Give the dataset of before, or name another --run.folder."
         )
     return found

@@ -26,7 +26,7 @@ from harness.progress import Progress, advance, should_stop, train_on
 from harness.run_folder import failure_noted, find_start, finished_metrics, open_run, write_state
 from harness.signals import StopRequest
 from harness.world import World
-from shards.index import load
+from shards.index import load, load_groups, refuse_leak
 from shards.plan import Plan, share
 from shards.store import Store
 
@@ -46,7 +46,7 @@ class Session:
     model: nn.Module  # as built
     wrapped: nn.Module  # the same weights, with gradients averaged over ranks
     optimizer: torch.optim.Optimizer
-    about: dict  # what checkpoints say of themselves
+    origin: checkpoint.Origin
     stop: StopRequest
     log: Log
 
@@ -78,6 +78,7 @@ def train(config: Config, world: World) -> str:
         *(training.shard_sizes, config.data.batch_size, config.run.seed, config.data.lanes, config.data.block_shards)
     )
     share(plan.global_batch, world.rank, world.size)  # refuses more ranks than images
+    refuse_leak(dataset)
     world.on_main(open_run, folder, config, dataset)
     if metrics := world.decide(world.on_main(finished_metrics, folder)):
         world.print(f"{folder} is finished. Its results again; to train anew, name another --run.folder.")
@@ -102,10 +103,14 @@ def train(config: Config, world: World) -> str:
             f"({plan.n_left_out} left for other epochs); {sum(validation.shard_sizes)} validation images; "
             f"dataset {dataset.fingerprint[:12]}"
         )
-        about = {"model": config.model.name, "classes": list(dataset.classes), "dataset": dataset.fingerprint}
+        for warning in dataset.description.warnings:
+            world.print(f"warning: {warning}")
+        origin = checkpoint.Origin(
+            config.model.name, dataset.classes, dataset.fingerprint, load_groups(dataset, "train")
+        )
 
         with Log(folder, progress.step, world.is_main) as log:
-            parts = (config, world, folder, plan, training, validation, model, wrapped, optimizer, about, stop, log)
+            parts = (config, world, folder, plan, training, validation, model, wrapped, optimizer, origin, stop, log)
             session = Session(*parts)
             world.on_main(write_state, folder, "running", progress)
             while (over := should_stop(progress, config.run.epochs, config.run.patience)) is None:
@@ -118,12 +123,12 @@ def train(config: Config, world: World) -> str:
                     world.barrier()  # no rank leaves before the checkpoint is written: launchers kill the others
                     return "stopped"
 
-            best = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
-            world.print(f"training ends: {over}; {best}")
+            shown = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
+            world.print(f"training ends: {over}; {shown}")
             world.barrier()  # the best weights are on disk
-            checkpoint.load_model(checkpoint.best(folder, progress), model)
-            about |= {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "monitor": config.run.monitor}
-            metrics = evaluate(model, final, config.eval.split, config, world, folder, about)
+            best = checkpoint.best(folder, progress)
+            checkpoint.load_model(best, model)
+            metrics = evaluate(model, final, config.eval.split, config, world, folder, best)
             log.write(config.eval.split, progress.step, {name: metrics["tta"][name] for name in SHOWN})
             world.on_main(write_state, folder, "finished", progress)
             world.print("\n" + summary(metrics))
@@ -216,7 +221,7 @@ def _end_epoch(session: Session, progress: Progress, pace: Pace) -> Progress:
         + ("  best" if is_best else "")
     )
     if is_best:
-        world.on_main(checkpoint.save_best, session.folder, ended, session.about, session.model)
+        world.on_main(checkpoint.save_best, session.folder, ended, session.origin, session.model)
     _save(session, ended)
     return ended
 
@@ -228,8 +233,8 @@ def _save(session: Session, progress: Progress) -> None:
 
     def write() -> None:
         log.flush()
-        keep, about = session.config.run.keep, session.about
-        checkpoint.save_step(session.folder, progress, about, session.model, optimizer, world.scaler, keep)
+        keep, origin = session.config.run.keep, session.origin
+        checkpoint.save_step(session.folder, progress, origin, session.model, optimizer, world.scaler, keep)
         write_state(session.folder, "running", progress)
 
     world.on_main(write)

@@ -13,7 +13,7 @@ import torch
 from harness import checkpoint
 from harness.augment import parse_views
 from harness.config import Config, load_config
-from harness.evaluate import evaluate, summary
+from harness.evaluate import evaluate, leak_warnings, summary
 from harness.model import build_model
 from harness.report import draw_results
 from harness.world import World
@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         parse_views(config.eval.views)
         dataset, best = load(config.data.path), checkpoint.best(options.run)
         check_classes(best, dataset)
+        check_leak(best, dataset, config.eval.split, options.allow_leak)
         world = World(config.run.precision)
         world.print(world.describe())
         model = build_model(config.model.name, len(dataset.classes))
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         model.to(world.device, memory_format=torch.channels_last)
         out = options.out or options.run / f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}"
         store = Store(dataset, config.eval.split)
-        metrics = evaluate(model, store, config.eval.split, config, world, out, best.about)
+        metrics = evaluate(model, store, config.eval.split, config, world, out, best)
         world.on_main(draw_results, out)
         world.print("\n" + summary(metrics))
         world.print(f"results: {out}")
@@ -49,10 +50,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check_classes(best: checkpoint.Checkpoint, dataset: Dataset) -> None:
     """Refuse a dataset whose labels mean something else than the model's outputs."""
-    if list(dataset.classes) != best.about["classes"]:
+    if dataset.classes != best.origin.classes:
         raise ValueError(
             f"The classes of {dataset.folder} ({', '.join(dataset.classes)}) differ from those of {best.folder} "
-            f"({', '.join(best.about['classes'])}). Evaluate on a dataset packed with the same classes in the same order."
+            f"({', '.join(best.origin.classes)}). Evaluate on a dataset packed with the same classes in the same order."
+        )
+
+
+def check_leak(best: checkpoint.Checkpoint, dataset: Dataset, split: str, allowed: bool) -> None:
+    """Refuse to evaluate on lesions that the weights were trained on, unless that was asked for."""
+    warnings = leak_warnings(dataset, split, best.origin)
+    if warnings and not allowed:
+        raise ValueError(
+            f"{dataset.folder}: {warnings[0]}. Give other data; --allow-leak evaluates all the same and says so."
         )
 
 
@@ -71,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", help="split to evaluate (default: the run's eval.split)")
     parser.add_argument("--views", help="none, flips, dihedral8 or spins:N (default: the run's eval.views)")
     parser.add_argument("--data", type=Path, help="packed folder (default: the run's data.path)")
+    parser.add_argument(
+        "--allow-leak", action="store_true", help="evaluate on training lesions too; the results say so"
+    )
     parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS)")
     return parser
 

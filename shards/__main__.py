@@ -9,6 +9,7 @@ from pathlib import Path
 from shards import catalogue, demo, index, split
 from shards.image import FITS
 from shards.pack import Packing, pack
+from shards.sheet import dataset_rows, draw_sheet
 
 PLAIN = {"lesion": split.lesion, "image": split.image, "seed": split.seed, "seed-leaky": split.seed_leaky}
 PROTOCOLS = """\
@@ -57,7 +58,8 @@ def _pack(options) -> int:
         f"packed {images} images into {len(dataset.shards)} shards ({size / 1e6:.0f} MB) in {seconds:.0f} s, "
         f"{images / seconds:.0f} images/s; left out {described.left_out} (left_out.csv says why)"
     )
-    return _show(options)
+    _print_table(options.out, dataset)
+    return 0
 
 
 def _read_source(options) -> catalogue.Catalogue:
@@ -117,12 +119,23 @@ def _verify(options) -> int:
 
 def _show(options) -> int:
     dataset = index.load(options.out)
+    _print_table(options.out, dataset)
+    picture = options.sheet or options.out.resolve().with_name(f"{options.out.resolve().name}-sheet.png")
+    draw_sheet(dataset_rows(dataset), picture, f"{options.out.name}, {about_split(dataset)}")
+    print(f"contact sheet: {picture}")
+    return 0
+
+
+def about_split(dataset: index.Dataset) -> str:
+    """The split's protocol and parameters, in one line."""
+    settings = ", ".join(f"{name} {value}" for name, value in dataset.description.protocol.items() if name != "name")
+    return f"protocol {dataset.description.protocol['name']} ({settings})"
+
+
+def _print_table(out: Path, dataset: index.Dataset) -> None:
     about = dataset.description
-    settings = ", ".join(f"{name} {value}" for name, value in about.protocol.items() if name != "name")
-    print(
-        f"{options.out}: {about.source['name']}, {dataset.width}x{dataset.height}, fingerprint {dataset.fingerprint[:12]}"
-    )
-    print(f"protocol {about.protocol['name']} ({settings})")
+    print(f"{out}: {about.source['name']}, {dataset.width}x{dataset.height}, fingerprint {dataset.fingerprint[:12]}")
+    print(about_split(dataset))
     names = list(about.counts)
     print(f"{'class':<12}" + "".join(f"{name:>8}" for name in names))
     for label in dataset.classes:
@@ -132,7 +145,6 @@ def _show(options) -> int:
         print(f"{alias} is {real} under another name")
     for warning in about.warnings:
         print(f"warning: {warning}")
-    return 0
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -183,8 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help="check every file against its SHA-256")
     command.add_argument("out", type=Path, help="packed folder")
     command.set_defaults(run=_verify)
-    command = commands.add_parser("show", help="print the class table of each split")
+    command = commands.add_parser("show", help="print the class table of each split and draw a contact sheet")
     command.add_argument("out", type=Path, help="packed folder")
+    command.add_argument("--sheet", type=Path, help="PNG to draw (default: OUT-sheet.png beside the folder)")
     command.set_defaults(run=_show)
     return parser
 

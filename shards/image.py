@@ -5,7 +5,6 @@ What stays true: a picture that cannot be read whole is an error that names it, 
 """
 
 import io
-import warnings
 
 import numpy as np
 import simplejpeg
@@ -27,12 +26,10 @@ def open_rgb(data: bytes, name: str) -> Image.Image:
         ValueError: not a picture, or a damaged or cut-off one.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pillow only warns of some corrupt data
-            picture = Image.open(io.BytesIO(data))
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
-    except (UnidentifiedImageError, OSError, SyntaxError, Warning, Image.DecompressionBombError) as error:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot decode the picture {name} ({error}). Download it again or remove its row.") from error
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")

@@ -161,15 +161,20 @@ def load_groups(dataset: Dataset, split: str) -> np.ndarray:
     return np.load(_read_listed(dataset.folder, f"{real}.groups.npy", dataset.description.files), allow_pickle=False)
 
 
-def shared_groups(dataset: Dataset) -> dict[str, int]:
-    """For each evaluation split, how many of its groups are training groups; only those that share any."""
+def refuse_leak(dataset: Dataset) -> None:
+    """Refuse to train on a dataset with training groups in its evaluation splits, unless it is marked as a study of that.
+
+    Raises:
+        ValueError: naming the splits and the number of shared groups.
+    """
     train = load_groups(dataset, "train")
-    shared = {
-        name: len(np.intersect1d(train, load_groups(dataset, name)))
-        for name in dataset.description.counts
-        if name != "train"
-    }
-    return {name: count for name, count in shared.items() if count}
+    for name in dataset.description.counts:
+        shared = len(np.intersect1d(train, load_groups(dataset, name))) if name != "train" else 0
+        if shared and not dataset.description.protocol.get("leaks"):
+            raise ValueError(
+                f"{dataset.folder}: {shared} training groups (lesions) are also in the {name} split, so its scores would leak. "
+                "Pack the source again with `--protocol lesion`."
+            )
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from harness import checkpoint
 from harness.progress import Progress
 
-ABOUT = {"model": "m", "classes": ["a", "b"], "dataset": "d"}
+ORIGIN = checkpoint.Origin("m", ("a", "b"), "d", np.array([3, 7], dtype=np.uint64))
 
 
 def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -32,7 +33,7 @@ def one_step(model, optimizer):
 
 def save(run, step: int, keep: int = 2, best_step: int = 0):
     model, optimizer = trained(step)
-    checkpoint.save_step(run, Progress(step=step, best_step=best_step), ABOUT, model, optimizer, None, keep)
+    checkpoint.save_step(run, Progress(step=step, best_step=best_step), ORIGIN, model, optimizer, None, keep)
     return model, optimizer
 
 
@@ -45,7 +46,8 @@ def test_continuing_from_a_checkpoint_equals_never_having_stopped(tmp_path):
     model, optimizer = trained(0)
     found = checkpoint.newest(tmp_path)
     assert found.progress.step == 3
-    assert found.about == ABOUT
+    assert found.origin.classes == ("a", "b")
+    assert found.origin.train_groups.tolist() == [3, 7]
     checkpoint.restore(found, model, optimizer, None)
     for _ in range(2):
         one_step(model, optimizer)
@@ -56,18 +58,20 @@ def test_continuing_from_a_checkpoint_equals_never_having_stopped(tmp_path):
 
 def test_the_newest_are_kept_and_the_best(tmp_path):
     model, _ = trained(1)
-    checkpoint.save_best(tmp_path, Progress(step=1, best_step=1), ABOUT, model)
+    checkpoint.save_best(tmp_path, Progress(step=1, best_step=1), ORIGIN, model)
     for step in (1, 2, 3):
         save(tmp_path, step, best_step=1)
     assert names(tmp_path) == ["best-00000001", "step-00000002", "step-00000003"]
-    checkpoint.save_best(tmp_path, Progress(step=4, best_step=4), ABOUT, model)
+    checkpoint.save_best(tmp_path, Progress(step=4, best_step=4), ORIGIN, model)
     assert "best-00000001" in names(tmp_path)  # until a checkpoint points to the new one
     save(tmp_path, 4, best_step=4)
     assert names(tmp_path) == ["best-00000004", "step-00000003", "step-00000004"]
     assert checkpoint.best(tmp_path).progress.best_step == 4
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "progress.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "progress.json", "manifest.json", "train-groups.npy"]
+)
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file, how):
     save(tmp_path, 1)
@@ -139,7 +143,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     save(tmp_path, 1)
     model, optimizer = trained(1)
     again = replace(Progress(step=1), best=0.5)
-    checkpoint.save_step(tmp_path, again, ABOUT, model, optimizer, None, 2)
+    checkpoint.save_step(tmp_path, again, ORIGIN, model, optimizer, None, 2)
     assert checkpoint.newest(tmp_path).progress.best == 0.5
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["shards", "harness", "launch"]  # each may import those before it
 ORDER = {
-    "shards": "catalogue split image index pack plan store audit demo __main__",
+    "shards": "catalogue split image index pack plan store audit sheet demo __main__",
     "harness": "config hardware world signals loader augment model optim metrics progress checkpoint run_folder log "
     "evaluate train report",
 }

@@ -6,7 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.split import check_split, lesion, seed
+from shards.split import (
+    DOUBLES,
+    EASTER_EGG,
+    FRACTIONS,
+    check_split,
+    column,
+    folds,
+    hold_out,
+    image,
+    isic2018,
+    lesion,
+    seed,
+    seed_leaky,
+)
 
 
 @st.composite
@@ -15,8 +28,8 @@ def catalogues(draw, least_groups: int = 3):
     rows = []
     for label in range(draw(st.integers(1, 4))):
         for group in range(draw(st.integers(least_groups, 25))):
-            for image in range(draw(st.integers(1, 4))):
-                rows.append((f"i{label}-{group}-{image}", f"c{label}", f"g{label}-{group}"))
+            for number in range(draw(st.integers(1, 4))):
+                rows.append((f"i{label}-{group}-{number}", f"c{label}", f"g{label}-{group}"))
     table = pd.DataFrame(rows, columns=["image_id", "label", "group"])
     return table.sample(frac=1, random_state=draw(st.integers(0, 9))).reset_index(drop=True)
 
@@ -24,7 +37,7 @@ def catalogues(draw, least_groups: int = 3):
 def check(table, split):
     check_split(table, split)
     placed = np.concatenate([*split.rows.values(), list(split.left_out)]).astype(int)
-    assert sorted(placed) == list(range(len(table)))
+    assert sorted(set(placed) if split.leaks else placed) == list(range(len(table)))
     assert all(split.left_out.values())
 
 
@@ -92,3 +105,142 @@ def test_a_group_in_two_splits_is_refused():
     object.__setattr__(leaking, "rows", {"train": np.array([0]), "val": np.array([1])})
     with pytest.raises(ValueError, match="Group g is in train and in val"):
         check_split(table, leaking)
+
+
+@given(catalogues(), st.integers(0, 5))
+def test_image_split_is_stratified_keeps_every_image_and_says_that_it_leaks(table, number):
+    split = image(table, number)
+    assert split.leaks
+    assert "too high" in split.warnings[0]
+    assert not split.left_out
+    check(table, split)
+    placed = np.concatenate(list(split.rows.values()))
+    assert len(placed) == len(table)
+    for label, rows in table.groupby("label"):
+        counts = {name: (table["label"].iloc[stored] == label).sum() for name, stored in split.rows.items()}
+        assert counts["val"] == counts["test"] == max(1, int(0.15 * len(rows) + 0.5))
+
+
+@given(catalogues(), st.integers(0, 5))
+def test_the_leaky_split_is_the_notebooks_mistake(table, number):
+    split = seed_leaky(table, number)
+    check(table, split)
+    assert split.leaks
+    assert "training image" in split.warnings[0]
+    train, val = (set(split.rows[name]) for name in ("train", "val"))
+    for label, rows in table.groupby("label"):
+        n = rows["group"].nunique()
+        of_class = set(np.flatnonzero(table["label"] == label))
+        assert len(train & of_class) == int(0.8 * n)
+        assert len(val & of_class) == n - int(0.8 * n)
+        if n >= 5:
+            assert val & of_class <= train  # the leak
+    assert train == set(seed(table, number).rows["train"])  # the honest split differs in validation alone
+
+
+@given(catalogues(least_groups=5), st.integers(0, 3), st.integers(3, 5))
+def test_folds_test_each_group_exactly_once_over_all_of_them(table, number, n):
+    tested: list[str] = []
+    for fold in range(n):
+        split = folds(table, number, n, fold)
+        check(table, split)
+        assert split.protocol["fold"] == fold
+        tested += list(table["group"].iloc[split.rows["test"]])
+    assert sorted(tested) == sorted(table["group"].unique())
+    sizes = pd.Series(tested).map(dict(zip(table["group"], table["label"], strict=True))).value_counts()
+    assert sizes.to_dict() == table.groupby("label")["group"].nunique().to_dict()
+
+
+def test_folds_that_cannot_be_are_refused():
+    table = pd.DataFrame({"image_id": list("abcd"), "label": ["x"] * 4, "group": list("ghij")})
+    for n, fold in ((2, 0), (4, 4), (4, -1)):
+        with pytest.raises(ValueError, match="--folds"):
+            folds(table, 0, n, fold)
+    with pytest.raises(ValueError, match="fewer than the 5 folds"):
+        folds(table, 0, 5, 0)
+
+
+def two_parts(share=FRACTIONS[0] / (FRACTIONS[0] + FRACTIONS[1])):
+    return (share, 1 - share)
+
+
+@given(catalogues(least_groups=4), st.integers(0, 3), st.sampled_from([0.1, 0.2, 0.5]))
+def test_protocols_with_the_same_holdout_are_tested_on_the_same_unseen_images(table, number, fraction):
+    protocols = [
+        lambda images: lesion(images, number, two_parts()),
+        lambda images: image(images, number + 1, two_parts()),
+        lambda images: seed(images, number),
+        lambda images: seed_leaky(images, number),
+    ]
+    tests = []
+    for protocol in protocols:
+        split = hold_out(table, fraction, protocol)
+        check(table, split)
+        assert split.protocol["holdout"] == fraction
+        assert "test" not in split.aliases
+        assert DOUBLES not in split.warnings
+        tests.append(split.rows["test"].tolist())
+        seen = np.concatenate([split.rows["train"], split.rows["val"]])
+        assert not set(table["group"].iloc[seen]) & set(table["group"].iloc[split.rows["test"]])
+    assert tests.count(tests[0]) == len(tests)
+    assert table["group"].iloc[tests[0]].is_unique
+
+
+@given(catalogues(), st.integers(0, 3))
+def test_isic2018_tests_on_the_challenges_images_and_on_nothing_else(table, number):
+    classes = table["label"].unique()
+    challenge = pd.DataFrame(
+        {"image_id": [f"t{n}" for n in range(9)] + [EASTER_EGG], "label": [*classes, *["c0"] * 10][:10]}
+    )
+    table = pd.concat(
+        [table.assign(part="train"), challenge.assign(group=challenge["image_id"], part="test")], ignore_index=True
+    )
+    split = isic2018(table, number)
+    check(table, split)
+    assert sorted(table["image_id"].iloc[split.rows["test"]]) == [f"t{n}" for n in range(9)]
+    assert "easter egg" in split.left_out[int(np.flatnonzero(table["image_id"] == EASTER_EGG)[0])]
+    assert (table["part"].iloc[np.concatenate([split.rows["train"], split.rows["val"]])] == "train").all()
+
+
+def said(words) -> pd.DataFrame:
+    n = len(words)
+    return pd.DataFrame(
+        {"image_id": [f"i{k}" for k in range(n)], "label": "x", "group": [f"g{k}" for k in range(n)], "part": words}
+    )
+
+
+def test_a_column_that_says_train_val_or_test_is_followed():
+    table = said(["train", "Validation", "test", "training", "val"])
+    split = column(table, "part")
+    assert {name: sorted(rows) for name, rows in split.rows.items()} == {"train": [0, 3], "val": [1, 4], "test": [2]}
+    without = column(said(["train", "val", "val"]), "part")
+    assert without.aliases == {"test": "val"}
+    assert without.warnings == (DOUBLES,)
+
+
+def test_a_column_that_says_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"must say train, val or test.*'holiday'"):
+        column(said(["train", "holiday"]), "part")
+    with pytest.raises(ValueError, match="no val rows"):
+        column(said(["train", "test"]), "part")
+    with pytest.raises(ValueError, match="no column 'fold'"):
+        column(said(["train"]), "fold")
+
+
+def test_a_column_that_puts_one_group_in_two_splits_is_refused():
+    table = said(["train", "val"]).assign(group="g")
+    with pytest.raises(ValueError, match=r"Group g is in train and in val.*--protocol lesion"):
+        check_split(table, column(table, "part"))
+
+
+def test_test_classes_unknown_to_train_are_refused():
+    table = said(["train", "val", "test"])
+    table.loc[2, "label"] = "rare"
+    with pytest.raises(ValueError, match=r"test split has classes that train has not: rare"):
+        check_split(table, column(table, "part"))
+
+
+def test_a_holdout_that_is_no_share_is_refused():
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="--holdout"):
+            hold_out(said(["train"] * 4), fraction, seed)
