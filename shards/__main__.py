@@ -3,12 +3,13 @@
 import argparse
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from shards import catalogue, demo, index, split
 from shards.image import FITS
-from shards.pack import Packing, pack
+from shards.pack import Packing, pack_several
 from shards.sheet import dataset_rows, draw_sheet
 
 PLAIN = {"lesion": split.lesion, "image": split.image, "seed": split.seed, "seed-leaky": split.seed_leaky}
@@ -50,7 +51,11 @@ def _pack(options) -> int:
     start = time.perf_counter()
     source = _read_source(options)
     chosen = _choose_split(options, source.images)
-    described = pack(source, chosen, options.out, packing, options.threads)
+    outputs = [
+        (options.out, packing),
+        *((out, replace(packing, size=size, fit=how)) for out, size, how in options.also),
+    ]
+    described = pack_several(source, chosen, outputs, options.threads)[0]
     seconds = time.perf_counter() - start
     dataset = index.load(options.out)
     images, size = sum(s.samples for s in dataset.shards), sum(s.bytes for s in dataset.shards)
@@ -155,6 +160,14 @@ def _size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"a size is WIDTHxHEIGHT in pixels, as 341x256. Got {text!r}") from error
 
 
+def _output(text: str) -> tuple[Path, tuple[int, int], str]:
+    out, _, stored = text.rpartition("=")
+    size, _, how = stored.partition(":")
+    if not out or (how or "cover") not in FITS:
+        raise argparse.ArgumentTypeError(f"another output is OUT=SIZE:FIT, as data/small=280x224:squeeze. Got {text!r}")
+    return Path(out), _size(size), how or "cover"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m shards", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -188,6 +201,14 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=_size, default=(341, 256), help="stored WIDTHxHEIGHT in pixels (default 341x256)"
     )
     command.add_argument("--fit", choices=FITS, default="cover", help="how a picture is brought to that size")
+    command.add_argument(
+        "--also",
+        type=_output,
+        action="append",
+        default=[],
+        metavar="OUT=SIZE:FIT",
+        help="pack the same split in another size, too, in the same pass: data/small=280x224:squeeze; may be repeated",
+    )
     command.add_argument("--quality", type=int, default=90, help="JPEG quality of stored pictures (default 90)")
     command.add_argument("--shard-samples", type=int, default=1000, help="most samples in one shard (default 1000)")
     command.add_argument("--threads", type=int, default=0, help="decoding threads (default: one a core)")

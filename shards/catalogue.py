@@ -61,8 +61,8 @@ def read_ham10000(folder: Path) -> Catalogue:
         )
     table = table.rename(columns=columns)
     table["path"] = _paths(table["image_id"], _find_pictures(folder, set(table["image_id"])), folder)
-    extras = [column for column in table.columns if column not in REQUIRED]
-    return checked(Catalogue(table[[*REQUIRED, *extras]], HAM10000_CLASSES, folder.name))
+    images = pd.concat([table[list(REQUIRED)], _extras(table, set())], axis=1)
+    return checked(Catalogue(images, HAM10000_CLASSES, folder.name))
 
 
 def read_isic2018(folder: Path, test: Path) -> Catalogue:
@@ -152,8 +152,7 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
         "label": table[label_column].str.strip(),
         "group": table[group_column].str.strip() if group_column else given,
     }
-    extras = table.drop(columns=[column for column in {*wanted.values(), *REQUIRED} if column in table.columns])
-    images = pd.concat([pd.DataFrame(core), extras], axis=1)
+    images = pd.concat([pd.DataFrame(core), _extras(table, set(wanted.values()))], axis=1)
     classes = tuple(sorted(set(images["label"]) - {""}))
     return checked(Catalogue(images, classes, path.name, () if group_column else (NO_GROUPS,)))
 
@@ -211,6 +210,12 @@ def _read_metadata(folder: Path) -> pd.DataFrame:
         f"No HAM10000_metadata.csv in {folder}. Give the folder that holds it beside the image folders; "
         "`python -m shards demo OUT` draws an example of the layout."
     )
+
+
+def _extras(table: pd.DataFrame, used: set) -> pd.DataFrame:
+    """What else the source knows; a column whose name the shards use themselves becomes `source_NAME`."""
+    rest = table[[column for column in table.columns if column not in used and column not in REQUIRED]]
+    return rest.rename(columns={name: f"source_{name}" for name in ("key", "offset", "size", "class")})
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

@@ -7,6 +7,7 @@ number of threads; memory does not depend on the number of images.
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import tarfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,48 +73,75 @@ def pack(
     Raises:
         FileExistsError: `out` exists and is not an empty folder.
         ValueError: a picture that cannot be decoded, or a split that leaks.
+        OSError: a full disk, among others.
+    """
+    return pack_several(catalogue, split, [(out, packing or Packing())], threads, quiet)[0]
+
+
+def pack_several(
+    catalogue: Catalogue, split: Split, outputs: list[tuple[Path, Packing]], threads: int = 0, quiet: bool = False
+) -> list[Description]:
+    """Pack one split in several sizes with one pass over the originals; otherwise as `pack`.
+
+    Raises:
+        ValueError: also where `shard_samples` differ between the outputs.
     """
     check_split(catalogue.images, split)
-    packing = packing or Packing()
-    with _new_folder(Path(out)) as folder:
-        source, written, shards = hashlib.sha256(), 0, []
+    per_shard = outputs[0][1].shard_samples
+    if any(packing.shard_samples != per_shard for _, packing in outputs):
+        raise ValueError("Outputs of one pass must have the same 'shard_samples'.")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(_new_folder(Path(out))) for out, _ in outputs]
+        pool = stack.enter_context(ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))))
         total = sum(map(len, split.rows.values()))
-        with (
-            ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool,
-            tqdm(total=total, unit=" images", desc="packing", disable=True if quiet else None) as bar,
-        ):
-            for name, rows in split.rows.items():
-                for number, start in enumerate(range(0, len(rows), packing.shard_samples)):
-                    members = catalogue.images.iloc[rows[start : start + packing.shard_samples]]
-                    samples = _encoded(pool, members, packing)
-                    path = folder / f"{name}-{number:06d}.tar"
-                    _write_shard(path, samples, members, catalogue, written, source, bar)
-                    digests = sha256(path), sha256(path.with_suffix(".csv"))
-                    shards.append(Shard(path.name, name, len(members), path.stat().st_size, *digests))
-                    written += len(members)
-        _write_table(pd.DataFrame(shards, columns=SHARD_COLUMNS), folder / "shards.csv")
+        bar = stack.enter_context(tqdm(total=total, unit=" images", desc="packing", disable=True if quiet else None))
+        source, written = hashlib.sha256(), 0
+        shards: list[list[Shard]] = [[] for _ in outputs]
         for name, rows in split.rows.items():
-            np.save(folder / f"{name}.groups.npy", group_hashes(catalogue.images["group"].iloc[rows]))
-        reasons = [(catalogue.images["image_id"].iloc[row], why) for row, why in sorted(split.left_out.items())]
-        _write_table(pd.DataFrame(reasons, columns=["image_id", "reason"]), folder / "left_out.csv")
-        description = Description(
-            format=FORMAT,
-            classes=list(catalogue.classes),
-            size=list(packing.size),
-            fit=packing.fit,
-            quality=packing.quality,
-            protocol=split.protocol,
-            aliases=split.aliases,
-            counts={name: _class_counts(catalogue, rows) for name, rows in split.rows.items()},
-            left_out=len(split.left_out),
-            warnings=[*catalogue.warnings, *split.warnings],
-            source={"name": catalogue.name, "images": len(catalogue.images), "fingerprint": source.hexdigest()},
-            files={
-                name: sha256(folder / name)
-                for name in ("shards.csv", "left_out.csv", *(f"{name}.groups.npy" for name in split.rows))
-            },
-        )
-        _write(folder / "dataset.json", description.to_bytes())
+            for number, start in enumerate(range(0, len(rows), per_shard)):
+                members = catalogue.images.iloc[rows[start : start + per_shard]]
+                samples = _encoded(pool, members, [packing for _, packing in outputs])
+                paths = [folder / f"{name}-{number:06d}.tar" for folder in folders]
+                _write_tars(paths, samples, members, catalogue, written, source, bar)
+                for path, found in zip(paths, shards, strict=True):
+                    _write_table(_sample_table(path, members, catalogue), path.with_suffix(".csv"))
+                    digests = sha256(path), sha256(path.with_suffix(".csv"))
+                    found.append(Shard(path.name, name, len(members), path.stat().st_size, *digests))
+                written += len(members)
+        return [
+            _write_index(folder, catalogue, split, packing, found, source.hexdigest())
+            for folder, (_, packing), found in zip(folders, outputs, shards, strict=True)
+        ]
+
+
+def _write_index(
+    folder: Path, catalogue: Catalogue, split: Split, packing: Packing, shards: list[Shard], fingerprint: str
+) -> Description:
+    """Write what says what the shards are; `dataset.json`, the mark of a whole dataset, goes last."""
+    images = catalogue.images
+    _write_table(pd.DataFrame(shards, columns=SHARD_COLUMNS), folder / "shards.csv")
+    reasons = [(images["image_id"].iloc[row], why) for row, why in sorted(split.left_out.items())]
+    _write_table(pd.DataFrame(reasons, columns=["image_id", "reason"]), folder / "left_out.csv")
+    for name, rows in split.rows.items():
+        hashes = io.BytesIO()
+        np.save(hashes, group_hashes(images["group"].iloc[rows]))
+        _write(folder / f"{name}.groups.npy", hashes.getvalue())
+    files = ["shards.csv", "left_out.csv", *(f"{name}.groups.npy" for name in split.rows)]
+    description = Description(
+        format=FORMAT,
+        classes=list(catalogue.classes),
+        size=list(packing.size),
+        fit=packing.fit,
+        quality=packing.quality,
+        protocol=split.protocol,
+        aliases=split.aliases,
+        counts={name: _class_counts(catalogue, rows) for name, rows in split.rows.items()},
+        left_out=len(split.left_out),
+        warnings=[*catalogue.warnings, *split.warnings],
+        source={"name": catalogue.name, "images": len(images), "fingerprint": fingerprint},
+        files={name: sha256(folder / name) for name in files},
+    )
+    _write(folder / "dataset.json", description.to_bytes())
     return description
 
 
@@ -142,12 +170,14 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def _encoded(pool: ThreadPoolExecutor, members: pd.DataFrame, packing: Packing) -> Iterator[tuple[bytes, bytes]]:
-    """Stored JPEG and SHA-256 of the original for each row, in order; a bounded number is under way."""
+def _encoded(
+    pool: ThreadPoolExecutor, members: pd.DataFrame, packings: list[Packing]
+) -> Iterator[tuple[list[bytes], bytes]]:
+    """Stored JPEGs and SHA-256 of the original for each row, in order; a bounded number is under way."""
     waiting: deque = deque()
     try:
         for path in members["path"]:
-            waiting.append(pool.submit(_encode_one, path, packing))
+            waiting.append(pool.submit(_encode_one, path, packings))
             if len(waiting) > 64:
                 yield waiting.popleft().result()
         while waiting:
@@ -157,37 +187,42 @@ def _encoded(pool: ThreadPoolExecutor, members: pd.DataFrame, packing: Packing) 
             future.cancel()
 
 
-def _encode_one(path: str, packing: Packing) -> tuple[bytes, bytes]:
+def _encode_one(path: str, packings: list[Packing]) -> tuple[list[bytes], bytes]:
     original = Path(path).read_bytes()
     if not original:
         raise ValueError(f"The picture {path} is empty (0 bytes). Download it again or remove its row.")
-    picture = fit(open_rgb(original, path), packing.size, packing.fit)
-    return encode(picture, packing.quality), hashlib.sha256(original).digest()
+    picture = open_rgb(original, path)
+    stored = [encode(fit(picture, packing.size, packing.fit), packing.quality) for packing in packings]
+    return stored, hashlib.sha256(original).digest()
 
 
-def _write_shard(path: Path, samples, members: pd.DataFrame, catalogue: Catalogue, first_key: int, source, bar) -> None:
-    """Write one tar and its table, and feed the source's fingerprint."""
+def _write_tars(
+    paths: list[Path], samples: Iterator, members: pd.DataFrame, catalogue: Catalogue, first_key: int, source, bar
+) -> None:
+    """Write one shard of each output, and feed the source's fingerprint."""
     from webdataset import TarWriter  # imports torch, which takes seconds: only packing pays for it
 
-    labels = members["label"].map(catalogue.classes.index).to_numpy()
     rows = members.drop(columns=["path", "label"]).to_dict("records")
-    with open(path, "wb") as file:
-        with TarWriter(file, encoder=False, mtime=0) as tar:
-            for number, ((jpeg, digest), row) in enumerate(zip(samples, rows, strict=True)):
-                label = int(labels[number])
-                text = {"label": label, "class": catalogue.classes[label]} | row
-                tar.write(
-                    {
-                        "__key__": f"{first_key + number:08d}",
-                        "jpg": jpeg,
-                        "cls": str(label).encode(),
-                        "json": json.dumps(text, ensure_ascii=False, sort_keys=True).encode(),
-                    }
-                )
-                source.update(f"{row['image_id']}\t{text['class']}\t{row['group']}\t".encode() + digest)
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, "wb")) for path in paths]
+        with ExitStack() as writing:
+            tars = [writing.enter_context(TarWriter(file, encoder=False, mtime=0)) for file in files]
+            for number, ((jpegs, digest), row) in enumerate(zip(samples, rows, strict=True)):
+                name = members["label"].iloc[number]
+                label = catalogue.classes.index(name)
+                text = json.dumps(row | {"label": label, "class": name}, ensure_ascii=False, sort_keys=True).encode()
+                for tar, jpeg in zip(tars, jpegs, strict=True):
+                    key = f"{first_key + number:08d}"
+                    tar.write({"__key__": key, "jpg": jpeg, "cls": str(label).encode(), "json": text})
+                source.update(f"{row['image_id']}\t{name}\t{row['group']}\t".encode() + digest)
                 bar.update()
-        file.flush()
-        os.fsync(file.fileno())
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _sample_table(path: Path, members: pd.DataFrame, catalogue: Catalogue) -> pd.DataFrame:
+    """One row a sample of a tar that was just written: where its picture lies, and what is known of it."""
     with tarfile.open(path) as tar:
         pictures = [member for member in tar if member.name.endswith(".jpg")]
     table = pd.DataFrame(
@@ -195,11 +230,11 @@ def _write_shard(path: Path, samples, members: pd.DataFrame, catalogue: Catalogu
             "key": [member.name.removesuffix(".jpg") for member in pictures],
             "offset": [member.offset_data for member in pictures],
             "size": [member.size for member in pictures],
-            "label": labels,
+            "label": members["label"].map(catalogue.classes.index).to_numpy(),
         }
     )
     extras = members[["group", "image_id", *catalogue.extra_columns]].reset_index(drop=True)
-    _write_table(pd.concat([table, extras], axis=1), path.with_suffix(".csv"))
+    return pd.concat([table, extras], axis=1)
 
 
 def _class_counts(catalogue: Catalogue, rows: np.ndarray) -> dict[str, int]:

@@ -190,6 +190,27 @@ def test_study_protocols_are_marked_in_the_dataset(source, tmp_path):
     assert "scores mean nothing" in content["warnings"][0]
 
 
+def test_two_sizes_of_one_pass_equal_two_passes(source, tmp_path):
+    words = ["pack", str(source), str(tmp_path / "a"), "--size", "48x36", "--also", f"{tmp_path / 'b'}=32x32:squeeze"]
+    assert cli.main(words) == 0
+    for name, size, how in (("a", "48x36", "cover"), ("b", "32x32", "squeeze")):
+        alone = tmp_path / f"alone-{name}"
+        assert cli.main(["pack", str(source), str(alone), "--size", size, "--fit", how]) == 0
+        files = sorted(path.name for path in alone.iterdir())
+        assert files == sorted(path.name for path in (tmp_path / name).iterdir())
+        assert all((alone / file).read_bytes() == (tmp_path / name / file).read_bytes() for file in files)
+
+
+def test_columns_named_as_the_shards_own_are_renamed(table, tmp_path):
+    pd.read_csv(table).rename(columns={"camera": "size"}).assign(**{"class": "x"}).to_csv(table, index=False)
+    assert cli.main(["pack", str(table), str(tmp_path / "out"), "--size", "32x24", *COLUMNS]) == 0
+    dataset = load(tmp_path / "out")
+    rows = load_table(dataset, dataset.shards[0])
+    assert set(rows["source_size"]) == {"0", "1", "2"}
+    assert set(rows["source_class"]) == {"x"}
+    assert rows["size"].min() > 100
+
+
 def test_show_draws_a_sheet_beside_the_dataset_and_not_into_it(packed, tmp_path, capsys):
     folder = shutil.copytree(packed, tmp_path / "data")
     assert cli.main(["show", str(folder)]) == 0
