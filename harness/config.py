@@ -34,6 +34,8 @@ class Data:
     """decoding threads of each process; 0 means one for each core it may use"""
     batches_ahead: int = 4
     """batches decoded ahead of the one in use"""
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+    """what a training sample that cannot be decoded does: fail the run, or count for nothing and be reported"""
 
 
 @dataclass(frozen=True)

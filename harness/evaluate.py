@@ -20,7 +20,7 @@ from harness.augment import evaluation_views, plain_view
 from harness.checkpoint import Checkpoint, Origin, write_atomically
 from harness.config import Config
 from harness.hardware import decode_threads
-from harness.loader import Batch, evaluation_batches
+from harness.loader import Batch, Reading, evaluation_batches
 from harness.metrics import score, table
 from harness.world import World
 from shards.index import Dataset, load_groups, load_table
@@ -53,8 +53,8 @@ def predict(model: nn.Module, store: Store, config: Config, world: World, views:
     """
     model.eval()
     world.broadcast_buffers(model)
-    threads, ahead = decode_threads(config.data.threads), config.data.batches_ahead
-    units = evaluation_batches(store, config.eval.unit, world.rank, world.size, world.device, threads, ahead)
+    reading = Reading(decode_threads(config.data.threads), config.data.batches_ahead, world.device)
+    units = evaluation_batches(store, config.eval.unit, world.rank, world.size, reading)
     keys, rows, waiting = [torch.empty(0, dtype=torch.int64)], [], deque()
     with world.reproducible_threads() as workers, ThreadPoolExecutor(workers) as pool:
         for batch in units:

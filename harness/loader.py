@@ -2,14 +2,14 @@
 
 In: a `Store`, positions, and where each position is stored. Out: `Batch`es in the order asked for. What stays true: a
 whole batch is one task, so threads rarely meet; the number of batches in memory is bounded; a sample that cannot be
-decoded is named and fails the batch; leaving the loop early, for whatever reason, leaves no thread behind.
+decoded is named and fails the batch (or, where asked, counts for nothing); leaving the loop early, for whatever reason, leaves no thread behind.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +24,7 @@ from shards.store import Store
 class Batch:
     """One rank's part of a batch.
 
-    images: (b, 3, H, W) uint8, channels last in memory. labels: (b,) int64. positions: (b,) int64, places in the
+    images: (b, 3, H, W) uint8, channels last in memory. labels: (b,) int64, -1 where skipped. positions: (b,) int64, places in the
     epoch's stream (training) or in the split (evaluation). keys: (b,) int64, the samples' keys.
     waited: seconds that the loop stood still for this batch.
     """
@@ -36,16 +36,21 @@ class Batch:
     waited: float
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How batches are read: decoding threads, batches under way, the device they go to, what to do with bad samples.
+
+    skip: list that keys of samples that cannot be decoded are appended to, in place of failing; None means to fail.
+    """
+
+    threads: int
+    ahead: int
+    device: torch.device
+    skip: list | None = None
+
+
 def training_batches(
-    store: Store,
-    plan: Plan,
-    epoch: int,
-    first: int,
-    rank: int,
-    world: int,
-    device: torch.device,
-    threads: int,
-    ahead: int,
+    store: Store, plan: Plan, epoch: int, first: int, rank: int, world: int, reading: Reading
 ) -> Iterator[Batch]:
     """A rank's share of the epoch's batches, from batch number `first` on; skipping costs nothing."""
     start, stop = share(plan.global_batch, rank, world)
@@ -53,55 +58,67 @@ def training_batches(
         np.arange(number * plan.global_batch + start, number * plan.global_batch + stop)
         for number in range(first, plan.n_batches)
     )
-    return _load(store, wanted, partial(plan.locate, epoch), device, threads, ahead)
+    return _load(store, wanted, partial(plan.locate, epoch), reading)
 
 
-def evaluation_batches(
-    store: Store, unit: int, rank: int, world: int, device: torch.device, threads: int, ahead: int
-) -> Iterator[Batch]:
-    """A rank's units of a split, each at most `unit` samples, in stored order."""
+def evaluation_batches(store: Store, unit: int, rank: int, world: int, reading: Reading) -> Iterator[Batch]:
+    """A rank's units of a split, each at most `unit` samples, in stored order; a bad sample always fails."""
     units = evaluation_units(sum(store.shard_sizes), unit, rank, world)
     wanted = (np.arange(start, stop) for start, stop in units)
-    return _load(store, wanted, partial(locate_in_order, store.shard_sizes), device, threads, ahead)
+    return _load(store, wanted, partial(locate_in_order, store.shard_sizes), replace(reading, skip=None))
 
 
-def _load(
-    store: Store, wanted: Iterable[np.ndarray], locate: Callable, device: torch.device, threads: int, ahead: int
-) -> Iterator[Batch]:
-    pin = device.type == "cuda"  # a copy from pinned memory does not hold up the loop
-    wanted, waiting = iter(wanted), deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading: Reading) -> Iterator[Batch]:
+    """Batches in order; on a GPU the next one is copied while the loop works on this one."""
+    device, cuda = reading.device, reading.device.type == "cuda"
+    stream = torch.cuda.Stream(device) if cuda else None
+    wanted, decoding, copying = iter(wanted), deque(), deque()
+    pool = ThreadPoolExecutor(reading.threads, thread_name_prefix="decode")
     try:
         while True:
-            while len(waiting) < max(ahead, threads) and (positions := next(wanted, None)) is not None:
-                waiting.append(pool.submit(_decode, store, locate, positions, pin))
-            if not waiting:
-                return
+            while len(decoding) < max(reading.ahead, reading.threads) and (places := next(wanted, None)) is not None:
+                decoding.append(pool.submit(_decode, store, locate, places, reading.skip, cuda))
             began = time.perf_counter()
-            images, *numbers = waiting.popleft().result()
-            waited = time.perf_counter() - began
-            images, *numbers = (tensor.to(device, non_blocking=True) for tensor in (images, *numbers))
-            yield Batch(images.permute(0, 3, 1, 2), *numbers, waited)
+            while decoding and (not copying or (cuda and len(copying) < 2 and decoding[0].done())):
+                with torch.cuda.stream(stream):  # does nothing without a GPU
+                    copying.append([tensor.to(device, non_blocking=True) for tensor in decoding.popleft().result()])
+            if not copying:
+                return
+            images, *numbers = copying.popleft()
+            if cuda:
+                torch.cuda.current_stream(device).wait_stream(stream)
+                for tensor in (images, *numbers):
+                    tensor.record_stream(torch.cuda.current_stream(device))
+            yield Batch(images.permute(0, 3, 1, 2), *numbers, time.perf_counter() - began)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _decode(store: Store, locate: Callable, positions: np.ndarray, pin: bool) -> tuple[torch.Tensor, ...]:
-    """Read and decode one batch: images (b, H, W, 3) uint8, labels, positions, keys."""
+def _decode(
+    store: Store, locate: Callable, positions: np.ndarray, skip: list | None, pin: bool
+) -> tuple[torch.Tensor, ...]:
+    """Read and decode one batch: images (b, H, W, 3) uint8, labels, positions, keys.
+
+    A skipped sample keeps its place, as a black picture with the label -1, so that shapes and positions stay.
+    """
     shards, rows = locate(positions)
     shape = (len(positions), store.dataset.height, store.dataset.width, 3)
     images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
     pictures = images.numpy()
-    for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+    bad = []
+    for place, data in store.read(shards, rows):
         try:
-            decode_into(store.read(shard, row), pictures[place])
+            decode_into(data, pictures[place])
         except ValueError as error:
+            if skip is not None:
+                bad.append(place)
+                continue
             raise ValueError(
-                f"Cannot decode {store.name(shard, row)}: {error}. The shard was damaged after packing: "
-                f"`python -m shards verify {store.dataset.folder}` lists what to copy again."
+                f"Cannot decode {store.name(int(shards[place]), int(rows[place]))}: {error}. The shard was damaged after "
+                f"packing: `python -m shards verify {store.dataset.folder}` lists what to copy again."
             ) from error
-    labels, keys = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-    for shard in np.unique(shards):
-        here, table = shards == shard, store.table(int(shard))
-        labels[here], keys[here] = table.label[rows[here]], table.key[rows[here]]
+    labels, keys = store.numbers(shards, rows)
+    if bad:
+        pictures[bad], labels[bad] = 0, -1
+        skip.extend(keys[bad].tolist())
     return images, torch.from_numpy(labels), torch.from_numpy(positions), torch.from_numpy(keys)

@@ -73,6 +73,21 @@ class Log:
             self._bar = None
 
 
+def verdict(waited: float, threads: int, cores: int) -> str:
+    """What limits a run, and what to change.
+
+    Args:
+        waited: share of the training time that the loop stood still for data, 0 to 1.
+        threads: decoding threads of the process. cores: cores that it may use.
+    """
+    if waited < 0.02:
+        return f"compute-bound: {waited:.1%} of the time waiting for data; more decoding would not help"
+    more = f"raise data.threads to {cores}" if threads < cores else "give the process more cores"
+    return (
+        f"input-bound: {waited:.0%} of the time waiting for data; {more} or pack smaller (python -m shards pack --size)"
+    )
+
+
 def _until(line: bytes, step: int) -> bool:
     try:
         return json.loads(line)["step"] <= step

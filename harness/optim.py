@@ -43,5 +43,5 @@ def lr_at(step: int, optim: Optim, steps_per_epoch: int, epochs: int) -> float:
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor, optim: Optim) -> torch.Tensor:
-    """Cross-entropy summed over a batch: (B, C) float32 and (B,) int64 to a scalar."""
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=optim.label_smoothing)
+    """Cross-entropy summed over a batch: (B, C) float32 and (B,) int64 to a scalar; label -1 counts for nothing."""
+    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1, label_smoothing=optim.label_smoothing)

@@ -16,9 +16,9 @@ from harness import checkpoint
 from harness.augment import parse_views, training_view
 from harness.config import Config
 from harness.evaluate import evaluate, summary, validate
-from harness.hardware import decode_threads
-from harness.loader import Batch, training_batches
-from harness.log import Log
+from harness.hardware import decode_threads, own_cores
+from harness.loader import Batch, Reading, training_batches
+from harness.log import Log, verdict
 from harness.metrics import HIGHER_IS_BETTER
 from harness.model import build_model, load_weights
 from harness.optim import build_optimizer, loss_sum, lr_at
@@ -53,11 +53,12 @@ class Session:
 
 @dataclass(frozen=True)
 class Pace:
-    """How an epoch went: its last learning rate, speed, share of time waiting for data, and whether to stop."""
+    """How an epoch went: last learning rate, images/s, share of its seconds waiting for data, and whether to stop."""
 
     lr: float
     images_per_s: float
     waited: float
+    seconds: float
     stop_asked: bool
 
 
@@ -113,8 +114,10 @@ def train(config: Config, world: World) -> str:
             parts = (config, world, folder, plan, training, validation, model, wrapped, optimizer, origin, stop, log)
             session = Session(*parts)
             world.on_main(write_state, folder, "running", progress)
+            paces = []
             while (over := should_stop(progress, config.run.epochs, config.run.patience)) is None:
                 progress, pace = _train_epoch(session, progress)
+                paces.append(pace)
                 if progress.samples_seen == plan.n_batches * plan.global_batch:
                     progress = _end_epoch(session, progress, pace)
                 if pace.stop_asked:
@@ -125,6 +128,9 @@ def train(config: Config, world: World) -> str:
 
             shown = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
             world.print(f"training ends: {over}; {shown}")
+            if seconds := sum(pace.seconds for pace in paces):
+                waited = sum(pace.waited * pace.seconds for pace in paces) / seconds
+                world.print(verdict(waited, decode_threads(config.data.threads), own_cores()))
             world.barrier()  # the best weights are on disk
             best = checkpoint.best(folder, progress)
             checkpoint.load_model(best, model)
@@ -144,10 +150,9 @@ def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
     trained, waited, steps, stop_asked = 0.0, 0.0, 0, False
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, correct, images since the last meeting
     first = progress.samples_seen // plan.global_batch
-    batches = training_batches(
-        *(session.training, plan, progress.epoch, first, world.rank, world.size, world.device),
-        *(decode_threads(config.data.threads), config.data.batches_ahead),
-    )
+    skipped = [] if config.data.on_bad_sample == "skip" else None
+    reading = Reading(decode_threads(config.data.threads), config.data.batches_ahead, world.device, skipped)
+    batches = training_batches(session.training, plan, progress.epoch, first, world.rank, world.size, reading)
     log.begin_bar(f"epoch {progress.epoch + 1}", plan.n_batches * plan.global_batch, progress.samples_seen)
     session.model.train()
     for number, batch in enumerate(batches, start=first):
@@ -170,6 +175,7 @@ def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         trained, steps = trained + images, 0
         sums.zero_()
         speed = trained / (time.perf_counter() - began)
+        images = max(1.0, images)  # none, if each was skipped
         numbers = {"loss": loss / images, "accuracy": correct / images, "lr": lr, "images_per_s": speed}
         log.write("train", progress.step, numbers)
         log.move_bar(int(images), loss=f"{loss / images:.3f}", accuracy=f"{correct / images:.3f}")
@@ -181,7 +187,12 @@ def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
     batches.close()
     log.end_bar()
     seconds = time.perf_counter() - began
-    return progress, Pace(lr, trained / seconds, waited / seconds, bool(stop_asked))
+    if skipped:
+        keys = ", ".join(f"{key:08d}" for key in skipped[:10])
+        print(
+            f"warning: rank {world.rank} skipped {len(skipped)} samples that cannot be decoded, keys {keys}", flush=True
+        )
+    return progress, Pace(lr, trained / seconds, waited / seconds, seconds, bool(stop_asked))
 
 
 def _step(session: Session, views: torch.Tensor, batch: Batch, lr: float) -> torch.Tensor:
@@ -198,7 +209,7 @@ def _step(session: Session, views: torch.Tensor, batch: Batch, lr: float) -> tor
             loss = loss_sum(logits, labels, config.optim)
             # Gradients are averaged over ranks: times the world's size, over the global batch, makes that the true mean.
             world.backward(loss * world.size / config.data.batch_size)
-        sums += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(), loss.new_tensor(len(labels))])
+        sums += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(), (labels >= 0).sum()])
     optimizer.step()
     optimizer.zero_grad()
     return sums

@@ -48,10 +48,11 @@ def first_of_class(dataset: Dataset, split: str, label: int, most: int) -> list[
     store, found = Store(dataset, split), []
     for number, shard in enumerate(store.shards):
         table = load_table(dataset, shard)
-        for row in np.flatnonzero(table["label"] == label)[: most - len(found)]:
+        rows = np.flatnonzero(table["label"] == label)[: most - len(found)]
+        for place, data in store.read(np.full(len(rows), number), rows):
             picture = np.empty((dataset.height, dataset.width, 3), np.uint8)
-            decode_into(store.read(number, int(row)), picture)
-            found.append((int(table["key"].iloc[row]), picture))
+            decode_into(data, picture)
+            found.append((int(table["key"].iloc[rows[place]]), picture))
         if len(found) == most:
             break
     return found

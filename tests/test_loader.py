@@ -1,28 +1,34 @@
 """The loader gives what was asked for, in order, bounded, and leaves nothing behind."""
 
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
-from harness.loader import evaluation_batches, training_batches
+from harness.loader import Reading, evaluation_batches, training_batches
 from shards.index import load, load_table
 from shards.plan import Plan
 from shards.store import Store
 
-CPU = torch.device("cpu")
+READING = Reading(2, 3, torch.device("cpu"))
 
 
 def plan_of(store: Store, batch: int = 12) -> Plan:
     return Plan(store.shard_sizes, batch, seed=0)
 
 
-def batches(dataset, rank=0, world=1, first=0, epoch=0, batch=12, threads=2):
+def batches(dataset, rank=0, world=1, first=0, epoch=0, batch=12, reading=READING):
     store = Store(dataset, "train")
-    return list(training_batches(store, plan_of(store, batch), epoch, first, rank, world, CPU, threads, 3))
+    return list(training_batches(store, plan_of(store, batch), epoch, first, rank, world, reading))
 
 
 def test_batches_hold_the_planned_samples_with_their_labels(dataset):
@@ -60,7 +66,7 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch(dataset):
 
 def test_evaluation_covers_the_split_in_order_once(dataset):
     store = Store(dataset, "val")
-    keys = [b.keys for rank in range(3) for b in evaluation_batches(store, 4, rank, 3, CPU, 2, 3)]
+    keys = [b.keys for rank in range(3) for b in evaluation_batches(store, 4, rank, 3, READING)]
     expected = pd.concat(load_table(dataset, shard) for shard in dataset.split("val"))["key"]
     assert sorted(torch.cat(keys).tolist()) == expected.tolist()
     assert max(map(len, keys)) == 4
@@ -72,7 +78,7 @@ def decoders() -> list[str]:
 
 def test_leaving_early_leaves_no_thread_behind(dataset):
     store = Store(dataset, "train")
-    for _ in training_batches(store, plan_of(store, 4), 0, 0, 0, 1, CPU, 3, 3):
+    for _ in training_batches(store, plan_of(store, 4), 0, 0, 0, 1, READING):
         assert decoders()
         break
     assert decoders() == []
@@ -125,6 +131,64 @@ def test_open_files_are_bounded(dataset, monkeypatch):
     monkeypatch.setattr("shards.store.OPEN_FILES", 2)
     store = Store(dataset, "train")
     for shard in [0, 1, 2, 0, 1, 2]:
-        store.read(shard, 0)
+        list(store.read(np.array([shard]), np.array([0])))
         assert len(store._files) <= 2
     assert np.array_equal(store.table(0).key, load_table(dataset, dataset.split("train")[0])["key"])
+
+
+def test_a_skipped_sample_counts_for_nothing_and_is_reported(packed, tmp_path):
+    dataset, key, _, _ = spoiled(packed, tmp_path, zero_the_middle)
+    skipped = []
+    whole = batches(dataset, reading=Reading(2, 3, torch.device("cpu"), skipped))
+    assert skipped == [int(key)]
+    undamaged = batches(load(packed))
+    for batch, before in zip(whole, undamaged, strict=True):
+        assert batch.keys.tolist() == before.keys.tolist()
+        hit = batch.keys == int(key)
+        assert (batch.labels[hit] == -1).all()
+        assert torch.equal(batch.labels[~hit], before.labels[~hit])
+        assert torch.equal(batch.images[~hit], before.images[~hit])
+        assert not batch.images[hit].any()
+    assert sum((batch.labels == -1).sum() for batch in whole) == 1
+
+
+def test_evaluation_never_skips(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    shard = load(folder).split("val")[0]
+    (folder / shard.file).write_bytes((folder / shard.file).read_bytes()[:600])
+    store = Store(load(folder), "val")
+    with pytest.raises(ValueError, match="damaged after packing"):
+        list(evaluation_batches(store, 4, 0, 1, Reading(2, 3, torch.device("cpu"), [])))
+
+
+def test_memory_stays_flat_over_hundreds_of_batches(dataset):
+    store = Store(dataset, "train")
+    plan = plan_of(store)
+    page = resource.getpagesize()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    for epoch in range(130):
+        for _ in training_batches(store, plan, epoch, 0, 0, 1, READING):
+            pass
+        if epoch == 30:
+            before = resident()
+    assert 100 * plan.n_batches >= 400
+    assert resident() - before < 8 * 2**20  # one batch is 62 kB: keeping them all would be 25 MB and more
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_loop_that_is_interrupted_ends_at_once(packed, number):
+    code = (
+        "import sys, torch; from harness.loader import *; from shards.index import load\n"
+        f"store = Store(load({str(packed)!r}), 'train'); plan = Plan(store.shard_sizes, 4, 0)\n"
+        "for epoch in range(10**6):\n"
+        "    for batch in training_batches(store, plan, epoch, 0, 0, 1, Reading(2, 3, torch.device('cpu'))):\n"
+        "        if epoch == 1: print('going', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.readline()
+    process.send_signal(number)
+    process.communicate(timeout=10)
+    assert process.returncode != 0

@@ -2,7 +2,7 @@
 
 import json
 
-from harness.log import Log
+from harness.log import Log, verdict
 
 
 def entries(folder) -> list[dict]:
@@ -40,3 +40,11 @@ def test_ranks_that_do_not_write_leave_no_file(tmp_path):
         log.move_bar(5)
         log.flush()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verdict_says_what_limits_the_run_and_what_to_change():
+    assert verdict(0.001, 2, 4).startswith("compute-bound: 0.1%")
+    assert verdict(0.38, 2, 4) == (
+        "input-bound: 38% of the time waiting for data; raise data.threads to 4 or pack smaller (python -m shards pack --size)"
+    )
+    assert "give the process more cores" in verdict(0.38, 4, 4)

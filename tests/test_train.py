@@ -196,6 +196,19 @@ def test_a_damaged_shard_fails_the_run_with_the_samples_name_and_a_word_in_its_f
     assert "Traceback" in (tmp_path / "run" / "errors" / "rank-0.txt").read_text()
 
 
+def test_a_damaged_training_sample_may_be_skipped_and_is_reported(packed, tiny, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "data")
+    shard = load(folder).split("train")[0]
+    row = load_table(load(folder), shard).iloc[0]
+    data = bytearray((folder / shard.file).read_bytes())
+    data[int(row["offset"]) : int(row["offset"]) + 2] = b"no"
+    (folder / shard.file).write_bytes(data)
+    words = ["--data.path", folder, "--data.on_bad_sample", "skip", "--run.epochs", "5"]
+    done = launch("train", "--config", tiny, *words)
+    assert done.returncode == 0, done.stderr
+    assert f"skipped 1 samples that cannot be decoded, keys {row['key']:08d}" in done.stdout
+
+
 def test_a_loss_that_is_no_number_fails_the_run(tiny, tmp_path):
     done = launch("train", "--config", tiny, "--optim.lr", "1e30", "--optim.name", "sgd")
     assert done.returncode == 1
