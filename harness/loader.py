@@ -6,6 +6,7 @@ decoded is named and fails the batch (or, where asked, counts for nothing); leav
 """
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,12 +73,12 @@ def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading:
     """Batches in order; on a GPU the next one is copied while the loop works on this one."""
     device, cuda = reading.device, reading.device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
-    wanted, decoding, copying = iter(wanted), deque(), deque()
+    wanted, decoding, copying, buffers = iter(wanted), deque(), deque(), deque()
     pool = ThreadPoolExecutor(reading.threads, thread_name_prefix="decode")
     try:
         while True:
             while len(decoding) < max(reading.ahead, reading.threads) and (places := next(wanted, None)) is not None:
-                decoding.append(pool.submit(_decode, store, locate, places, reading.skip, cuda))
+                decoding.append(pool.submit(_decode, store, locate, places, reading.skip, buffers, cuda))
             began = time.perf_counter()
             while decoding and (not copying or (cuda and len(copying) < 2 and decoding[0].done())):
                 with torch.cuda.stream(stream):  # does nothing without a GPU
@@ -95,7 +96,7 @@ def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading:
 
 
 def _decode(
-    store: Store, locate: Callable, positions: np.ndarray, skip: list | None, pin: bool
+    store: Store, locate: Callable, positions: np.ndarray, skip: list | None, buffers: deque, pin: bool
 ) -> tuple[torch.Tensor, ...]:
     """Read and decode one batch: images (b, H, W, 3) uint8, labels, positions, keys.
 
@@ -103,7 +104,7 @@ def _decode(
     """
     shards, rows = locate(positions)
     shape = (len(positions), store.dataset.height, store.dataset.width, 3)
-    images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pin else _buffer(shape, buffers)
     pictures = images.numpy()
     bad = []
     for place, data in store.read(shards, rows):
@@ -122,3 +123,19 @@ def _decode(
         pictures[bad], labels[bad] = 0, -1
         skip.extend(keys[bad].tolist())
     return images, torch.from_numpy(labels), torch.from_numpy(positions), torch.from_numpy(keys)
+
+
+def _buffer(shape: tuple[int, ...], buffers: deque) -> torch.Tensor:
+    """Memory for a batch's pictures that comes back to `buffers` when nothing refers to the tensor any more.
+
+    Fresh memory would be cleared by the kernel page by page, while the threads wait for each other.
+    """
+    try:
+        memory = buffers.pop()
+    except IndexError:
+        memory = np.empty(shape, np.uint8)
+    if memory.shape != shape:  # the last unit of a split may be shorter
+        memory = np.empty(shape, np.uint8)
+    view = memory.view()
+    weakref.finalize(view, buffers.append, memory)
+    return torch.from_numpy(view)

@@ -17,7 +17,7 @@ from harness.augment import parse_views, training_view
 from harness.config import Config
 from harness.evaluate import evaluate, summary, validate
 from harness.hardware import decode_threads, own_cores
-from harness.loader import Batch, Reading, training_batches
+from harness.loader import Reading, training_batches
 from harness.log import Log, verdict
 from harness.metrics import HIGHER_IS_BETTER
 from harness.model import build_model, load_weights
@@ -160,7 +160,7 @@ def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         lr = lr_at(step, config.optim, plan.n_batches, config.run.epochs)
         torch.manual_seed(seed + step)  # dropout is a function of the step
         views = training_view(batch.images, batch.positions, progress.epoch, seed, config.augment, size)
-        sums += _step(session, views, batch, lr)
+        sums += optimizer_step(config, world, session.wrapped, session.optimizer, views, batch.labels, lr)
         steps, waited = steps + 1, waited + batch.waited
         is_last = number + 1 == plan.n_batches
         if steps < config.run.log_every and not is_last:
@@ -195,21 +195,29 @@ def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
     return progress, Pace(lr, trained / seconds, waited / seconds, seconds, bool(stop_asked))
 
 
-def _step(session: Session, views: torch.Tensor, batch: Batch, lr: float) -> torch.Tensor:
-    """One optimizer step; returns this rank's (sum of losses, correct predictions, images), float64, on the device."""
-    config, world, wrapped, optimizer = session.config, session.world, session.wrapped, session.optimizer
+def optimizer_step(
+    config: Config, world: World, wrapped: nn.Module, optimizer, views: torch.Tensor, labels: torch.Tensor, lr: float
+) -> torch.Tensor:
+    """One optimizer step on this rank's share of a batch.
+
+    Args:
+        views: (b, 3, S, S) float32. labels: (b,) int64, -1 counts for nothing.
+
+    Returns:
+        this rank's (sum of losses, correct predictions, images), float64, on the device.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     parts = -(-len(views) // (config.optim.micro_batch or len(views)))
-    pieces = list(zip(views.tensor_split(parts), batch.labels.tensor_split(parts), strict=True))
+    pieces = list(zip(views.tensor_split(parts), labels.tensor_split(parts), strict=True))
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-    for number, (pictures, labels) in enumerate(pieces, start=1):
+    for number, (pictures, truth) in enumerate(pieces, start=1):
         with nullcontext() if number == len(pieces) else world.without_sync(wrapped):
             logits = wrapped(pictures)
-            loss = loss_sum(logits, labels, config.optim)
+            loss = loss_sum(logits, truth, config.optim)
             # Gradients are averaged over ranks: times the world's size, over the global batch, makes that the true mean.
             world.backward(loss * world.size / config.data.batch_size)
-        sums += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(), (labels >= 0).sum()])
+        sums += torch.stack([loss.detach(), (logits.argmax(1) == truth).sum(), (truth >= 0).sum()])
     optimizer.step()
     optimizer.zero_grad()
     return sums

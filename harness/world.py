@@ -107,6 +107,11 @@ class World:
         """Run on rank 0 alone; others get None and do not wait."""
         return action(*arguments) if self.is_main else None
 
+    def synchronize(self) -> None:
+        """Wait for the kernels of this rank's GPU, so that a clock can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def print(self, text: str = "") -> None:
         """Print a line on rank 0."""
         if self.is_main:

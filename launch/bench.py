@@ -1,13 +1,12 @@
-"""Measure, on this machine: `python launch/bench.py pack --source PATH/TO/HAM10000`.
+"""Measure, on this machine: `python launch/bench.py loader --data.path data/ham10000`.
 
-Each subcommand prints a short table and, with --json FILE, writes its numbers. Machines differ and are shared: compare
-the ratios of one run.
+Each subcommand prints a short table and, with --json FILE, writes its numbers. Those that train or load take the
+settings of `launch/train.py`. Machines differ and are shared: compare the ratios of one run.
 """
 
 import argparse
 import io
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -15,27 +14,260 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
 
+from harness.augment import training_view
+from harness.config import Config, read_config
+from harness.evaluate import predict
+from harness.hardware import decode_threads, own_cores
+from harness.loader import Reading, training_batches
+from harness.model import build_model
+from harness.optim import build_optimizer
+from harness.train import optimizer_step
+from harness.world import World
+from launch import peers
+from launch.train import DEMO
 from shards.catalogue import read_ham10000
+from shards.image import decode_into
+from shards.index import load, load_table
+from shards.plan import Plan
+from shards.store import Store
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark."""
-    options = _parser().parse_args(arguments)
+    options, settings = _parser().parse_known_args(arguments)
+    if settings and options.run is bench_pack:
+        _parser().error(f"unknown words: {' '.join(settings)}")
     try:
+        options.config = read_config(settings, DEMO)
         numbers = options.run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    numbers["machine"] = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    numbers["machine"] = {
+        "cores": own_cores(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for name, value in numbers.items():
-        print(f"{name:<24} {value if not isinstance(value, float) else round(value, 2)}")
+        print(f"{name:<40} {value if not isinstance(value, float) else round(value, 3)}")
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n")
     return 0
+
+
+def bench_loader(options) -> dict:
+    """Images/s of the loader alone, and of threads that decode the same pictures from memory and do nothing else."""
+    store, plan, reading = _training_input(options.config)
+    blobs = [
+        data for n, size in enumerate(store.shard_sizes) for _, data in store.read(np.full(size, n), np.arange(size))
+    ]
+    ours, ceiling = [], []
+    for epoch in range(options.rounds):
+        ours.append(
+            _rate(lambda epoch=epoch: (len(b.keys) for b in training_batches(store, plan, epoch, 0, 0, 1, reading)))
+        )
+        ceiling.append(_decode_from_memory(blobs, store, reading.threads, plan.global_batch))
+    return {
+        "images_per_s": max(ours),
+        "images_per_s_and_thread": max(ours) / reading.threads,
+        "decode_ceiling_images_per_s": max(ceiling),
+        "share_of_the_ceiling": max(ours) / max(ceiling),
+        "threads": reading.threads,
+    }
+
+
+def bench_step(options) -> dict:
+    """Milliseconds of an optimizer step on a batch that is there, and of its augmentation."""
+    trial = _Trial(options.config)
+    batch = next(iter(trial.batches(0)))
+    views = trial.view(batch)
+    step = min(_seconds(lambda: trial.step(views, batch.labels), trial.world) for _ in range(options.rounds * 3))
+    augment = min(_seconds(lambda: trial.view(batch), trial.world) for _ in range(options.rounds * 3))
+    n = len(batch.keys)
+    return {
+        "step_ms": 1e3 * step,
+        "step_images_per_s": n / step,
+        "augment_ms": 1e3 * augment,
+        "augment_share_of_step": augment / step,
+        "setting": trial.describe(),
+    }
+
+
+def bench_train(options) -> dict:
+    """The real loop (read, decode, augment, step) and its ratio to steps on a batch that is there, in turns."""
+    trial = _Trial(options.config)
+    batch = next(iter(trial.batches(0)))
+    views = trial.view(batch)
+    synthetic, real, waits = [], [], []
+    for epoch in range(options.rounds):
+        n = min(options.batches, trial.plan.n_batches)
+        seconds = _seconds(lambda n=n: [trial.step(views, batch.labels) for _ in range(n)], trial.world)
+        synthetic.append(n * len(batch.keys) / seconds)
+        waited = []
+
+        def loop(epoch=epoch, n=n, waited=waited) -> None:
+            for loaded in islice(trial.batches(epoch), n):
+                waited.append(loaded.waited)
+                trial.step(trial.view(loaded), loaded.labels)
+
+        seconds = _seconds(loop, trial.world)
+        real.append(n * len(batch.keys) / seconds)
+        waits.append(sum(waited) / seconds)
+    return {
+        "train_images_per_s": max(real),
+        "step_images_per_s": max(synthetic),
+        "ratio": max(real) / max(synthetic),
+        "waiting_for_data": min(waits),
+        "setting": trial.describe(),
+    }
+
+
+def bench_evaluate(options) -> dict:
+    """Seconds to evaluate the validation split with one view and with eight."""
+    trial = _Trial(options.config)
+    store = Store(load(options.config.data.path), "val")
+    seconds = {"none": [], "dihedral8": []}
+    for _ in range(options.rounds):
+        for views, found in seconds.items():
+            found.append(
+                _seconds(
+                    lambda views=views: predict(trial.model, store, options.config, trial.world, views), trial.world
+                )
+            )
+    n, one, eight = sum(store.shard_sizes), min(seconds["none"]), min(seconds["dihedral8"])
+    return {
+        "images": n,
+        "one_view_s": one,
+        "eight_views_s": eight,
+        "ratio": eight / one,
+        "one_view_images_per_s": n / one,
+        "setting": trial.describe(),
+    }
+
+
+def bench_compare(options) -> dict:
+    """Images/s of the notebook's pipeline, of a DataLoader over WebDataset, of others that are installed, and of ours."""
+    store, plan, reading = _training_input(options.config)
+    dataset, n = store.dataset, sum(store.shard_sizes)
+    shards = [dataset.folder / shard.file for shard in store.shards]
+    tables = [load_table(dataset, shard) for shard in store.shards]
+    raw = read_ham10000(options.source).images.set_index("image_id")
+    names = [
+        (dataset.classes[label], image_id)
+        for table in tables
+        for label, image_id in zip(table.label, table.image_id, strict=True)
+    ]
+    blobs = [
+        data for k, size in enumerate(store.shard_sizes) for _, data in store.read(np.full(size, k), np.arange(size))
+    ]
+
+    def ours(augment: bool) -> Iterator[int]:
+        size, config = options.config.data.image_size, options.config
+        for batch in training_batches(store, plan, 0, 0, 0, 1, reading):
+            if augment:
+                training_view(batch.images, batch.positions, 0, 0, config.augment, size)
+            yield len(batch.keys)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = peers.link_tree([(label, Path(raw.path[image_id])) for label, image_id in names], Path(scratch) / "raw")
+        stored = Path(scratch) / "stored"
+        for (label, image_id), data in zip(names, blobs, strict=True):
+            (stored / label).mkdir(parents=True, exist_ok=True)
+            (stored / label / f"{image_id}.jpg").write_bytes(data)
+        pipelines: dict[str, Callable] = {
+            "ours": lambda: ours(False),
+            "ours, augmented on the CPU": lambda: ours(True),
+            "notebook, 0 workers": peers.notebook(tree, 0, 1000),
+            "notebook, 2 workers": peers.notebook(tree, 2, 2000),
+            "WebDataset + DataLoader, 2 workers": peers.webdataset_loader(shards, 2),
+        }
+        if peers.installed("timm"):
+            pipelines["timm create_loader, 2 workers"] = peers.timm_loader(stored, 2)
+        if peers.installed("litdata"):
+            pipelines["litdata, 2 workers"] = peers.litdata_loader(blobs.__getitem__, n, Path(scratch) / "litdata", 2)
+        if peers.installed("nvidia.dali"):
+            pipelines["DALI CPU, 2 threads"] = peers.dali_cpu(shards, 2, n)
+        rates: dict[str, list[float]] = {name: [] for name in pipelines}
+        for _ in range(options.rounds):  # in turns, so that a slow minute of the machine hits all
+            for name, pipeline in pipelines.items():
+                rates[name].append(_rate(pipeline))
+    best = {name: max(found) for name, found in rates.items()}
+    return best | {f"ours / {name}": best["ours"] / rate for name, rate in best.items() if not name.startswith("ours")}
+
+
+class _Trial:
+    """A model, its optimizer and its input, ready to step."""
+
+    def __init__(self, config: Config):
+        self.config, self.world = config, World(config.run.precision)
+        self.store, self.plan, self.reading = _training_input(config, self.world)
+        torch.manual_seed(config.run.seed)
+        self.model = build_model(config.model.name, len(self.store.dataset.classes))
+        self.model.to(self.world.device, memory_format=torch.channels_last)
+        self.wrapped, self.optimizer = self.world.prepare(self.model, build_optimizer(self.model, config.optim))
+
+    def batches(self, epoch: int):
+        return training_batches(self.store, self.plan, epoch, 0, self.world.rank, self.world.size, self.reading)
+
+    def view(self, batch) -> torch.Tensor:
+        return training_view(batch.images, batch.positions, 0, 0, self.config.augment, self.config.data.image_size)
+
+    def step(self, views: torch.Tensor, labels: torch.Tensor) -> None:
+        self.model.train()
+        optimizer_step(self.config, self.world, self.wrapped, self.optimizer, views, labels, 1e-4)
+
+    def describe(self) -> str:
+        data = self.config.data
+        return f"{self.config.model.name}, {data.image_size} px, batch {data.batch_size}, {self.world.precision}"
+
+
+def _training_input(config: Config, world: World | None = None) -> tuple[Store, Plan, Reading]:
+    store = Store(load(config.data.path), "train")
+    plan = Plan(store.shard_sizes, config.data.batch_size, 0, config.data.lanes, config.data.block_shards)
+    device = world.device if world else torch.device("cpu")
+    return store, plan, Reading(decode_threads(config.data.threads), config.data.batches_ahead, device)
+
+
+def _decode_from_memory(blobs: list[bytes], store: Store, threads: int, batch: int) -> float:
+    """Images/s of threads that do nothing but decode, each a batch at a time."""
+    height, width = store.dataset.height, store.dataset.width
+
+    def work(first: int) -> None:
+        out = np.empty((batch, height, width, 3), np.uint8)
+        for start in range(first * batch, len(blobs), threads * batch):
+            for place, data in enumerate(blobs[start : start + batch]):
+                decode_into(data, out[place])
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+    return len(blobs) / (time.perf_counter() - began)
+
+
+def _rate(epoch: Callable[[], Iterator[int]]) -> float:
+    """Images/s of one epoch."""
+    began = time.perf_counter()
+    images = sum(epoch())
+    return images / (time.perf_counter() - began)
+
+
+def _seconds(work: Callable, world: World) -> float:
+    """Seconds of some work, its kernels included."""
+    world.synchronize()
+    began = time.perf_counter()
+    work()
+    world.synchronize()
+    return time.perf_counter() - began
 
 
 def bench_pack(options) -> dict:
@@ -93,6 +325,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--plain", type=int, default=1000, help="images of the plain loop (default 1000)")
     command.add_argument("--scratch", type=Path, help="folder for what is written meanwhile (default: the system's)")
     command.set_defaults(run=bench_pack)
+    for name, run, text in (
+        ("loader", bench_loader, "images/s of reading and decoding, and its share of the decode ceiling"),
+        ("step", bench_step, "an optimizer step on a batch that is there, and its augmentation"),
+        ("train", bench_train, "the real loop, and its ratio to `step`"),
+        ("evaluate", bench_evaluate, "one view and eight"),
+        ("compare", bench_compare, "other input pipelines on the same images, in turns"),
+    ):
+        command = commands.add_parser(
+            name, help=text, description=f"{text}. Takes the settings of launch/train.py, too."
+        )
+        command.add_argument("--rounds", type=int, default=3, help="repetitions; the best counts (default 3)")
+        command.set_defaults(run=run)
+    commands.choices["train"].add_argument(
+        "--batches", type=int, default=40, help="most batches of a round (default 40)"
+    )
+    commands.choices["compare"].add_argument(
+        "--source", type=Path, required=True, help="HAM10000 folder, for the notebook's"
+    )
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="write the numbers here, too")
     return parser
