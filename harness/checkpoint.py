@@ -19,6 +19,7 @@ from torch import nn
 
 from harness.progress import Progress
 from shards.index import sha256
+from shards.pack import sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -133,7 +134,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _save_model(model: nn.Module, folder: Path) -> None:
@@ -154,12 +155,12 @@ def _save(folder: Path, progress: Progress, origin: Origin, write: Callable[[Pat
     manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
+        sync(path)
+    sync(temporary)
     if folder.exists():  # from before a crash: the same step again, so nothing is lost if this one replaces it
         shutil.rmtree(folder)
     os.rename(temporary, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _problem(folder: Path) -> str | None:
@@ -190,11 +191,3 @@ def _read(folder: Path) -> Checkpoint:
 
 def _newest_first(run: Path, prefix: str) -> list[Path]:
     return sorted((run / "checkpoints").glob(f"{prefix}*"), reverse=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,23 +5,18 @@ settings of `launch/train.py`. Machines differ and are shared: compare the ratio
 """
 
 import argparse
-import io
 import json
 import platform
 import resource
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from harness.augment import training_view
 from harness.config import Config, read_config
@@ -35,8 +30,7 @@ from harness.world import World
 from launch import peers
 from launch.train import DEMO
 from shards.catalogue import read_ham10000
-from shards.image import decode_into
-from shards.index import load, load_table
+from shards.index import load
 from shards.plan import Plan
 from shards.store import Store
 
@@ -68,15 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
 def bench_loader(options) -> dict:
     """Images/s of the loader alone, and of threads that decode the same pictures from memory and do nothing else."""
     store, plan, reading = _training_input(options.config)
-    blobs = [
-        data for n, size in enumerate(store.shard_sizes) for _, data in store.read(np.full(size, n), np.arange(size))
-    ]
+    blobs = peers.all_pictures(store)
     ours, ceiling = [], []
     for epoch in range(options.rounds):
         ours.append(
             _rate(lambda epoch=epoch: (len(b.keys) for b in training_batches(store, plan, epoch, 0, 0, 1, reading)))
         )
-        ceiling.append(_decode_from_memory(blobs, store, reading.threads, plan.global_batch))
+        ceiling.append(peers.decode_from_memory(blobs, store, reading.threads, plan.global_batch))
     return {
         "images_per_s": max(ours),
         "images_per_s_and_thread": max(ours) / reading.threads,
@@ -157,52 +149,25 @@ def bench_evaluate(options) -> dict:
 
 def bench_compare(options) -> dict:
     """Images/s of the notebook's pipeline, of a DataLoader over WebDataset, of others that are installed, and of ours."""
-    store, plan, reading = _training_input(options.config)
-    dataset, n = store.dataset, sum(store.shard_sizes)
-    shards = [dataset.folder / shard.file for shard in store.shards]
-    tables = [load_table(dataset, shard) for shard in store.shards]
-    raw = read_ham10000(options.source).images.set_index("image_id")
-    names = [
-        (dataset.classes[label], image_id)
-        for table in tables
-        for label, image_id in zip(table.label, table.image_id, strict=True)
-    ]
-    blobs = [
-        data for k, size in enumerate(store.shard_sizes) for _, data in store.read(np.full(size, k), np.arange(size))
-    ]
+    config = options.config
+    store, plan, reading = _training_input(config)
 
     def ours(augment: bool) -> Iterator[int]:
-        size, config = options.config.data.image_size, options.config
         for batch in training_batches(store, plan, 0, 0, 0, 1, reading):
             if augment:
-                training_view(batch.images, batch.positions, 0, 0, config.augment, size)
+                training_view(batch.images, batch.positions, 0, 0, config.augment, config.data.image_size)
             yield len(batch.keys)
 
     with tempfile.TemporaryDirectory() as scratch:
-        tree = peers.link_tree([(label, Path(raw.path[image_id])) for label, image_id in names], Path(scratch) / "raw")
-        stored = Path(scratch) / "stored"
-        for (label, image_id), data in zip(names, blobs, strict=True):
-            (stored / label).mkdir(parents=True, exist_ok=True)
-            (stored / label / f"{image_id}.jpg").write_bytes(data)
-        pipelines: dict[str, Callable] = {
-            "ours": lambda: ours(False),
-            "ours, augmented on the CPU": lambda: ours(True),
-            "notebook, 0 workers": peers.notebook(tree, 0, 1000),
-            "notebook, 2 workers": peers.notebook(tree, 2, 2000),
-            "WebDataset + DataLoader, 2 workers": peers.webdataset_loader(shards, 2),
-        }
-        if peers.installed("timm"):
-            pipelines["timm create_loader, 2 workers"] = peers.timm_loader(stored, 2)
-        if peers.installed("litdata"):
-            pipelines["litdata, 2 workers"] = peers.litdata_loader(blobs.__getitem__, n, Path(scratch) / "litdata", 2)
-        if peers.installed("nvidia.dali"):
-            pipelines["DALI CPU, 2 threads"] = peers.dali_cpu(shards, 2, n)
+        pipelines = {"ours": lambda: ours(False), "ours, augmented on the CPU": lambda: ours(True)}
+        pipelines |= peers.pipelines(store, options.source, Path(scratch))
         rates: dict[str, list[float]] = {name: [] for name in pipelines}
         for _ in range(options.rounds):  # in turns, so that a slow minute of the machine hits all
             for name, pipeline in pipelines.items():
                 rates[name].append(_rate(pipeline))
     best = {name: max(found) for name, found in rates.items()}
-    return best | {f"ours / {name}": best["ours"] / rate for name, rate in best.items() if not name.startswith("ours")}
+    ratios = {f"ours / {name}": best["ours"] / rate for name, rate in best.items() if rate and name[:4] != "ours"}
+    return best | ratios
 
 
 class _Trial:
@@ -236,22 +201,6 @@ def _training_input(config: Config, world: World | None = None) -> tuple[Store, 
     plan = Plan(store.shard_sizes, config.data.batch_size, 0, config.data.lanes, config.data.block_shards)
     device = world.device if world else torch.device("cpu")
     return store, plan, Reading(decode_threads(config.data.threads), config.data.batches_ahead, device)
-
-
-def _decode_from_memory(blobs: list[bytes], store: Store, threads: int, batch: int) -> float:
-    """Images/s of threads that do nothing but decode, each a batch at a time."""
-    height, width = store.dataset.height, store.dataset.width
-
-    def work(first: int) -> None:
-        out = np.empty((batch, height, width, 3), np.uint8)
-        for start in range(first * batch, len(blobs), threads * batch):
-            for place, data in enumerate(blobs[start : start + batch]):
-                decode_into(data, out[place])
-
-    began = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
-    return len(blobs) / (time.perf_counter() - began)
 
 
 def _rate(epoch: Callable[[], Iterator[int]]) -> float:
@@ -291,7 +240,7 @@ def bench_pack(options) -> dict:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # KiB on Linux
         some = images["path"].iloc[:: max(1, len(images) // options.plain)]
         began = time.perf_counter()
-        pack_plainly(list(some), Path(scratch) / "plain.tar")
+        peers.pack_plainly(list(some), Path(scratch) / "plain.tar")
         plain = len(some) / (time.perf_counter() - began)
     return {
         "images": len(images),
@@ -301,19 +250,6 @@ def bench_pack(options) -> dict:
         "plain_pillow_images_per_s": plain,
         "ratio_to_plain_pillow": len(images) / seconds / plain,
     }
-
-
-def pack_plainly(paths: list[str], out: Path) -> None:
-    """What one writes first: open, resize to 341x256, save as JPEG, add to a tar, one image after the other."""
-    with tarfile.open(out, "w") as tar:
-        for number, path in enumerate(paths):
-            picture = ImageOps.fit(Image.open(path).convert("RGB"), (341, 256), Image.Resampling.BICUBIC)
-            data = io.BytesIO()
-            picture.save(data, "JPEG", quality=90)
-            entry = tarfile.TarInfo(f"{number:08d}.jpg")
-            entry.size = data.tell()
-            data.seek(0)
-            tar.addfile(entry, data)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,23 +1,98 @@
-"""Other input pipelines, for `launch/bench.py compare`: each a function that gives one epoch's batches.
+"""What ours is measured beside: other input pipelines, and packing as one writes it first.
 
-In: the training images, as shards or as raw files. Out: iterators whose items have a length in images. Those of
+In: the training images, as shards or as raw files. Out: functions that give the sizes of one epoch's batches. Those of
 packages that are not installed are left out.
 """
 
 import importlib.util
+import io
 import multiprocessing
 import os
+import tarfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from shards.catalogue import read_ham10000
+from shards.image import decode_into
+from shards.index import load_table
+from shards.store import Store
+
 BATCH = 64
 Pipeline = Callable[[], Iterator[int]]  # one epoch: sizes of its batches as they come
+
+
+def pipelines(store: Store, source: Path, scratch: Path) -> dict[str, Pipeline]:
+    """All of them, over the images of one split.
+
+    Args:
+        store: the split's shards. source: HAM10000 folder, for the raw files. scratch: folder to fill.
+    """
+    dataset, blobs = store.dataset, all_pictures(store)
+    shards = [dataset.folder / shard.file for shard in store.shards]
+    tables = [load_table(dataset, shard) for shard in store.shards]
+    names = [(dataset.classes[row.label], row.image_id) for table in tables for row in table.itertuples()]
+    raw = read_ham10000(source).images.set_index("image_id")["path"]
+    tree = _link_tree([(label, Path(raw[image_id])) for label, image_id in names], scratch / "raw")
+    for (label, image_id), data in zip(names, blobs, strict=True):
+        (scratch / "stored" / label).mkdir(parents=True, exist_ok=True)
+        (scratch / "stored" / label / f"{image_id}.jpg").write_bytes(data)
+    found = {
+        "notebook, 0 workers": notebook(tree, 0, 1000),
+        "notebook, 2 workers": notebook(tree, 2, 2000),
+        "WebDataset + DataLoader, 2 workers": webdataset_loader(shards, 2),
+    }
+    if _installed("timm"):
+        found["timm create_loader, 2 workers"] = timm_loader(scratch / "stored", 2)
+    if _installed("litdata"):
+        found["litdata, 2 workers"] = litdata_loader(blobs.__getitem__, len(blobs), scratch / "litdata", 2)
+    if _installed("nvidia.dali"):
+        found["DALI CPU, 2 threads"] = dali_cpu(shards, 2, len(blobs))
+    return found
+
+
+def all_pictures(store: Store) -> list[bytes]:
+    """Every stored picture of a split, in order."""
+    sizes = enumerate(store.shard_sizes)
+    return [data for shard, size in sizes for _, data in store.read(np.full(size, shard), np.arange(size))]
+
+
+def decode_from_memory(blobs: list[bytes], store: Store, threads: int, batch: int) -> float:
+    """Images/s of threads that do nothing but decode, each a batch at a time."""
+    height, width = store.dataset.height, store.dataset.width
+
+    def work(first: int) -> None:
+        out = np.empty((batch, height, width, 3), np.uint8)
+        for start in range(first * batch, len(blobs), threads * batch):
+            for place, data in enumerate(blobs[start : start + batch]):
+                decode_into(data, out[place])
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+    return len(blobs) / (time.perf_counter() - began)
+
+
+def pack_plainly(paths: list[str], out: Path) -> None:
+    """What one writes first: open, resize to 341x256, save as JPEG, add to a tar, one image after the other."""
+    with tarfile.open(out, "w") as tar:
+        for number, path in enumerate(paths):
+            picture = ImageOps.fit(Image.open(path).convert("RGB"), (341, 256), Image.Resampling.BICUBIC)
+            data = io.BytesIO()
+            picture.save(data, "JPEG", quality=90)
+            entry = tarfile.TarInfo(f"{number:08d}.jpg")
+            entry.size = data.tell()
+            data.seek(0)
+            tar.addfile(entry, data)
 
 
 def notebook(tree: Path, workers: int, images: int) -> Pipeline:
@@ -64,7 +139,7 @@ def dali_cpu(shards: list[Path], threads: int, images: int) -> Pipeline:
     built.build()
 
     def epoch() -> Iterator[int]:
-        for _ in range(images // BATCH):
+        for _ in range(max(1, images // BATCH)):
             pictures, _labels = built.run()
             yield len(pictures)
 
@@ -82,7 +157,7 @@ def litdata_loader(blobs: Callable[[int], bytes], n: int, folder: Path, workers:
     return _sizes(litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers))
 
 
-def installed(name: str) -> bool:
+def _installed(name: str) -> bool:
     """Whether a package can be imported."""
     try:
         return importlib.util.find_spec(name) is not None
@@ -90,7 +165,7 @@ def installed(name: str) -> bool:
         return False
 
 
-def link_tree(files: list[tuple[str, Path]], root: Path) -> Path:
+def _link_tree(files: list[tuple[str, Path]], root: Path) -> Path:
     """A folder for each class with links to its files, as ImageFolder wants it."""
     for label, path in files:
         (root / label).mkdir(parents=True, exist_ok=True)

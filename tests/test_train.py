@@ -180,33 +180,34 @@ def test_another_dataset_under_the_same_run_is_refused(finished_run, source, tmp
     assert "dataset of before" in done.stderr
 
 
-def test_a_damaged_shard_fails_the_run_with_the_samples_name_and_a_word_in_its_folder(packed, tiny, tmp_path):
+def with_a_damaged_sample(packed, tmp_path):
+    """A copy of the dataset in which the first training picture is none; its key."""
     folder = shutil.copytree(packed, tmp_path / "data")
     shard = load(folder).split("train")[0]
     row = load_table(load(folder), shard).iloc[0]
     data = bytearray((folder / shard.file).read_bytes())
     data[int(row["offset"]) : int(row["offset"]) + 2] = b"no"
     (folder / shard.file).write_bytes(data)
+    return folder, f"{row['key']:08d}"
+
+
+def test_a_damaged_shard_fails_the_run_with_the_samples_name_and_a_word_in_its_folder(packed, tiny, tmp_path):
+    folder, key = with_a_damaged_sample(packed, tmp_path)
     done = launch("train", "--config", tiny, "--data.path", folder, "--run.epochs", "5")
     assert done.returncode == 1
-    assert f"sample {row['key']:08d}" in done.stderr
+    assert f"sample {key}" in done.stderr
     failed = state(tmp_path / "run")
     assert failed["status"] == "failed"
-    assert f"{row['key']:08d}" in failed["error"]
+    assert f"{key}" in failed["error"]
     assert "Traceback" in (tmp_path / "run" / "errors" / "rank-0.txt").read_text()
 
 
 def test_a_damaged_training_sample_may_be_skipped_and_is_reported(packed, tiny, tmp_path):
-    folder = shutil.copytree(packed, tmp_path / "data")
-    shard = load(folder).split("train")[0]
-    row = load_table(load(folder), shard).iloc[0]
-    data = bytearray((folder / shard.file).read_bytes())
-    data[int(row["offset"]) : int(row["offset"]) + 2] = b"no"
-    (folder / shard.file).write_bytes(data)
+    folder, key = with_a_damaged_sample(packed, tmp_path)
     words = ["--data.path", folder, "--data.on_bad_sample", "skip", "--run.epochs", "5"]
     done = launch("train", "--config", tiny, *words)
     assert done.returncode == 0, done.stderr
-    assert f"skipped 1 samples that cannot be decoded, keys {row['key']:08d}" in done.stdout
+    assert f"skipped 1 samples that cannot be decoded, keys {key}" in done.stdout
 
 
 def test_a_loss_that_is_no_number_fails_the_run(tiny, tmp_path):
