@@ -6,6 +6,7 @@ position), so a picture is varied in the same way on any number of devices.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +104,8 @@ def uniforms(seed: int, stream: int, positions: torch.Tensor, n: int) -> torch.T
     Returns:
         (B, n) float32 in [0, 1), multiples of 2^-24: the same bits on every device.
     """
-    start = torch.tensor([seed], dtype=torch.int64, device=positions.device)
-    state = _mix(_mix(_mix(start) + stream) + positions)  # (B,)
+    key = _mix(_mix(torch.tensor([seed])) + stream).item()  # on the CPU: making it on a GPU would wait for the GPU
+    state = _mix(positions + key)  # (B,)
     draws = _mix(state[:, None] + _GOLDEN * torch.arange(1, n + 1, device=positions.device))
     return _shift(draws, 40).float() * 2.0**-24
 
@@ -165,20 +166,18 @@ def _warp(
     shrink = int(short * augment.scale[0] / size)
     if shrink > 1:  # bilinear interpolation alone would skip pixels: average blocks first, as many as never enlarges
         pictures = F.avg_pool2d(pictures, shrink, ceil_mode=True, count_include_pad=False)
-    blocks = torch.tensor([pictures.shape[3], pictures.shape[2]], device=images.device) * max(1, shrink)
+    across, down = pictures.shape[3] * max(1, shrink), pictures.shape[2] * max(1, shrink)  # pixels of the picture
     cos, sin = angle.cos(), angle.sin()
-    turn = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)  # (B, 2, 2)
-    turn = turn * (side[:, None] * flips)[:, None, :]
+    (scale_x, scale_y), (offset_x, offset_y) = (side[:, None] * flips).unbind(1), offset.unbind(1)
     # From the square's [-1, 1] to pixels from the picture's centre, then to the sampled array's [-1, 1].
-    linear = turn * (short / blocks)[:, None]
-    centre = (offset * short + torch.tensor([width, height], device=images.device)) / blocks - 1
-    grid = F.affine_grid(torch.cat([linear, centre[:, :, None]], 2), [len(images), 3, size, size], align_corners=False)
+    x = torch.stack([cos * scale_x, -sin * scale_y, offset_x + (width - across) / short], 1) * (short / across)
+    y = torch.stack([sin * scale_x, cos * scale_y, offset_y + (height - down) / short], 1) * (short / down)
+    grid = F.affine_grid(torch.stack([x, y], 1), [len(images), 3, size, size], align_corners=False)  # (B, S, S, 2)
     views = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if augment.corners == "black":  # beyond the central square there is nothing, as if cropped before the turn
-        beyond = short / torch.tensor([width, height], device=images.device)
-        from_centre = (grid + 1) * (blocks / torch.tensor([width, height], device=images.device)) - 1
-        inside = (from_centre.abs() <= beyond + 1e-6).all(3)  # (B, S, S)
-        views = views * inside[:, None]
+        from_centre_x = ((grid[..., 0] + 1) * across - width) / short  # in halves of the square's side
+        from_centre_y = ((grid[..., 1] + 1) * down - height) / short
+        views = views * (torch.maximum(from_centre_x.abs(), from_centre_y.abs()) <= 1 + 1e-6)[:, None]
     return views.contiguous(memory_format=torch.channels_last)
 
 
@@ -186,7 +185,7 @@ def _recolour(
     views: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
 ) -> torch.Tensor:
     """Brightness, contrast (about the mean luminance) and saturation as one matrix; factors (B,), views in 0..255."""
-    luma = torch.tensor(LUMA, device=views.device)
+    luma = _constant(LUMA, views.device)
     mean = (views.mean((2, 3)) * luma).sum(1)  # (B,)
     identity = torch.eye(3, device=views.device)
     matrix = saturation[:, None, None] * identity + (1 - saturation)[:, None, None] * luma  # (B, 3, 3)
@@ -197,6 +196,12 @@ def _recolour(
 
 
 def _normalise(views: torch.Tensor) -> torch.Tensor:
-    mean = 255 * torch.tensor(MEAN, device=views.device)[:, None, None]
-    std = 255 * torch.tensor(STD, device=views.device)[:, None, None]
-    return (views - mean) / std
+    mean, std = (_constant(values, views.device)[:, None, None] for values in (MEAN, STD))
+    return (views / 255 - mean) / std
+
+
+@lru_cache
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A tensor that is made once for each device: each making would wait for the GPU."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)

@@ -57,9 +57,14 @@ def save_step(
     _save(run / "checkpoints" / f"step-{progress.step:08d}", progress, origin, write)
     for folder in _newest_first(run, "step-")[keep:]:
         shutil.rmtree(folder)
+    # Each checkpoint that is kept may be the one to continue from: the best weights that it names stay, too.
+    kept = [folder for folder in _newest_first(run, "step-") if _problem(folder) is None]
+    named = {f"best-{_read(folder).progress.best_step:08d}" for folder in kept}
     for folder in _newest_first(run, "best-"):
-        if folder.name != f"best-{progress.best_step:08d}":
+        if folder.name not in named:
             shutil.rmtree(folder)
+    for leftover in (run / "checkpoints").glob(".*.tmp"):  # of a process that was killed while it saved
+        shutil.rmtree(leftover)
 
 
 def save_best(run: Path, progress: Progress, origin: Origin, model: nn.Module) -> None:
@@ -128,7 +133,7 @@ def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file so that readers, and a crash, see the old or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

@@ -34,6 +34,8 @@ class Data:
     """decoding threads of each process; 0 means one for each core it may use"""
     batches_ahead: int = 4
     """batches decoded ahead of the one in use"""
+    allow_leak: bool = False
+    """train although training groups are in an evaluation split; the results say so"""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """what a training sample that cannot be decoded does: fail the run, or count for nothing and be reported"""
 
@@ -187,6 +189,8 @@ def check(config: Config) -> None:
     for key in ("augment.flip", "augment.flip_vertical", "augment.rotate_probability", "optim.label_smoothing"):
         if not 0 <= settings[key] <= 1:
             raise ValueError(f"The '{key}' setting must be between 0 and 1. Got {settings[key]} instead.")
+    if settings["run.seed"] >= 2**62:
+        raise ValueError(f"The 'run.seed' setting must be below 2^62. Got {settings['run.seed']} instead.")
     low, high = config.augment.scale
     if not 0 < low <= high <= 1:
         raise ValueError(f"The 'augment.scale' setting must be 0 < LOW <= HIGH <= 1. Got {low}, {high} instead.")

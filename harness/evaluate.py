@@ -66,7 +66,7 @@ def predict(model: nn.Module, store: Store, config: Config, world: World, views:
     n_classes = len(store.dataset.classes)
     local = torch.cat([torch.empty(0, 1 + 2 * n_classes), *rows])
     global_keys, global_rows = world.gather_rows(torch.cat(keys), local)
-    problem = world.decide(_incomplete(global_keys, store) if world.is_main else None)
+    problem = world.on_main(_incomplete, global_keys, store)
     if problem:
         raise RuntimeError(problem)
     labels = global_rows[:, 0].long().numpy()
@@ -77,7 +77,7 @@ def predict(model: nn.Module, store: Store, config: Config, world: World, views:
 def validate(model: nn.Module, store: Store, config: Config, world: World) -> dict:
     """Collective: scores of the plain view, computed on rank 0 and known to all."""
     found = predict(model, store, config, world, "none")
-    return world.decide(score(found.plain, found.labels, store.dataset.classes) if world.is_main else None)
+    return world.on_main(score, found.plain, found.labels, store.dataset.classes)
 
 
 def evaluate(
@@ -115,7 +115,7 @@ def evaluate(
         write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
         return metrics
 
-    return world.decide(world.on_main(write))
+    return world.on_main(write)
 
 
 def leak_warnings(dataset: Dataset, split: str, origin: Origin) -> list[str]:

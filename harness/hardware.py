@@ -59,16 +59,18 @@ def check_wheel(capability: tuple[int, int], architectures: list[str], name: str
         name: of the device.
 
     Raises:
-        RuntimeError: saying which torch to install.
+        ValueError: saying which torch to install.
     """
     major, minor = capability
     for architecture in architectures:
         kind, _, number = architecture.partition("_")
         digits = "".join(letter for letter in number if letter.isdigit())
+        if kind not in ("sm", "compute"):  # AMD's names: nothing to compare
+            return
         has = (int(digits[:-1]), int(digits[-1]))
         if (kind == "sm" and has[0] == major and has[1] <= minor) or (kind == "compute" and has <= capability):
             return
-    raise RuntimeError(
+    raise ValueError(
         f"This torch ({torch.__version__}) has no kernels for {name} (sm_{major}{minor}); it has {', '.join(architectures)}. "
         "For a P100 or V100 install: pip install 'torch==2.7.1' 'torchvision==0.22.1'"
     )

@@ -81,13 +81,15 @@ def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading:
                 decoding.append(pool.submit(_decode, store, locate, places, reading.skip, buffers, cuda))
             began = time.perf_counter()
             while decoding and (not copying or (cuda and len(copying) < 2 and decoding[0].done())):
+                loaded = decoding.popleft().result()
                 with torch.cuda.stream(stream):  # does nothing without a GPU
-                    copying.append([tensor.to(device, non_blocking=True) for tensor in decoding.popleft().result()])
+                    moved = [tensor.to(device, non_blocking=True) for tensor in loaded]
+                    copying.append((moved, stream.record_event() if cuda else None))
             if not copying:
                 return
-            images, *numbers = copying.popleft()
+            (images, *numbers), copied = copying.popleft()
             if cuda:
-                torch.cuda.current_stream(device).wait_stream(stream)
+                torch.cuda.current_stream(device).wait_event(copied)
                 for tensor in (images, *numbers):
                     tensor.record_stream(torch.cuda.current_stream(device))
             yield Batch(images.permute(0, 3, 1, 2), *numbers, time.perf_counter() - began)
@@ -100,7 +102,8 @@ def _decode(
 ) -> tuple[torch.Tensor, ...]:
     """Read and decode one batch: images (b, H, W, 3) uint8, labels, positions, keys.
 
-    A skipped sample keeps its place, as a black picture with the label -1, so that shapes and positions stay.
+    A skipped sample keeps its place, with the label -1 and a copy of a good picture of the batch (black if there is
+    none), so that shapes, positions and the batch's statistics stay what they should be.
     """
     shards, rows = locate(positions)
     shape = (len(positions), store.dataset.height, store.dataset.width, 3)
@@ -120,7 +123,8 @@ def _decode(
             ) from error
     labels, keys = store.numbers(shards, rows)
     if bad:
-        pictures[bad], labels[bad] = 0, -1
+        good = np.setdiff1d(np.arange(len(positions)), bad)
+        pictures[bad], labels[bad] = pictures[good[0]] if len(good) else 0, -1
         skip.extend(keys[bad].tolist())
     return images, torch.from_numpy(labels), torch.from_numpy(positions), torch.from_numpy(keys)
 

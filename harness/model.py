@@ -31,6 +31,23 @@ def build_model(name: str, n_classes: int) -> nn.Module:
     return model
 
 
+def check_model(name: str, n_classes: int, size: int) -> None:
+    """Refuse a model that cannot take (B, 3, size, size) pictures; costs no memory.
+
+    Raises:
+        ValueError: naming both.
+    """
+    with torch.device("meta"), torch.no_grad():
+        model = build_model(name, n_classes).eval()
+        try:
+            model(torch.empty(2, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"The model {name} cannot take pictures of {size} pixels ('data.image_size'): {error}. "
+                "Most take 224 and up."
+            ) from error
+
+
 def find_head(model: nn.Module) -> str:
     """Dotted name of the classifier's last linear layer."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

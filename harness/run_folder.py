@@ -7,7 +7,7 @@ folder holds one run; `state.json` says `running | stopped | finished | failed` 
 import json
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harness.checkpoint import Checkpoint, newest, write_atomically
@@ -20,10 +20,17 @@ def open_run(folder: Path, config: Config, dataset: Dataset) -> None:
     """Make the run's folder, or check that it belongs to these settings.
 
     Raises:
-        ValueError: it holds a run with other settings; the keys are named.
+        ValueError: it holds a run with other settings (the keys are named) or on another dataset.
         FileExistsError: it holds something else.
     """
-    saved = folder / "config.yaml"
+    saved, described = folder / "config.yaml", folder / "dataset.json"
+    if described.is_file():
+        before = json.loads(described.read_text())["checksum"]
+        if before != dataset.fingerprint:
+            raise ValueError(
+                f"{folder} holds a run on the dataset {before[:12]}, and {dataset.folder} is {dataset.fingerprint[:12]}. "
+                "Give the dataset of before, or name another --run.folder."
+            )
     if saved.is_file():
         changed = differences(flat(load_config(saved)), flat(config))
         if changed:
@@ -35,7 +42,7 @@ def open_run(folder: Path, config: Config, dataset: Dataset) -> None:
         raise FileExistsError(f"{folder} is not empty and holds no run (no config.yaml). Name another --run.folder.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stop").unlink(missing_ok=True)
-    write_atomically(folder / "dataset.json", dataset.description.to_bytes())
+    write_atomically(described, dataset.description.to_bytes())
     write_atomically(saved, to_yaml(config).encode())
 
 
@@ -69,14 +76,20 @@ def write_state(folder: Path, status: str, progress: Progress) -> None:
 
 @contextmanager
 def failure_noted(folder: Path, rank: int) -> Iterator[None]:
-    """Leave word of an error: state.json says `failed` and why, errors/rank-N.txt has the traceback."""
+    """Leave word of an error: errors/rank-N.txt has the traceback, state.json says `failed` and why.
+
+    The first rank to fail is the cause: what others say after it follows from that.
+    """
     try:
         yield
     except Exception as error:
-        (folder / "errors").mkdir(exist_ok=True)
-        (folder / "errors" / f"rank-{rank}.txt").write_text(traceback.format_exc())
-        failed = _read_state(folder) | {"status": "failed", "rank": rank, "error": f"{type(error).__name__}: {error}"}
-        write_atomically(folder / "state.json", (json.dumps(failed) + "\n").encode())
+        with suppress(OSError, ValueError):  # a full disk must not hide the error itself
+            (folder / "errors").mkdir(exist_ok=True)
+            (folder / "errors" / f"rank-{rank}.txt").write_text(traceback.format_exc())
+            state = _read_state(folder)
+            if state.get("status") != "failed":
+                failed = state | {"status": "failed", "rank": rank, "error": f"{type(error).__name__}: {error}"}
+                write_atomically(folder / "state.json", (json.dumps(failed) + "\n").encode())
         raise
 
 

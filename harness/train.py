@@ -20,7 +20,7 @@ from harness.hardware import decode_threads, own_cores
 from harness.loader import Reading, training_batches
 from harness.log import Log, verdict
 from harness.metrics import HIGHER_IS_BETTER
-from harness.model import build_model, load_weights
+from harness.model import build_model, check_model, load_weights
 from harness.optim import build_optimizer, loss_sum, lr_at
 from harness.progress import Progress, advance, should_stop, train_on
 from harness.run_folder import failure_noted, find_start, finished_metrics, open_run, write_state
@@ -72,16 +72,13 @@ def train(config: Config, world: World) -> str:
         ValueError, OSError: settings, data, weights or a run folder that do not fit; each says what to do.
         FloatingPointError: the loss is no number any more.
     """
-    parse_views(config.eval.views)
-    folder, dataset = Path(config.run.folder), load(config.data.path)
+    folder = Path(config.run.folder)
+    world.on_main(_check, config, world.size)  # what is wrong is said once, not by each rank
+    dataset = load(config.data.path)
     training, validation, final = (Store(dataset, name) for name in ("train", "val", config.eval.split))
-    plan = Plan(
-        *(training.shard_sizes, config.data.batch_size, config.run.seed, config.data.lanes, config.data.block_shards)
-    )
-    share(plan.global_batch, world.rank, world.size)  # refuses more ranks than images
-    refuse_leak(dataset)
+    plan = _plan(config, training)
     world.on_main(open_run, folder, config, dataset)
-    if metrics := world.decide(world.on_main(finished_metrics, folder)):
+    if metrics := world.on_main(finished_metrics, folder):
         world.print(f"{folder} is finished. Its results again; to train anew, name another --run.folder.")
         world.print("\n" + summary(metrics))
         return "finished"
@@ -89,9 +86,11 @@ def train(config: Config, world: World) -> str:
     with StopRequest(folder) as stop, failure_noted(folder, world.rank):
         torch.manual_seed(config.run.seed)
         model = build_model(config.model.name, len(dataset.classes))
-        start = world.decide(world.on_main(find_start, folder, dataset))
+        start = world.on_main(find_start, folder, dataset)
         if start is None:
-            world.print(world.on_main(load_weights, model, config.model.name, config.model.weights))
+            world.print(
+                world.on_main(load_weights, model, config.model.name, config.model.weights)
+            )  # DDP sends them on
         model.to(world.device, memory_format=torch.channels_last)
         wrapped, optimizer = world.prepare(model, build_optimizer(model, config.optim))
         progress = Progress()
@@ -140,6 +139,23 @@ def train(config: Config, world: World) -> str:
             world.print("\n" + summary(metrics))
             world.print(f"run folder: {folder}")
     return "finished"
+
+
+def _check(config: Config, n_ranks: int) -> None:
+    """Refuse what cannot be trained, before anything is written."""
+    dataset = load(config.data.path)
+    for name in ("val", config.eval.split):
+        dataset.split(name)
+    parse_views(config.eval.views)
+    share(_plan(config, Store(dataset, "train")).global_batch, 0, n_ranks)  # refuses more ranks than images
+    if not config.data.allow_leak:
+        refuse_leak(dataset)
+    check_model(config.model.name, len(dataset.classes), config.data.image_size)
+
+
+def _plan(config: Config, training: Store) -> Plan:
+    data = config.data
+    return Plan(training.shard_sizes, data.batch_size, config.run.seed, data.lanes, data.block_shards)
 
 
 def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:

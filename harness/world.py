@@ -10,7 +10,14 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather, reduce
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    broadcast,
+    broadcast_object_list,
+    gather,
+    reduce,
+)
 
 from harness.hardware import check_wheel, choose_precision, own_cores
 
@@ -25,13 +32,13 @@ class World:
             precision: auto, fp32, bf16 or fp16.
 
         Raises:
-            RuntimeError: a torch without kernels for this GPU, or ranks that do not see each other.
+            ValueError: a torch without kernels for this GPU, more processes than GPUs, or ranks that do not see each other.
         """
         cuda = torch.cuda.is_available()
         if cuda:
             number = int(os.environ.get("LOCAL_RANK", "0"))
             if number >= torch.cuda.device_count():
-                raise RuntimeError(
+                raise ValueError(
                     f"This machine has {torch.cuda.device_count()} GPU(s), and the launcher started a process for GPU "
                     f"number {number + 1}. Start as many processes as there are GPUs."
                 )
@@ -41,13 +48,14 @@ class World:
         self._accelerator = Accelerator(
             cpu=not cuda,  # without it, ranks on a machine without CUDA each believe to be alone
             mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the environment may say otherwise
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
             torch.set_num_threads(own_cores())
         announced = int(os.environ.get("WORLD_SIZE", "1"))
         if announced != self._accelerator.num_processes:
-            raise RuntimeError(
+            raise ValueError(
                 f"The launcher announced {announced} processes, and {self._accelerator.num_processes} see each other. "
                 "Start with `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc-per-node N`."
             )
@@ -104,8 +112,24 @@ class World:
         return self._accelerator.scaler
 
     def on_main(self, action: Callable, *arguments):
-        """Run on rank 0 alone; others get None and do not wait."""
-        return action(*arguments) if self.is_main else None
+        """Collective: run on rank 0 alone; its result is everyone's, and its error ends every rank.
+
+        Rank 0 raises what went wrong; the others leave with exit code 1 and no words of their own.
+        """
+        if self.size == 1:
+            return action(*arguments)
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action(*arguments)
+            except Exception as raised:
+                error = raised
+        result, failed = broadcast_object_list([result, error is not None], from_process=0)
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(1)
+        return result
 
     def synchronize(self) -> None:
         """Wait for the kernels of this rank's GPU, so that a clock can be read."""

@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = _settings(options)
         parse_views(config.eval.views)
         dataset, best = load(config.data.path), checkpoint.best(options.run)
+        store = Store(dataset, config.eval.split)
         check_classes(best, dataset)
         check_leak(best, dataset, config.eval.split, options.allow_leak)
         world = World(config.run.precision)
@@ -36,7 +37,6 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint.load_model(best, model)
         model.to(world.device, memory_format=torch.channels_last)
         out = options.out or options.run / f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}"
-        store = Store(dataset, config.eval.split)
         metrics = evaluate(model, store, config.eval.split, config, world, out, best)
         world.on_main(draw_results, out)
         world.print("\n" + summary(metrics))
@@ -72,7 +72,8 @@ def _settings(options: argparse.Namespace) -> Config:
         raise FileNotFoundError(f"{options.run} holds no run (no config.yaml). Give the --run.folder of a training.")
     config = load_config(saved)
     changed = replace(config.eval, split=options.split or config.eval.split, views=options.views or config.eval.views)
-    return replace(config, eval=changed, data=replace(config.data, path=str(options.data or config.data.path)))
+    run = replace(config.run, precision=options.precision or config.run.precision)
+    return replace(config, eval=changed, run=run, data=replace(config.data, path=str(options.data or config.data.path)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", help="split to evaluate (default: the run's eval.split)")
     parser.add_argument("--views", help="none, flips, dihedral8 or spins:N (default: the run's eval.views)")
     parser.add_argument("--data", type=Path, help="packed folder (default: the run's data.path)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the run's)")
     parser.add_argument(
         "--allow-leak", action="store_true", help="evaluate on training lesions too; the results say so"
     )

@@ -5,6 +5,7 @@ every picture exists and is not empty, every label is a known class, every group
 """
 
 import filecmp
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def read_ham10000(folder: Path) -> Catalogue:
         )
     table = table.rename(columns=columns)
     table["path"] = _paths(table["image_id"], _find_pictures(folder, set(table["image_id"])), folder)
-    images = pd.concat([table[list(REQUIRED)], _extras(table, set())], axis=1)
+    images = pd.concat([table[list(REQUIRED)], _extras(table, set(REQUIRED))], axis=1)
     return checked(Catalogue(images, HAM10000_CLASSES, folder.name))
 
 
@@ -108,7 +109,7 @@ def read_class_folders(root: Path) -> Catalogue:
     rows = [
         {"image_id": f"{path.parent.name}/{path.stem}", "path": str(path), "label": path.parent.name}
         for path in sorted(root.glob("*/*"))
-        if path.suffix.lower() in PICTURES
+        if _is_picture(path)
     ]
     if not rows:
         raise FileNotFoundError(
@@ -146,8 +147,13 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
             f"{_some(absent)} of {path}: no such picture. Paths are taken from {path.parent.resolve()}; "
             "move the file beside the images or write absolute paths."
         )
+    files = pd.Series([str(file.resolve()) for file in resolved])
+    if files.duplicated().any():
+        raise ValueError(
+            f"{_some(files[files.duplicated()])} of {path}: image repeated. Keep one row for each picture."
+        )
     core = {
-        "image_id": given.map(lambda name: str(Path(name).with_suffix(""))),
+        "image_id": given.map(lambda name: name.removesuffix(Path(name).suffix) if _is_picture(name) else name),
         "path": [str(file) for file in resolved],
         "label": table[label_column].str.strip(),
         "group": table[group_column].str.strip() if group_column else given,
@@ -214,16 +220,18 @@ def _read_metadata(folder: Path) -> pd.DataFrame:
 
 def _extras(table: pd.DataFrame, used: set) -> pd.DataFrame:
     """What else the source knows; a column whose name the shards use themselves becomes `source_NAME`."""
-    rest = table[[column for column in table.columns if column not in used and column not in REQUIRED]]
-    return rest.rename(columns={name: f"source_{name}" for name in ("key", "offset", "size", "class")})
+    rest = table[[column for column in table.columns if column not in used]]
+    return rest.rename(columns={name: f"source_{name}" for name in (*REQUIRED, "key", "offset", "size", "class")})
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"The file {path} is not there. Give a CSV or Parquet file with one row an image.")
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
+            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV: {error}. Download it again, or save it as UTF-8.") from error
     except pd.errors.EmptyDataError as error:
         raise ValueError(f"{path} is empty. Download it again.") from error
@@ -238,6 +246,10 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         raise FileNotFoundError(f"The file {path} is not there. Give a file with one row an image.") from error
     except Exception as error:  # pyarrow's errors are its own kinds
         raise ValueError(f"{path} is no Parquet file: {error}. Write it again.") from error
+
+
+def _is_picture(name: str | Path) -> bool:
+    return Path(name).suffix.lower() in PICTURES
 
 
 def _resolve(folder: Path, name: str) -> Path | None:
@@ -263,7 +275,7 @@ def _find_pictures(folder: Path, wanted: set[str]) -> dict[str, Path]:
     """Map image id to file. The same picture twice (Kaggle's download repeats its folders) is no error."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in PICTURES or path.stem not in wanted:
+        if not _is_picture(path) or path.stem not in wanted:
             continue
         first = found.setdefault(path.stem, path)
         if first is not path and not filecmp.cmp(first, path, shallow=False):

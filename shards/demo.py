@@ -12,6 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from shards.catalogue import HAM10000_CLASSES
+from shards.pack import new_folder
 
 SHARES = {"mel": 0.14, "nv": 0.22, "bcc": 0.13, "akiec": 0.13, "bkl": 0.14, "df": 0.12, "vasc": 0.12}
 WIDTH, HEIGHT = 600, 450
@@ -34,8 +35,11 @@ def draw(out: Path, images: int = 700, seed: int = 0) -> None:
     out = Path(out)
     if images < 42:
         raise ValueError(f"A demo needs at least 42 images, six a class. Got {images} instead.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already. Give another folder, or remove it first: rm -r {out}")
+    with new_folder(out) as folder:
+        _draw_all(folder, images, seed)
+
+
+def _draw_all(out: Path, images: int, seed: int) -> None:
     folders = [out / "HAM10000_images_part_1", out / "HAM10000_images_part_2"]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)

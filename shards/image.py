@@ -16,7 +16,8 @@ FITS = ("cover", "contain", "squeeze")
 def open_rgb(data: bytes, name: str) -> Image.Image:
     """Decode a whole picture to upright RGB.
 
-    Greyscale becomes three equal channels, transparency is laid on black, EXIF orientation is applied.
+    Greyscale becomes three equal channels, transparency is laid on black, EXIF orientation is applied,
+    16-bit greyscale is scaled to 8.
 
     Args:
         data: the file's bytes.
@@ -34,10 +35,8 @@ def open_rgb(data: bytes, name: str) -> Image.Image:
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-    elif picture.mode.startswith(("I", "F")):  # 16-bit and float greyscale: Pillow would clip it at 255
-        values = np.asarray(picture, dtype=np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
-        picture = Image.fromarray((values * (255.0 / top)).clip(0, 255).astype(np.uint8))
+    elif picture.mode.startswith("I"):  # 16-bit greyscale: Pillow would clip it at 255
+        picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     return picture.convert("RGB")
 
 

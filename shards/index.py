@@ -135,10 +135,11 @@ def load_table(dataset: Dataset, shard: Shard) -> pd.DataFrame:
     """One row a sample of one shard: `key, offset, size, label` (integers), `group, image_id`, extras (text).
 
     `offset` and `size` are the picture's bytes in the tar.
+
+    Raises:
+        ValueError, FileNotFoundError: the table is not what was packed, or missing.
     """
-    path = dataset.folder / shard.table
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Copy it again, or pack the dataset again.")
+    path = _read_listed(dataset.folder, shard.table, {shard.table: shard.table_sha256})
     numbers = {"key": np.int64, "offset": np.int64, "size": np.int64, "label": np.int64}
     columns = pd.read_csv(path, nrows=0).columns
     types = {column: numbers.get(column, str) for column in columns}
@@ -155,9 +156,9 @@ def load_groups(dataset: Dataset, split: str) -> np.ndarray:
     """The groups of a split, as from `group_hashes`.
 
     Raises:
-        ValueError, FileNotFoundError: the file is damaged or missing.
+        ValueError, FileNotFoundError: there is no such split, or the file is damaged or missing.
     """
-    real = dataset.description.aliases.get(split, split)
+    real = dataset.split(split)[0].split
     return np.load(_read_listed(dataset.folder, f"{real}.groups.npy", dataset.description.files), allow_pickle=False)
 
 
@@ -238,6 +239,6 @@ def _read_listed(folder: Path, name: str, files: dict[str, str]) -> Path:
         raise FileNotFoundError(f"{path} is missing. Copy the dataset again, or pack it again.")
     if sha256(path) != files.get(name):
         raise ValueError(
-            f"{path} was changed after packing: its SHA-256 is not the one in dataset.json. Copy it again."
+            f"{path} was changed after packing: its SHA-256 is not the recorded one. Copy the dataset again."
         )
     return path

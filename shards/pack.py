@@ -90,8 +90,11 @@ def pack_several(
     per_shard = outputs[0][1].shard_samples
     if any(packing.shard_samples != per_shard for _, packing in outputs):
         raise ValueError("Outputs of one pass must have the same 'shard_samples'.")
+    named = [Path(out).resolve() for out, _ in outputs]
+    if len({*named, *(out.with_name(f"{out.name}.partial") for out in named)}) < 2 * len(named):
+        raise ValueError(f"Outputs of one pass must be different folders. Got {', '.join(map(str, named))}.")
     with ExitStack() as stack:
-        folders = [stack.enter_context(_new_folder(Path(out))) for out, _ in outputs]
+        folders = [stack.enter_context(new_folder(Path(out))) for out, _ in outputs]
         pool = stack.enter_context(ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))))
         total = sum(map(len, split.rows.values()))
         bar = stack.enter_context(tqdm(total=total, unit=" images", desc="packing", disable=True if quiet else None))
@@ -146,7 +149,7 @@ def _write_index(
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that takes its name only when the block ends well."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already. Give another folder, or remove it first: rm -r {out}")

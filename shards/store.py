@@ -58,6 +58,7 @@ class Store:
 
         Raises:
             FileNotFoundError: a shard is gone.
+            ValueError: a shard has another size than was packed.
         """
         for shard in np.unique(shards).tolist():
             table, file = self.table(shard), self._open(shard)
@@ -83,7 +84,8 @@ class Store:
 
     def _open(self, shard: int) -> "_File":
         with self._lock:
-            file = self._files.pop(shard, None) or _File(self.dataset.folder / self.shards[shard].file)
+            described = self.shards[shard]
+            file = self._files.pop(shard, None) or _File(self.dataset.folder / described.file, described.bytes)
             self._files[shard] = file
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)  # closed when the last thread that reads from it lets go
@@ -93,13 +95,16 @@ class Store:
 class _File:
     """A file descriptor that closes itself when nobody holds it any more."""
 
-    def __init__(self, path):
+    def __init__(self, path, size: int):
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"The shard {path} is missing. Copy it again, or pack the dataset again."
             ) from error
+        found = os.fstat(self.descriptor).st_size
+        if found != size:
+            raise ValueError(f"The shard {path} has {found} bytes, and {size} were packed. Copy it again.")
 
     def __del__(self):
         if hasattr(self, "descriptor"):

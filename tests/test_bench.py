@@ -27,6 +27,7 @@ def test_packing_is_measured_beside_a_plain_loop(source, tmp_path):
     assert numbers["ratio_to_plain_pillow"] > 0
 
 
+@pytest.mark.slow
 def test_pipelines_are_compared_on_the_same_images(source, packed, tiny, tmp_path):
     words = ["--source", source, "--config", tiny, "--rounds", "1", "--json", tmp_path / "out.json"]
     done = launch("bench", "compare", *words)

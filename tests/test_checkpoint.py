@@ -64,8 +64,10 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     assert names(tmp_path) == ["best-00000001", "step-00000002", "step-00000003"]
     checkpoint.save_best(tmp_path, Progress(step=4, best_step=4), ORIGIN, model)
     assert "best-00000001" in names(tmp_path)  # until a checkpoint points to the new one
-    save(tmp_path, 4, best_step=4)
-    assert names(tmp_path) == ["best-00000004", "step-00000003", "step-00000004"]
+    save(tmp_path, 4, best_step=4)  # step 3 still names the old one
+    assert names(tmp_path) == ["best-00000001", "best-00000004", "step-00000003", "step-00000004"]
+    save(tmp_path, 5, best_step=4)
+    assert names(tmp_path) == ["best-00000004", "step-00000004", "step-00000005"]
     assert checkpoint.best(tmp_path).progress.best_step == 4
 
 
@@ -86,6 +88,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file
     said = []
     assert checkpoint.newest(tmp_path, said.append).progress.step == 1
     assert "step-00000002 is damaged" in said[0]
+
+
+def test_the_best_weights_that_an_older_checkpoint_names_stay_as_long_as_it_does(tmp_path):
+    for step in (1, 2):
+        model, _ = trained(step)
+        checkpoint.save_best(tmp_path, Progress(step=step, best_step=step), ORIGIN, model)
+        save(tmp_path, step, best_step=step)
+    (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"damaged")
+    found = checkpoint.newest(tmp_path, lambda text: None)
+    assert found.progress.step == 1
+    assert checkpoint.best(tmp_path, found.progress).progress.step == 1
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / "checkpoints" / ".step-00000007.tmp").mkdir(parents=True)
+    save(tmp_path, 8)
+    assert names(tmp_path) == ["step-00000008"]
 
 
 def test_when_none_is_whole_it_is_an_error_not_a_fresh_start(tmp_path):

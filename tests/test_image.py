@@ -42,6 +42,11 @@ def test_sixteen_bit_greyscale_keeps_its_range():
     assert 120 < picture.mean() < 135
 
 
+def test_dim_sixteen_bit_greyscale_stays_dim():
+    dim = np.full((8, 8), 200, dtype=np.uint16)
+    assert np.asarray(open_rgb(saved(Image.fromarray(dim), "PNG"), "x")).max() == 1
+
+
 def test_transparency_is_laid_on_black():
     clear = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     assert np.asarray(open_rgb(saved(clear, "PNG"), "x")).max() == 0

@@ -51,6 +51,12 @@ def test_training_refuses_shards_whose_training_lesions_are_evaluated(leaking, t
     assert not (tmp_path / "run").exists()
 
 
+def test_training_on_leaking_shards_on_purpose_is_marked(leaking, tiny, tmp_path):
+    done = launch("train", "--config", tiny, "--data.path", leaking, "--data.allow_leak", "true", "--run.epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "config.yaml").read_text().split("allow_leak:")[1].split()[0]) is True
+
+
 def test_training_on_a_study_split_warns_and_the_warning_reaches_the_metrics(source, tiny, tmp_path):
     packed = pack_small(source, tmp_path / "leaky", "--protocol", "seed-leaky")
     done = launch("train", "--config", tiny, "--data.path", packed, "--run.epochs", "1")

@@ -106,11 +106,7 @@ def not_even_a_picture(data, offset, size):
     return data
 
 
-def cut_off(data, offset, size):
-    return data[: offset + size // 2]
-
-
-@pytest.mark.parametrize("spoil", [zero_the_middle, not_even_a_picture, cut_off])
+@pytest.mark.parametrize("spoil", [zero_the_middle, not_even_a_picture])
 def test_a_damaged_sample_fails_its_batch_with_key_shard_and_offset(packed, tmp_path, spoil):
     dataset, key, shard, offset = spoiled(packed, tmp_path, spoil)
     with pytest.raises(ValueError, match="damaged after packing") as caught:
@@ -124,6 +120,19 @@ def test_a_missing_shard_is_named(packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "copy")
     (folder / "train-000001.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"train-000001\.tar is missing"):
+        batches(load(folder))
+
+
+def test_a_table_or_shard_that_is_not_what_was_packed_is_refused(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    table = folder / "train-000001.csv"
+    table.write_text(table.read_text().replace(",0,", ",1,", 1))
+    with pytest.raises(ValueError, match=r"train-000001\.csv was changed after packing"):
+        batches(load(folder))
+    shutil.copy(packed / table.name, table)
+    with open(folder / "train-000001.tar", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match=r"train-000001\.tar has \d+ bytes, and \d+ were packed"):
         batches(load(folder))
 
 
@@ -148,14 +157,16 @@ def test_a_skipped_sample_counts_for_nothing_and_is_reported(packed, tmp_path):
         assert (batch.labels[hit] == -1).all()
         assert torch.equal(batch.labels[~hit], before.labels[~hit])
         assert torch.equal(batch.images[~hit], before.images[~hit])
-        assert not batch.images[hit].any()
+        assert all((image == batch.images[~hit]).flatten(1).all(1).any() for image in batch.images[hit])
     assert sum((batch.labels == -1).sum() for batch in whole) == 1
 
 
 def test_evaluation_never_skips(packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "copy")
     shard = load(folder).split("val")[0]
-    (folder / shard.file).write_bytes((folder / shard.file).read_bytes()[:600])
+    row = load_table(load(folder), shard).iloc[0]
+    data = bytearray((folder / shard.file).read_bytes())
+    (folder / shard.file).write_bytes(not_even_a_picture(data, int(row["offset"]), int(row["size"])))
     store = Store(load(folder), "val")
     with pytest.raises(ValueError, match="damaged after packing"):
         list(evaluation_batches(store, 4, 0, 1, Reading(2, 3, torch.device("cpu"), [])))

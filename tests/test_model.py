@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.model import build_model, fetch, find_head, load_weights
+from harness.model import build_model, check_model, fetch, find_head, load_weights
 
 SMALL = "shufflenet_v2_x0_5"
 
@@ -33,6 +33,13 @@ def test_the_head_of_each_family_is_replaced(name, head):
 def test_a_model_that_is_no_classifier_of_ours_is_refused(name):
     with pytest.raises(ValueError, match=r"model\.name"):
         build_model(name, 7)
+
+
+def test_a_model_that_cannot_take_the_picture_size_is_refused():
+    check_model("resnet18", 7, 64)
+    for name in ("vit_b_16", "alexnet"):
+        with pytest.raises(ValueError, match=r"cannot take pictures of 32 pixels .'data\.image_size'"):
+            check_model(name, 7, 32)
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])

@@ -31,7 +31,7 @@ def test_two_ranks_see_as_many_samples_as_one(finished_run, two_ranks):
     assert steps[0] == steps[1]
 
 
-@pytest.mark.parametrize(("ranks", "views"), [(2, "flips"), (3, "spins:2")])
+@pytest.mark.parametrize(("ranks", "views"), [(2, "flips"), pytest.param(3, "spins:2", marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_same_bytes_of_results_from_the_same_weights(
     finished_run, tmp_path, ranks, views
 ):
@@ -90,4 +90,19 @@ def test_a_run_of_two_ranks_killed_and_continued_on_one_goes_on(finished_run, tw
 def test_more_ranks_than_images_in_a_batch_is_an_error_with_the_numbers(tiny):
     done = launch("train", "--config", tiny, "--data.batch_size", "2", ranks=3)
     assert done.returncode == 1
-    assert "2 images for 3 processes" in done.stderr
+    assert done.stderr.count("2 images for 3 processes") == 1  # said once, not by each rank
+
+
+def test_an_error_of_rank_0_ends_all_ranks_with_its_sentence(finished_run):
+    words = ["--config", finished_run.parent / "tiny.yaml", "--optim.lr", "0.5"]
+    done = launch("train", *words, ranks=2, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("optim.lr: 0.001 is now 0.5") == 1
+
+
+def test_a_loss_that_is_no_number_names_its_cause_whichever_rank_is_first(tiny, tmp_path):
+    done = launch("train", "--config", tiny, "--optim.lr", "1e30", "--optim.name", "sgd", ranks=2, timeout=60)
+    assert done.returncode == 1
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["status"] == "failed"
+    assert "FloatingPointError" in state["error"]

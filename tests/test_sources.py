@@ -115,6 +115,27 @@ def test_a_bad_csv_is_one_error_and_nothing_is_written(table, tmp_path, capsys, 
     assert not list(tmp_path.glob("out*"))
 
 
+def test_one_picture_under_two_names_is_refused(table, tmp_path, capsys):
+    rows = pd.read_csv(table)
+    again = rows[:1].assign(file=f"../csv/{rows['file'][0]}", patient="P99")
+    pd.concat([rows, again]).to_csv(table, index=False)
+    assert cli.main(["pack", str(table), str(tmp_path / "out"), *COLUMNS]) == 1
+    assert "image repeated" in capsys.readouterr().err
+
+
+def test_rows_longer_than_the_header_are_refused(table, tmp_path, capsys):
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], *(f"{line}," for line in lines[1:])]))
+    assert cli.main(["pack", str(table), str(tmp_path / "out"), *COLUMNS]) == 1
+    assert "is no CSV" in capsys.readouterr().err
+
+
+def test_outputs_of_one_pass_must_differ(source, tmp_path, capsys):
+    words = ["pack", str(source), str(tmp_path / "a"), "--also", f"{tmp_path / 'a'}=32x24"]
+    assert cli.main(words) == 1
+    assert "must be different folders" in capsys.readouterr().err
+
+
 def test_a_csv_without_its_columns_named_says_which_options(table, tmp_path, capsys):
     assert cli.main(["pack", str(table), str(tmp_path / "out")]) == 1
     assert "--image-column and --label-column" in capsys.readouterr().err
