@@ -110,6 +110,18 @@ def uniforms(seed: int, stream: int, positions: torch.Tensor, n: int) -> torch.T
     return _shift(draws, 40).float() * 2.0**-24
 
 
+def stream_checksum(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A number for which samples stand at which positions; checksums of parts add up to that of the whole.
+
+    Args:
+        keys, positions: (B,) int64.
+
+    Returns:
+        scalar float64, a whole number; sums stay exact up to 2^17 samples.
+    """
+    return _shift(_mix(_mix(positions) + keys), 28).double().sum()
+
+
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 

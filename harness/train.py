@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from harness import checkpoint
-from harness.augment import parse_views, training_view
+from harness.augment import parse_views, stream_checksum, training_view
 from harness.config import Config
 from harness.evaluate import evaluate, summary, validate
 from harness.hardware import decode_threads, own_cores
@@ -164,7 +164,7 @@ def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
     seed, size = config.run.seed, config.data.image_size
     began = saved = time.perf_counter()
     trained, waited, steps, stop_asked = 0.0, 0.0, 0, False
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, correct, images since the last meeting
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, correct, images, samples since the last log
     first = progress.samples_seen // plan.global_batch
     skipped = [] if config.data.on_bad_sample == "skip" else None
     reading = Reading(decode_threads(config.data.threads), config.data.batches_ahead, world.device, skipped)
@@ -176,7 +176,8 @@ def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         lr = lr_at(step, config.optim, plan.n_batches, config.run.epochs)
         torch.manual_seed(seed + step)  # dropout is a function of the step
         views = training_view(batch.images, batch.positions, progress.epoch, seed, config.augment, size)
-        sums += optimizer_step(config, world, session.wrapped, session.optimizer, views, batch.labels, lr)
+        sums[:3] += optimizer_step(config, world, session.wrapped, session.optimizer, views, batch.labels, lr)
+        sums[3] += stream_checksum(batch.keys, batch.positions)
         steps, waited = steps + 1, waited + batch.waited
         is_last = number + 1 == plan.n_batches
         if steps < config.run.log_every and not is_last:
@@ -184,7 +185,7 @@ def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         # Here the ranks meet: sums over the interval, and whether any of them was asked to stop. (Device sync.)
         due = world.is_main and time.perf_counter() - saved > 60 * config.run.save_every_minutes
         asked = torch.tensor([session.stop.requested, due], dtype=torch.float64, device=world.device)
-        loss, correct, images, stop_asked, save_asked = world.sum(torch.cat([sums, asked])).tolist()
+        loss, correct, images, samples, stop_asked, save_asked = world.sum(torch.cat([sums, asked])).tolist()
         if not abs(loss) < float("inf"):  # also when it is no number
             raise FloatingPointError(f"The loss became {loss} by step {step + 1}. Lower optim.lr (now {lr:.1e}).")
         progress = train_on(progress, steps, steps * plan.global_batch, loss, correct, images)
@@ -193,7 +194,7 @@ def _train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         speed = trained / (time.perf_counter() - began)
         images = max(1.0, images)  # none, if each was skipped
         numbers = {"loss": loss / images, "accuracy": correct / images, "lr": lr, "images_per_s": speed}
-        log.write("train", progress.step, numbers)
+        log.write("train", progress.step, numbers | {"samples": f"{int(samples):014x}"})
         log.move_bar(int(images), loss=f"{loss / images:.3f}", accuracy=f"{correct / images:.3f}")
         if (stop_asked or save_asked) and not is_last:
             _save(session, progress)

@@ -6,7 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.augment import MEAN, STD, evaluation_views, parse_views, plain_view, training_view, uniforms
+from harness.augment import (
+    MEAN,
+    STD,
+    evaluation_views,
+    parse_views,
+    plain_view,
+    stream_checksum,
+    training_view,
+    uniforms,
+)
 from harness.config import Augment
 
 STILL = Augment(
@@ -155,6 +164,17 @@ def test_spins_depend_on_the_samples_key_alone():
     alone = list(evaluation_views("spins:2", images[1:2], keys[1:2], 0, STILL, 32))
     for all_of_them, one in zip(whole, alone, strict=True):
         assert torch.allclose(all_of_them[1:2], one, atol=1e-4)
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 9))
+def test_checksums_of_shares_add_up_and_notice_a_swap(n, world, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys, positions = torch.randperm(n, generator=generator), torch.arange(n)
+    whole = stream_checksum(keys, positions)
+    parts = zip(keys.tensor_split(world), positions.tensor_split(world), strict=True)
+    assert sum(stream_checksum(*part) for part in parts) == whole
+    if n > 1:
+        assert stream_checksum(keys.roll(1), positions) != whole
 
 
 @pytest.mark.parametrize("kind", ["", "all", "spins", "spins:0", "spins:-1", "spins:x", "dihedral4"])
