@@ -19,7 +19,7 @@ from torch import nn
 from harness.augment import evaluation_views, plain_view
 from harness.checkpoint import Checkpoint, Origin, write_atomically
 from harness.config import Config
-from harness.hardware import decode_threads
+from harness.hardware import decode_threads, use_device
 from harness.loader import Batch, Reading, evaluation_batches
 from harness.metrics import score, table
 from harness.world import World
@@ -56,7 +56,10 @@ def predict(model: nn.Module, store: Store, config: Config, world: World, views:
     reading = Reading(decode_threads(config.data.threads), config.data.batches_ahead, world.device)
     units = evaluation_batches(store, config.eval.unit, world.rank, world.size, reading)
     keys, rows, waiting = [torch.empty(0, dtype=torch.int64)], [], deque()
-    with world.reproducible_threads() as workers, ThreadPoolExecutor(workers) as pool:
+    with (
+        world.reproducible_threads() as workers,
+        ThreadPoolExecutor(workers, initializer=use_device, initargs=(world.device,)) as pool,
+    ):
         for batch in units:
             keys.append(batch.keys.cpu())
             waiting.append(pool.submit(_predict_unit, model, batch, config, world, views))

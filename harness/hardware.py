@@ -76,6 +76,12 @@ def check_wheel(capability: tuple[int, int], architectures: list[str], name: str
     )
 
 
+def use_device(device: torch.device) -> None:
+    """For a new thread: without it, CUDA calls in it open a context on GPU 0, whichever GPU the process has."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def own_cores() -> int:
     """Cores that this process may use: its affinity, shared with the other processes of its machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

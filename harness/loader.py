@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from harness.hardware import use_device
 from shards.image import decode_into
 from shards.plan import Plan, evaluation_units, locate_in_order, share
 from shards.store import Store
@@ -74,7 +75,7 @@ def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading:
     device, cuda = reading.device, reading.device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
     wanted, decoding, copying, buffers = iter(wanted), deque(), deque(), deque()
-    pool = ThreadPoolExecutor(reading.threads, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(reading.threads, "decode", initializer=use_device, initargs=(device,))
     try:
         while True:
             while len(decoding) < max(reading.ahead, reading.threads) and (places := next(wanted, None)) is not None:

@@ -122,7 +122,6 @@ def train(config: Config, world: World) -> str:
                 if pace.stop_asked:
                     world.on_main(write_state, folder, "stopped", progress)
                     world.print(f"stopped as asked at step {progress.step}; the same command continues")
-                    world.barrier()  # no rank leaves before the checkpoint is written: launchers kill the others
                     return "stopped"
 
             shown = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
@@ -130,7 +129,6 @@ def train(config: Config, world: World) -> str:
             if seconds := sum(pace.seconds for pace in paces):
                 waited = sum(pace.waited * pace.seconds for pace in paces) / seconds
                 world.print(verdict(waited, decode_threads(config.data.threads), own_cores()))
-            world.barrier()  # the best weights are on disk
             best = checkpoint.best(folder, progress)
             checkpoint.load_model(best, model)
             metrics = evaluate(model, final, config.eval.split, config, world, folder, best)

@@ -74,10 +74,6 @@ class World:
         """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's."""
         return self._accelerator.prepare(model, optimizer)
 
-    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model as it was built."""
-        return self._accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-
     @contextmanager
     def reproducible_threads(self) -> Iterator[int]:
         """Inside, arithmetic on a CPU is the same whatever the number of cores and processes.
@@ -114,6 +110,8 @@ class World:
     def on_main(self, action: Callable, *arguments):
         """Collective: run on rank 0 alone; its result is everyone's, and its error ends every rank.
 
+        No rank goes on before rank 0 is done: what it wrote is there, and a launcher that kills the others when one
+        leaves finds nothing half-written.
         Rank 0 raises what went wrong; the others leave with exit code 1 and no words of their own.
         """
         if self.size == 1:
@@ -141,21 +139,11 @@ class World:
         if self.is_main:
             print(text, flush=True)
 
-    def barrier(self) -> None:
-        """Collective: wait for all ranks."""
-        self._accelerator.wait_for_everyone()
-
     def decide(self, value):
         """Collective: rank 0's value (plain values and dataclasses of them) for everyone."""
         if self.size == 1:
             return value
         return broadcast_object_list([value], from_process=0)[0]
-
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Collective: for each flag, whether any rank raised it."""
-        if self.size == 1:
-            return flags
-        return tuple(bool(total) for total in self.sum(torch.tensor([float(flag) for flag in flags])).tolist())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Collective: elementwise sum over ranks, on every rank."""

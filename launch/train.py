@@ -30,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
         world.print(world.describe())
         if config.data.demo_images:
             world.on_main(draw_demo, Path(config.data.path), config.data.demo_images)
-            world.barrier()
         outcome = train(config, world)
         if outcome == "finished":
             world.on_main(draw_results, folder)
