@@ -58,8 +58,7 @@ def save_step(
     for folder in _newest_first(run, "step-")[keep:]:
         shutil.rmtree(folder)
     # Each checkpoint that is kept may be the one to continue from: the best weights that it names stay, too.
-    kept = [folder for folder in _newest_first(run, "step-") if _problem(folder) is None]
-    named = {f"best-{_read(folder).progress.best_step:08d}" for folder in kept}
+    named = {f"best-{_best_step(folder):08d}" for folder in _newest_first(run, "step-")}
     for folder in _newest_first(run, "best-"):
         if folder.name not in named:
             shutil.rmtree(folder)
@@ -192,6 +191,14 @@ def _read(folder: Path) -> Checkpoint:
     groups = np.load(folder / "train-groups.npy", allow_pickle=False)
     origin = Origin(made_of["model"], tuple(made_of["classes"]), made_of["dataset"], groups)
     return Checkpoint(folder, Progress(**content["progress"]), origin)
+
+
+def _best_step(folder: Path) -> int:
+    """The step of the best weights that a checkpoint names; -1 if it is too damaged to name any."""
+    try:
+        return json.loads((folder / "progress.json").read_text())["progress"]["best_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def _newest_first(run: Path, prefix: str) -> list[Path]:

@@ -38,12 +38,12 @@ def open_run(folder: Path, config: Config, dataset: Dataset) -> None:
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). "
                 "Give these settings again to continue it, or name another --run.folder."
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no run (no config.yaml). Name another --run.folder.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stop").unlink(missing_ok=True)
+    write_atomically(saved, to_yaml(config).encode())  # first: it marks the folder as a run's, if killed here
     write_atomically(described, dataset.description.to_bytes())
-    write_atomically(saved, to_yaml(config).encode())
 
 
 def find_start(folder: Path, dataset: Dataset) -> Checkpoint | None:

@@ -88,9 +88,8 @@ def train(config: Config, world: World) -> str:
         model = build_model(config.model.name, len(dataset.classes))
         start = world.on_main(find_start, folder, dataset)
         if start is None:
-            world.print(
-                world.on_main(load_weights, model, config.model.name, config.model.weights)
-            )  # DDP sends them on
+            # On rank 0 alone: wrapping the model sends its weights to the others.
+            world.print(world.on_main(load_weights, model, config.model.name, config.model.weights))
         model.to(world.device, memory_format=torch.channels_last)
         wrapped, optimizer = world.prepare(model, build_optimizer(model, config.optim))
         progress = Progress()
@@ -110,8 +109,9 @@ def train(config: Config, world: World) -> str:
         )
 
         with Log(folder, progress.step, world.is_main) as log:
-            parts = (config, world, folder, plan, training, validation, model, wrapped, optimizer, origin, stop, log)
-            session = Session(*parts)
+            session = Session(
+                *(config, world, folder, plan, training, validation), *(model, wrapped, optimizer, origin, stop, log)
+            )
             world.on_main(write_state, folder, "running", progress)
             paces = []
             while (over := should_stop(progress, config.run.epochs, config.run.patience)) is None:
@@ -242,8 +242,10 @@ def _end_epoch(session: Session, progress: Progress, pace: Pace) -> Progress:
     """Validate, keep the best weights and a checkpoint, and tell."""
     config, world, log = session.config, session.world, session.log
     scores = validate(session.model, session.validation, config, world)
-    ended = world.decide(advance(progress, scores[config.run.monitor], HIGHER_IS_BETTER[config.run.monitor]))
-    loss, accuracy = progress.loss / progress.images, progress.correct / progress.images
+    monitor = config.run.monitor
+    ended = world.on_main(advance, progress, scores[monitor], HIGHER_IS_BETTER[monitor])
+    images = max(1.0, progress.images)  # none, if each was skipped
+    loss, accuracy = progress.loss / images, progress.correct / images
     log.write("val", ended.step, {name: scores[name] for name in SHOWN})
     speed = {"lr": pace.lr, "images_per_s": pace.images_per_s, "waited": pace.waited}
     log.write("epoch", ended.step, {"epoch": ended.epoch, "loss": loss, "accuracy": accuracy} | speed)

@@ -139,12 +139,6 @@ class World:
         if self.is_main:
             print(text, flush=True)
 
-    def decide(self, value):
-        """Collective: rank 0's value (plain values and dataclasses of them) for everyone."""
-        if self.size == 1:
-            return value
-        return broadcast_object_list([value], from_process=0)[0]
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Collective: elementwise sum over ranks, on every rank."""
         if self.size == 1:

@@ -195,21 +195,16 @@ def verify(folder: Path | str) -> list[str]:
         dataset = load(folder)
     except (FileNotFoundError, ValueError) as error:
         return [str(error)]
-    problems = []
-    expected = {"dataset.json"} | set(dataset.description.files)
+    recorded = dict(dataset.description.files)
     for shard in dataset.shards:
-        for name, digest in ((shard.file, shard.sha256), (shard.table, shard.table_sha256)):
-            expected.add(name)
-            if not (folder / name).is_file():
-                problems.append(f"{folder / name} is missing.")
-            elif sha256(folder / name) != digest:
-                problems.append(f"{folder / name} differs from what was packed: its SHA-256 is not the recorded one.")
-    for name, digest in dataset.description.files.items():
-        if (folder / name).is_file() and sha256(folder / name) != digest:
-            problems.append(f"{folder / name} differs from what was packed: its SHA-256 is not the recorded one.")
-        elif not (folder / name).is_file():
+        recorded |= {shard.file: shard.sha256, shard.table: shard.table_sha256}
+    problems = []
+    for name, digest in recorded.items():
+        if not (folder / name).is_file():
             problems.append(f"{folder / name} is missing.")
-    extra = {path.name for path in folder.iterdir()} - expected
+        elif sha256(folder / name) != digest:
+            problems.append(f"{folder / name} differs from what was packed: its SHA-256 is not the recorded one.")
+    extra = {path.name for path in folder.iterdir()} - {"dataset.json", *recorded}
     problems += [f"{folder / name} does not belong to the dataset." for name in sorted(extra)]
     return problems
 

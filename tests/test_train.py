@@ -156,6 +156,19 @@ def test_a_folder_that_holds_something_else_is_refused(tiny, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_a_start_that_was_killed_before_it_wrote_its_settings_starts_again(tiny_config, dataset, tmp_path):
+    from harness.run_folder import open_run
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".config.yaml.123.tmp").write_text("half")
+    open_run(run, tiny_config, dataset)
+    assert load_config(run / "config.yaml") == tiny_config
+    (run / "dataset.json").unlink()  # killed between the two files
+    open_run(run, tiny_config, dataset)
+    assert (run / "dataset.json").is_file()
+
+
 def test_a_dataset_that_is_not_there_is_one_sentence_not_a_traceback(tiny):
     done = launch("train", "--config", tiny, "--data.path", "nowhere")
     assert done.returncode == 1
