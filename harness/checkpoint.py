@@ -5,16 +5,18 @@ stays true: a folder takes its name only when every byte is on disk; its manifes
 nothing is deleted before what replaces it is safe; a damaged checkpoint is named and the one before it is used.
 """
 
+import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from harness.progress import Progress
@@ -27,12 +29,16 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """What weights were made of: model, classes in order, fingerprint of the dataset, hashes of its training groups."""
+    """What weights were made of: model, classes in order, fingerprint of the dataset, hashes of its training groups.
+
+    order: what the order of samples followed from; where it differs, `samples_seen` says nothing.
+    """
 
     model: str
     classes: tuple[str, ...]
     dataset: str
     train_groups: np.ndarray  # as from shards.index.group_hashes
+    order: str
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,12 @@ def save_step(
 ) -> None:
     """Save all that continues a run, then remove all but the newest `keep` checkpoints and the best weights."""
 
-    def write(folder: Path) -> None:
-        _save_model(model, folder)
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
-        torch.save(state, folder / "optimizer.pt")
-
-    _save(run / "checkpoints" / f"step-{progress.step:08d}", progress, origin, write)
-    for folder in _newest_first(run, "step-")[keep:]:
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+    saved = run / "checkpoints" / f"step-{progress.step:08d}"
+    _save(saved, progress, origin, model, state)
+    steps = _newest_first(run, "step-")
+    later = steps.index(saved)  # damaged ones: this run continued from one before them
+    for folder in steps[:later] + steps[later + keep :]:
         shutil.rmtree(folder)
     # Each checkpoint that is kept may be the one to continue from: the best weights that it names stay, too.
     named = {f"best-{_best_step(folder):08d}" for folder in _newest_first(run, "step-")}
@@ -68,12 +73,7 @@ def save_step(
 
 def save_best(run: Path, progress: Progress, origin: Origin, model: nn.Module) -> None:
     """Save the best weights so far; the ones before are removed by the next `save_step`, which points to these."""
-    _save(
-        run / "checkpoints" / f"best-{progress.best_step:08d}",
-        progress,
-        origin,
-        lambda folder: _save_model(model, folder),
-    )
+    _save(run / "checkpoints" / f"best-{progress.best_step:08d}", progress, origin, model)
 
 
 def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
@@ -84,7 +84,7 @@ def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     """
     folders = _newest_first(run, "step-")
     for folder in folders:
-        problem = _problem(folder)
+        problem = problem_of(folder)
         if problem is None:
             return _read(folder)
         say(f"checkpoint {folder} is damaged ({problem}): using the one before it")
@@ -93,6 +93,27 @@ def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
             f"No checkpoint in {run / 'checkpoints'} is whole. Remove {run} to start over, or restore a copy."
         )
     return None
+
+
+def mend_best(run: Path, progress: Progress, say: Callable[[str], None] = print) -> None:
+    """Make sure that the best weights named by a checkpoint are whole, from the checkpoint of their step if need be.
+
+    Raises:
+        ValueError: they are damaged, and no checkpoint of their step is kept.
+    """
+    name = f"{progress.best_step:08d}"
+    folder, same = run / "checkpoints" / f"best-{name}", run / "checkpoints" / f"step-{name}"
+    problem = problem_of(folder) if progress.best_step else None
+    if not problem:
+        return
+    if problem_of(same):
+        raise ValueError(
+            f"The best weights {folder} are damaged ({problem}). Restore a copy, or remove {run} to start over."
+        )
+    say(f"the best weights {folder} are damaged ({problem}): made again from {same}")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(same, folder, ignore=shutil.ignore_patterns("optimizer.pt", MANIFEST))
+    _put(folder / MANIFEST, _json({path.name: sha256(path) for path in sorted(folder.iterdir())}))
 
 
 def best(run: Path, progress: Progress | None = None) -> Checkpoint:
@@ -110,7 +131,7 @@ def best(run: Path, progress: Progress | None = None) -> Checkpoint:
         folders = [folder for folder in folders if folder.name == f"best-{progress.best_step:08d}"]
     if not folders:
         raise FileNotFoundError(f"No best weights in {run / 'checkpoints'}. Train first: the first epoch saves them.")
-    problem = _problem(folders[0])
+    problem = problem_of(folders[0])
     if problem:
         raise ValueError(f"The best weights {folders[0]} are damaged ({problem}). Restore a copy, or train again.")
     return _read(folders[0])
@@ -130,45 +151,81 @@ def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
 
 
+def room_needed(run: Path, model: nn.Module, optimizer: str, keep: int) -> int:
+    """Bytes that the run's checkpoints will need beside what is there already.
+
+    Args:
+        model: built, also on the meta device. optimizer: its name; Adam keeps two numbers for each weight, SGD one.
+        keep: newest checkpoints kept. Beside them stand one that is being written and two sets of best weights.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    whole = weights * (2 if optimizer == "sgd" else 3)
+    there = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    return max((keep + 1) * whole + 2 * weights - there, whole + weights)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file so that readers, and a crash, see the old or the new one and nothing between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    _put(temporary, data)
     os.replace(temporary, path)
     sync(path.parent)
 
 
-def _save_model(model: nn.Module, folder: Path) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
+def _save(folder: Path, progress: Progress, origin: Origin, model: nn.Module, state: dict | None = None) -> None:
+    """Write a checkpoint beside its place and then give it its name.
 
-
-def _save(folder: Path, progress: Progress, origin: Origin, write: Callable[[Path], None]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    Raises:
+        OSError: the disk is full, or away; what was there before is untouched.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write(temporary)
-    np.save(temporary / "train-groups.npy", origin.train_groups)
-    origin_text = {"model": origin.model, "classes": list(origin.classes), "dataset": origin.dataset}
-    content = {"format": FORMAT, "progress": asdict(progress), "origin": origin_text}
-    (temporary / "progress.json").write_text(json.dumps(content, indent=1) + "\n")
-    manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in temporary.iterdir():
-        sync(path)
-    sync(temporary)
-    if folder.exists():  # from before a crash: the same step again, so nothing is lost if this one replaces it
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
-    sync(folder.parent)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        manifest = {name: _put(temporary / name, data) for name, data in _files(progress, origin, model, state)}
+        _put(temporary / MANIFEST, _json(manifest))
+        sync(temporary)
+        if folder.exists():  # from before a crash: the same step again, so nothing is lost if this one replaces it
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"Cannot save the checkpoint {folder} ({error.strerror or error}). Those before it are whole. Make room or mend "
+            "the disk, then start the same command again."
+        ) from error
 
 
-def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def _files(progress: Progress, origin: Origin, model: nn.Module, state: dict | None) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a checkpoint's files, one at a time."""
+    yield "model.safetensors", save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})
+    if state is not None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        yield "optimizer.pt", buffer.getbuffer()
+    buffer = io.BytesIO()
+    np.save(buffer, origin.train_groups)
+    yield "train-groups.npy", buffer.getbuffer()
+    made_of = {name: value for name, value in asdict(origin).items() if name != "train_groups"}
+    yield "progress.json", _json({"format": FORMAT, "progress": asdict(progress), "origin": made_of})
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _put(path: Path, data: bytes) -> str:
+    """Write a file to the disk itself; its SHA-256."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if each has the SHA-256 of the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, digest in manifest.items():
@@ -189,7 +246,7 @@ def _read(folder: Path) -> Checkpoint:
         )
     made_of = content["origin"]
     groups = np.load(folder / "train-groups.npy", allow_pickle=False)
-    origin = Origin(made_of["model"], tuple(made_of["classes"]), made_of["dataset"], groups)
+    origin = Origin(made_of["model"], tuple(made_of["classes"]), made_of["dataset"], groups, made_of["order"])
     return Checkpoint(folder, Progress(**content["progress"]), origin)
 
 

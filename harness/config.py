@@ -72,6 +72,8 @@ class Model:
     """a torchvision classification model"""
     weights: str = "imagenet1k_v2"
     """imagenet1k_v1, imagenet1k_v2, none (train from scratch), or a .safetensors or .pth file"""
+    sync_batchnorm: bool = False
+    """batch normalisation over all processes, not over each one's images; needs GPUs"""
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,18 @@ class Run:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """arithmetic of the forward pass; auto asks the device"""
     log_every: int = 10
-    """steps between entries of the log; stop requests are noticed as often"""
+    """steps between entries of the log; stop requests and a loss that is no number are noticed as often"""
     save_every_minutes: float = 10.0
     """minutes between checkpoints inside an epoch; each epoch ends with one in any case"""
     keep: int = 2
     """newest checkpoints kept, beside the best weights"""
+    checkpoint_dir: str = ""
+    """local folder where checkpoints are saved first and then copied into the run folder, for one that lies on a slow or
+    mounted disk; empty means into the run folder at once"""
+    max_minutes: float = 0.0
+    """minutes after its start at which the run saves and stops as if asked, to start again later; 0 means no limit"""
+    resume: Literal["same", "force"] = "same"
+    """continue a run folder only with the same settings, or with others, too (they are noted in the results)"""
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,7 @@ class Config:
 FREE = {
     *("data.path", "data.demo_images", "data.threads", "data.batches_ahead"),
     *("run.folder", "run.log_every", "run.save_every_minutes", "run.keep"),
+    *("run.checkpoint_dir", "run.max_minutes", "run.resume"),
 }
 
 
@@ -181,6 +191,7 @@ def check(config: Config) -> None:
         **{"augment.contrast": 0, "augment.saturation": 0, "optim.lr": 0, "optim.weight_decay": 0, "eval.unit": 1},
         **{"optim.warmup_epochs": 0, "optim.micro_batch": 0, "run.epochs": 1, "run.patience": 1, "run.seed": 0},
         **{"run.log_every": 1, "run.save_every_minutes": 0, "run.keep": 1},
+        **{"run.max_minutes": 0},
     }
     settings = flat(config)
     for key, least in at_least.items():

@@ -7,6 +7,7 @@ so the bytes of the results are the same at any world size; a lost or repeated s
 
 import json
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,23 @@ class Predictions:
     mean: np.ndarray
 
 
-def predict(model: nn.Module, store: Store, config: Config, world: World, views: str) -> Predictions:
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
+def predict(
+    model: nn.Module, store: Store, config: Config, world: World, views: str, stop: Callable[[], bool] = never
+) -> Predictions | None:
     """Collective: predict the store's split; each image is decoded once, on one rank.
 
     Args:
         model: bare (not wrapped for gradients), on the world's device; left in evaluation mode.
         views: test-time augmentation, as in `eval.views`.
+        stop: whether this rank was asked to stop; the ranks compare before each unit.
+
+    Returns:
+        None if a rank was asked to stop.
 
     Raises:
         RuntimeError: a sample was lost or predicted twice.
@@ -60,12 +72,17 @@ def predict(model: nn.Module, store: Store, config: Config, world: World, views:
         world.reproducible_threads() as workers,
         ThreadPoolExecutor(workers, initializer=use_device, initargs=(world.device,)) as pool,
     ):
-        for batch in units:
-            keys.append(batch.keys.cpu())
-            waiting.append(pool.submit(_predict_unit, model, batch, config, world, views))
+        for _ in range(0, sum(store.shard_sizes), config.eval.unit * world.size):
+            if world.any(stop()):
+                units.close()
+                return None
+            if (batch := next(units, None)) is not None:  # in the last round, some ranks may have none
+                keys.append(batch.keys.cpu())
+                waiting.append(pool.submit(_predict_unit, model, batch, config, world, views))
             if len(waiting) > workers:
                 rows.append(waiting.popleft().result())
         rows += [future.result() for future in waiting]
+        units.close()
     n_classes = len(store.dataset.classes)
     local = torch.cat([torch.empty(0, 1 + 2 * n_classes), *rows])
     global_keys, global_rows = world.gather_rows(torch.cat(keys), local)
@@ -77,26 +94,38 @@ def predict(model: nn.Module, store: Store, config: Config, world: World, views:
     return Predictions(global_keys.numpy(), labels, plain, mean)
 
 
-def validate(model: nn.Module, store: Store, config: Config, world: World) -> dict:
-    """Collective: scores of the plain view, computed on rank 0 and known to all."""
-    found = predict(model, store, config, world, "none")
+def validate(model: nn.Module, store: Store, config: Config, world: World, stop: Callable[[], bool]) -> dict | None:
+    """Collective: scores of the plain view, computed on rank 0 and known to all; None if a rank was asked to stop."""
+    found = predict(model, store, config, world, "none", stop)
+    if found is None:
+        return None
     return world.on_main(score, found.plain, found.labels, store.dataset.classes)
 
 
 def evaluate(
-    model: nn.Module, store: Store, split: str, config: Config, world: World, out: Path, weights: Checkpoint
-) -> dict:
+    model: nn.Module,
+    store: Store,
+    split: str,
+    config: Config,
+    world: World,
+    out: Path,
+    weights: Checkpoint,
+    changed: list[str],
+    stop: Callable[[], bool] = never,
+) -> dict | None:
     """Collective: evaluate with test-time augmentation and write the results.
 
     Args:
         split: its name, as asked for. out: folder for predictions.csv and metrics.json.
-        weights: where the model's weights come from.
+        weights: where the model's weights come from. changed: settings that changed in the middle of their training.
 
     Returns:
-        the content of metrics.json, on every rank.
+        the content of metrics.json, on every rank; None if a rank was asked to stop.
     """
     views, classes = config.eval.views, store.dataset.classes
-    found = predict(model, store, config, world, views)
+    found = predict(model, store, config, world, views, stop)
+    if found is None:
+        return None
 
     def write() -> dict:
         description = store.dataset.description
@@ -106,7 +135,11 @@ def evaluate(
             "views": views,
             "dataset": store.dataset.fingerprint,
             "protocol": description.protocol,
-            "warnings": [*description.warnings, *leak_warnings(store.dataset, split, weights.origin)],
+            "warnings": [
+                *description.warnings,
+                *leak_warnings(store.dataset, split, weights.origin),
+                *(f"changed during training: {change}" for change in changed),
+            ],
             "model": weights.origin.model,
             "trained_on": weights.origin.dataset,
             "best_epoch": weights.progress.best_epoch,

@@ -42,6 +42,6 @@ def lr_at(step: int, optim: Optim, steps_per_epoch: int, epochs: int) -> float:
     return optim.lr * 0.5 * (1 + cos(pi * min(1.0, done)))
 
 
-def loss_sum(logits: torch.Tensor, labels: torch.Tensor, optim: Optim) -> torch.Tensor:
-    """Cross-entropy summed over a batch: (B, C) float32 and (B,) int64 to a scalar; label -1 counts for nothing."""
-    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1, label_smoothing=optim.label_smoothing)
+def losses(logits: torch.Tensor, labels: torch.Tensor, optim: Optim) -> torch.Tensor:
+    """Cross-entropy of each image: (B, C) float32 and (B,) int64 to (B,); label -1 counts for nothing."""
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=-1, label_smoothing=optim.label_smoothing)

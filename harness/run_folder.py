@@ -10,20 +10,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from harness.checkpoint import Checkpoint, newest, write_atomically
+from harness.checkpoint import Checkpoint, mend_best, newest, write_atomically
 from harness.config import Config, differences, flat, load_config, to_yaml
+from harness.lock import RunLock
 from harness.progress import Progress
+from harness.world import World
 from shards.index import Dataset
 
+CHANGES = "changes.json"
 
-def open_run(folder: Path, config: Config, dataset: Dataset) -> None:
-    """Make the run's folder, or check that it belongs to these settings.
+
+def open_run(folder: Path, config: Config, dataset: Dataset, lock: RunLock) -> None:
+    """Make the run's folder, or check that it belongs to these settings; take its lock.
 
     Raises:
         ValueError: it holds a run with other settings (the keys are named) or on another dataset.
         FileExistsError: it holds something else.
+        BlockingIOError: another job is using it.
+        OSError: it cannot be written.
     """
     saved, described = folder / "config.yaml", folder / "dataset.json"
+    changed = []
     if described.is_file():
         before = json.loads(described.read_text())["checksum"]
         if before != dataset.fingerprint:
@@ -33,31 +40,52 @@ def open_run(folder: Path, config: Config, dataset: Dataset) -> None:
             )
     if saved.is_file():
         changed = differences(flat(load_config(saved)), flat(config))
-        if changed:
+        if changed and config.run.resume != "force":
             raise ValueError(
-                f"{folder} holds a run with other settings ({'; '.join(changed)}). "
-                "Give these settings again to continue it, or name another --run.folder."
+                f"{folder} holds a run with other settings ({'; '.join(changed)}). Give these settings again to continue "
+                "it, name another --run.folder, or continue it with the new settings by --run.resume force."
             )
-    elif folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+    elif folder.is_dir() and any(not path.name.endswith((".tmp", "lock.json")) for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no run (no config.yaml). Name another --run.folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stop").unlink(missing_ok=True)
-    write_atomically(saved, to_yaml(config).encode())  # first: it marks the folder as a run's, if killed here
-    write_atomically(described, dataset.description.to_bytes())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        (folder / "stop").unlink(missing_ok=True)
+        if changed:
+            noted = [*changes(folder), *changed]
+            write_atomically(folder / CHANGES, (json.dumps(noted, indent=1) + "\n").encode())
+            print(f"continuing with other settings, as asked: {'; '.join(changed)}")
+        write_atomically(saved, to_yaml(config).encode())  # first: it marks the folder as a run's, if killed here
+        write_atomically(described, dataset.description.to_bytes())
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"Cannot write the run folder {folder} ({error.strerror or error}). Mend the disk, or name another --run.folder."
+        ) from error
+
+
+def changes(folder: Path) -> list[str]:
+    """Settings that were changed while the run went on, as `key: OLD is now NEW`."""
+    path = folder / CHANGES
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def find_start(folder: Path, dataset: Dataset) -> Checkpoint | None:
     """Where to continue, None for a fresh start.
 
     Raises:
-        ValueError: the run was trained on another dataset.
+        ValueError: the run was trained on another dataset, or nothing that was saved is whole.
     """
     found = newest(folder)
-    if found is not None and found.origin.dataset != dataset.fingerprint:
+    if found is None:
+        return None
+    if found.origin.dataset != dataset.fingerprint:
         raise ValueError(
             f"{found.folder} was trained on the dataset {found.origin.dataset[:12]}, and {dataset.folder} is "
             f"{dataset.fingerprint[:12]}. Give the dataset of before, or name another --run.folder."
         )
+    mend_best(folder, found.progress)
     return found
 
 
@@ -75,21 +103,38 @@ def write_state(folder: Path, status: str, progress: Progress) -> None:
 
 
 @contextmanager
-def failure_noted(folder: Path, rank: int) -> Iterator[None]:
-    """Leave word of an error: errors/rank-N.txt has the traceback, state.json says `failed` and why.
+def failure_noted(folder: Path, world: World) -> Iterator[None]:
+    """Leave word of an error: errors/rank-N.txt has the traceback, state.json says `failed`, which rank, and why.
 
     The first rank to fail is the cause: what others say after it follows from that.
+
+    Raises:
+        ConnectionError: in place of a failed exchange between ranks, naming the rank that is the cause.
     """
+
+    def note(cause: dict) -> None:
+        with suppress(OSError, ValueError):  # a full disk must not hide the error itself
+            state = _read_state(folder)
+            if state.get("status") != "failed":
+                failed = json.dumps(state | {"status": "failed"} | cause)
+                write_atomically(folder / "state.json", f"{failed}\n".encode())
+
+    watch = world.watch
+    if watch:
+        watch.note = note
     try:
         yield
     except Exception as error:
-        with suppress(OSError, ValueError):  # a full disk must not hide the error itself
+        blamed = watch.cause_of_failed_collective() if watch and isinstance(error, RuntimeError) else None
+        with suppress(OSError):
             (folder / "errors").mkdir(exist_ok=True)
-            (folder / "errors" / f"rank-{rank}.txt").write_text(traceback.format_exc())
-            state = _read_state(folder)
-            if state.get("status") != "failed":
-                failed = state | {"status": "failed", "rank": rank, "error": f"{type(error).__name__}: {error}"}
-                write_atomically(folder / "state.json", (json.dumps(failed) + "\n").encode())
+            (folder / "errors" / f"rank-{world.rank}.txt").write_text(traceback.format_exc())
+        if blamed:
+            note(blamed)
+            raise ConnectionError(f"{blamed['error']}. This run failed; the same command continues it.") from error
+        note({"rank": world.rank, "error": f"{type(error).__name__}: {error}"})
+        if watch:
+            watch.report(f"rank {world.rank} ({world.who}) failed: {type(error).__name__}: {error}")
         raise
 
 

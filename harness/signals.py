@@ -1,32 +1,46 @@
-"""Requests to stop: a signal or a file sets a flag, and the loop looks at it when it is ready.
+"""Requests to stop: a signal, a file or the clock sets a flag, and the loop looks at it when it is ready.
 
-In: SIGTERM, SIGINT, SIGUSR1, or a file `stop` in the run's folder. Out: `requested`. What stays true: a signal
-interrupts nothing; a second one more than a second later leaves at once (launchers and SLURM send each twice within
-milliseconds, which is one request).
+In: SIGTERM, SIGINT, SIGUSR1, a file `stop` in the run's folder, a time limit, or the end of the launcher. Out: `asked`.
+What stays true: a signal interrupts nothing; a second one more than a second later leaves at once (launchers and SLURM
+send each twice within milliseconds, which is one request).
 """
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
+import psutil
+
 STOPPED = 75  # exit code of a run that stopped when asked to: EX_TEMPFAIL, "try again"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class StopRequest:
     """Listens while its block runs."""
 
-    def __init__(self, folder: Path):
-        """`folder` is the run's; `touch FOLDER/stop` asks as a signal does."""
+    def __init__(self, folder: Path, max_minutes: float = 0.0):
+        """`touch FOLDER/stop` asks as a signal does, and so does the clock `max_minutes` after the process's start."""
         self.file = Path(folder) / "stop"
         self._first = 0.0
         self._previous: dict = {}
+        age = time.time() - psutil.Process().create_time()
+        self._end = time.monotonic() - age + 60 * max_minutes if max_minutes else float("inf")
+        self._looked, self._longest = None, 0.0
 
-    @property
-    def requested(self) -> bool:
-        """Whether somebody asked."""
-        return bool(self._first) or self.file.exists()
+    def asked(self) -> bool:
+        """Whether somebody asked, or the time is up before the next look.
+
+        The next look is expected after the longest time that ever passed between two; checkpoints lie in between.
+        """
+        now = time.monotonic()
+        if self._looked is not None:
+            self._longest = max(self._longest, now - self._looked)
+        self._looked = now
+        return bool(self._first) or now + self._longest > self._end or self.file.exists()
 
     def __enter__(self) -> "StopRequest":
         """Take over the signals."""
@@ -43,3 +57,15 @@ class StopRequest:
         if self._first and now - self._first > 1.0:
             os._exit(128 + number)
         self._first = self._first or now
+
+
+def follow_launcher() -> None:
+    """When the launcher dies, ask to stop: otherwise the run would go on unseen (SIGUSR1 kills a launcher, for one)."""
+    if sys.platform != "linux":
+        return
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return
+    if any("accelerate" in word or "torchrun" in word or "torch.distributed" in word for word in words):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

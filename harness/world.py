@@ -5,8 +5,10 @@ called by all ranks at the same point, or all of them wait for ever.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +20,10 @@ from accelerate.utils import (
     gather,
     reduce,
 )
+from torch.distributed import TCPStore
 
 from harness.hardware import check_wheel, choose_precision, own_cores
+from harness.watch import Watch
 
 
 class World:
@@ -63,12 +67,25 @@ class World:
         self.size = self._accelerator.num_processes
         self.device = self._accelerator.device
         self.is_main = self.rank == 0
+        self.who = f"{socket.gethostname()}, process {os.getpid()}"
+        self.watch = self._begin_watch() if self.size > 1 else None
 
     def describe(self) -> str:
         """One line: how many processes on what, in which precision, and why."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         count = "1 process" if self.size == 1 else f"{self.size} processes"
         return f"{count} on {device}, {self.precision} ({self.precision_reason}), torch {torch.__version__}"
+
+    def _begin_watch(self) -> Watch:
+        """Collective: rank 0 serves a small store, in which every rank says that it lives."""
+        host, wait = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if self.is_main else None
+        (port,) = broadcast_object_list([store.port if store else 0])
+        store = store or TCPStore(host, port, is_master=False, timeout=wait)
+        watch = Watch(store, self.rank, range(1, self.size) if self.is_main else [0], self.who)
+        self.any(False)  # everyone has said who it is
+        watch.start()
+        return watch
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
         """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's."""
@@ -165,6 +182,12 @@ class World:
         order = torch.argsort(keys, stable=True)
         return keys[order].cpu(), rows[order].cpu()
 
+    def any(self, flag: bool) -> bool:
+        """Collective: whether the flag is set on any rank. (Device sync.)"""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag)])).item())
+
     def broadcast_buffers(self, model: torch.nn.Module) -> None:
         """Collective: rank 0's BatchNorm statistics become everyone's."""
         if self.size > 1:
@@ -172,5 +195,8 @@ class World:
                 buffer.copy_(broadcast(buffer))
 
     def close(self) -> None:
-        """Leave the world in good order."""
+        """Collective: leave the world in good order."""
+        if self.watch:
+            self.watch.close()
+            self.any(False)  # rank 0 serves what the others watch by: it leaves when they are done
         self._accelerator.end_training()

@@ -20,12 +20,12 @@ import torch
 
 from harness.augment import training_view
 from harness.config import Config, read_config
+from harness.epoch import optimizer_step
 from harness.evaluate import predict
 from harness.hardware import decode_threads, own_cores
 from harness.loader import Reading, training_batches
 from harness.model import build_model
 from harness.optim import build_optimizer
-from harness.train import optimizer_step
 from harness.world import World
 from launch import peers
 from launch.train import DEMO

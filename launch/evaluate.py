@@ -16,6 +16,7 @@ from harness.config import Config, load_config
 from harness.evaluate import evaluate, leak_warnings, summary
 from harness.model import build_model
 from harness.report import draw_results
+from harness.run_folder import changes
 from harness.world import World
 from shards.index import Dataset, load
 from shards.store import Store
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint.load_model(best, model)
         model.to(world.device, memory_format=torch.channels_last)
         out = options.out or options.run / f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}"
-        metrics = evaluate(model, store, config.eval.split, config, world, out, best)
+        metrics = evaluate(model, store, config.eval.split, config, world, out, best, changes(options.run))
         world.on_main(draw_results, out)
         world.print("\n" + summary(metrics))
         world.print(f"results: {out}")

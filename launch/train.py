@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.config import read_config
 from harness.report import draw_results
-from harness.signals import STOPPED
+from harness.signals import STOPPED, follow_launcher
 from harness.train import train
 from harness.world import World
 from shards import demo
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run; the exit code is 0 when finished, 75 when stopped as asked, 1 after an error."""
     config = read_config(sys.argv[1:] if arguments is None else arguments, DEMO)
     folder = Path(config.run.folder)
+    follow_launcher()
     try:
         world = World(config.run.precision)
         world.print(world.describe())

@@ -1,11 +1,15 @@
 """What the tests share: drawn lesions, packed small; settings of a tiny run; processes of a real one."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from harness.config import Config, load_config, read_config
 from shards import demo
@@ -72,20 +76,62 @@ def finished_run(packed, tmp_path_factory) -> Path:
 
 
 def command(entry: str, *arguments, ranks: int = 1) -> list[str]:
-    """The command line of launch/ENTRY.py on one process or several."""
-    words = [str(ROOT / "launch" / f"{entry}.py"), *map(str, arguments)]
+    """The command line of launch/ENTRY.py (or of tests/driven.py) on one process or several."""
+    folder = "tests" if entry == "driven" else "launch"
+    words = [str(ROOT / folder / f"{entry}.py"), *map(str, arguments)]
     if ranks == 1:
         return [sys.executable, *words]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """Ours, without what a launcher around the tests may have set."""
     drop = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_", "ACCELERATE_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+    return {name: value for name, value in os.environ.items() if not name.startswith(drop)} | more
 
 
-def launch(entry: str, *arguments, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Run launch/ENTRY.py to its end."""
-    words = command(entry, *arguments, ranks=ranks)
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT)
+def launch(
+    entry: str, *arguments, ranks: int = 1, timeout: float = 120, disturb: str = ""
+) -> subprocess.CompletedProcess:
+    """Run launch/ENTRY.py, or tests/driven.py with its disturbances, to its end."""
+    words, variables = command(entry, *arguments, ranks=ranks), environment(DISTURB=disturb)
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=variables, cwd=ROOT)
+
+
+def start(words: list[str], **variables: str) -> subprocess.Popen:
+    """Start a command in a session of its own, so that a signal reaches whom the test means."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, **pipes, env=environment(**variables), cwd=ROOT, start_new_session=True)
+
+
+def state(run: Path) -> dict:
+    """What a run folder's state.json says, empty before there is one."""
+    return json.loads((run / "state.json").read_text()) if (run / "state.json").is_file() else {}
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Until a run has saved that step."""
+    deadline = time.monotonic() + 60
+    while state(run).get("step", -1) < step:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def weights(run: Path, kind: str = "step-") -> dict:
+    """The newest weights of a run, of its steps or its best."""
+    newest = max(path for path in (run / "checkpoints").iterdir() if path.name.startswith(kind))
+    return load_file(newest / "model.safetensors")
+
+
+def assert_equal_weights(one: dict, other: dict) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def deterministic_log(run: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("images_per_s", "waited")} for line in lines]

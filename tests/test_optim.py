@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from harness.config import Optim
-from harness.optim import build_optimizer, loss_sum, lr_at
+from harness.optim import build_optimizer, losses, lr_at
 
 
 def test_golden_values_of_the_cosine_with_warm_up():
@@ -37,5 +37,7 @@ def test_adamw_spares_biases_and_norms_and_adam_does_not():
 
 def test_the_loss_is_a_sum_so_that_shares_add_up():
     logits, labels = torch.randn(10, 7), torch.randint(0, 7, (10,))
-    parts = sum(loss_sum(logits[cut], labels[cut], Optim(label_smoothing=0.1)) for cut in (slice(0, 3), slice(3, 10)))
-    assert torch.allclose(parts, loss_sum(logits, labels, Optim(label_smoothing=0.1)))
+    parts = sum(
+        losses(logits[cut], labels[cut], Optim(label_smoothing=0.1)).sum() for cut in (slice(0, 3), slice(3, 10))
+    )
+    assert torch.allclose(parts, losses(logits, labels, Optim(label_smoothing=0.1)).sum())

@@ -4,38 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 
 import pandas as pd
 import pytest
-import torch
-from conftest import ROOT, command, environment, launch
-from safetensors.torch import load_file
+from conftest import assert_equal_weights, command, deterministic_log, launch, start, state, wait_for_step, weights
 
 from harness.config import load_config
 from shards.index import load, load_table
-
-
-def state(run) -> dict:
-    return json.loads((run / "state.json").read_text()) if (run / "state.json").is_file() else {}
-
-
-def weights(run, kind: str = "step-") -> dict:
-    newest = max(path for path in (run / "checkpoints").iterdir() if path.name.startswith(kind))
-    return load_file(newest / "model.safetensors")
-
-
-def assert_equal_weights(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
-def deterministic(run) -> list[dict]:
-    """The log without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("images_per_s", "waited")} for line in lines]
 
 
 def test_a_finished_run_holds_all_that_was_promised(finished_run, dataset):
@@ -80,31 +55,14 @@ def test_a_finished_run_started_again_shows_its_results_and_computes_nothing(fin
     assert before == ((finished_run / "state.json").stat().st_mtime_ns, (finished_run / "metrics.json").read_bytes())
 
 
-def start(config, folder, *words, ranks: int = 1) -> subprocess.Popen:
-    words = command("train", "--config", config, "--run.folder", folder, *words, ranks=ranks)
-    return subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        cwd=ROOT,
-        start_new_session=True,
-    )
-
-
-def wait_for_step(process: subprocess.Popen, run, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while state(run).get("step", -1) < step:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def begin(config, folder, *words):
+    return start(command("train", "--config", config, "--run.folder", folder, *words))
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_bits(finished_run, tmp_path):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
     for step in (0, 1, 9):  # before the first checkpoint, at it, and later
-        process = start(config, run)
+        process = begin(config, run)
         wait_for_step(process, run, step)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -114,7 +72,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bits(finished_run, tmp_pa
     assert "continuing" in done.stdout
     assert_equal_weights(weights(run), weights(finished_run))
     assert_equal_weights(weights(run, "best-"), weights(finished_run, "best-"))
-    assert deterministic(run) == deterministic(finished_run)
+    assert deterministic_log(run) == deterministic_log(finished_run)
     for name in ("metrics.json", "predictions.csv"):
         assert (run / name).read_bytes() == (finished_run / name).read_bytes()
 
@@ -122,7 +80,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bits(finished_run, tmp_pa
 @pytest.mark.parametrize("how", ["signal", "file"])
 def test_a_run_stopped_in_an_epoch_exits_with_75_and_continues_with_the_same_bits(finished_run, tmp_path, how):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
-    process = start(config, run, "--run.log_every", "1")
+    process = begin(config, run, "--run.log_every", "1")
     wait_for_step(process, run, 0)
     if how == "signal":
         os.kill(process.pid, signal.SIGTERM)
@@ -157,15 +115,18 @@ def test_a_folder_that_holds_something_else_is_refused(tiny, tmp_path):
 
 
 def test_a_start_that_was_killed_before_it_wrote_its_settings_starts_again(tiny_config, dataset, tmp_path):
+    from harness.lock import RunLock
     from harness.run_folder import open_run
 
     run = tmp_path / "run"
     run.mkdir()
     (run / ".config.yaml.123.tmp").write_text("half")
-    open_run(run, tiny_config, dataset)
+    with RunLock(run) as lock:
+        open_run(run, tiny_config, dataset, lock)
     assert load_config(run / "config.yaml") == tiny_config
     (run / "dataset.json").unlink()  # killed between the two files
-    open_run(run, tiny_config, dataset)
+    with RunLock(run) as lock:
+        open_run(run, tiny_config, dataset, lock)
     assert (run / "dataset.json").is_file()
 
 

@@ -1,0 +1,136 @@
+"""One job at a time writes a run folder.
+
+In: a run folder. Out: `RUN/lock.json` with host, process and a heartbeat. What stays true: a lock outlives its owner by
+less than a minute. On the owner's machine a dead process is seen at once. Elsewhere the heartbeat is watched: clocks of
+two machines are never compared.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+BEAT_S = 5.0
+WATCHED_S = 30.0  # a heartbeat that stands still for so long has stopped
+
+
+class RunLock:
+    """A lock that is held from `acquire` to the end of the block."""
+
+    def __init__(self, folder: Path):
+        """Nothing is locked yet."""
+        self.file = Path(folder) / "lock.json"
+        self._owner = {
+            "host": socket.gethostname(),
+            "namespace": _process_namespace(),
+            "process": os.getpid(),
+            "started": psutil.Process().create_time(),
+        }
+        self._held, self._over, self._beats = False, threading.Event(), 0
+        self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
+
+    def __enter__(self) -> "RunLock":
+        """Nothing to do."""
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Give the lock back, if it is held."""
+        if self._held:
+            self._over.set()
+            self._thread.join()
+            if self._is_ours():
+                self.file.unlink(missing_ok=True)
+            self._held = False
+
+    def acquire(self, say: Callable[[str], None] = print) -> None:
+        """Take the lock; wait for a heartbeat if nothing else tells whether its owner lives.
+
+        Raises:
+            BlockingIOError: another job holds it.
+        """
+        found = _read(self.file)
+        if found and not self._is_ours():
+            who = f"process {found.get('process')} on {found.get('host')}"
+            if self._lives(found, who, say):
+                raise BlockingIOError(
+                    f"{self.file.parent} is in use by {who}. Let it end or stop it (touch {self.file.parent / 'stop'}), "
+                    "or name another --run.folder."
+                )
+            say(f"{self.file} was left by {who}, which is gone")
+        self._write()
+        time.sleep(0.05)
+        if not self._is_ours():  # another job took it in the same moment; one of the two wins
+            raise BlockingIOError(f"{self.file.parent} was just taken by another job. Name another --run.folder.")
+        self._held = True
+        self._thread.start()
+
+    def check(self) -> None:
+        """Before anything is written: the lock is still held.
+
+        Raises:
+            BlockingIOError: another job took it, since this one gave no sign of life (it was frozen, or the disk away).
+        """
+        if self._held and not self._is_ours():
+            raise BlockingIOError(
+                f"Another job took over {self.file.parent} while this one stood still. This one ends; the other goes on."
+            )
+
+    def _lives(self, found: dict, who: str, say: Callable[[str], None]) -> bool:
+        if all(found.get(key) == self._owner[key] for key in ("host", "namespace")):
+            try:
+                return psutil.Process(found["process"]).create_time() == found["started"]
+            except psutil.NoSuchProcess:
+                return False
+        say(f"{self.file.parent} was last used by {who}; watching for {WATCHED_S:.0f} s whether it still runs")
+        deadline = time.monotonic() + WATCHED_S
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, WATCHED_S / 10))
+            now = _read(self.file)
+            if now is None:
+                return False  # it ended and gave the lock back
+            if now != found:
+                return True
+        return False
+
+    def _is_ours(self) -> bool:
+        found = _read(self.file)
+        return found is not None and all(found.get(key) == value for key, value in self._owner.items())
+
+    def _run(self) -> None:
+        while not self._over.wait(BEAT_S):
+            try:
+                if not self._is_ours():
+                    return  # taken over: `check` says so before the next checkpoint
+                self._write()
+            except OSError:
+                continue  # the disk may come back; if it does not, saving will say so
+
+    def _write(self) -> None:
+        self._beats += 1
+        temporary = self.file.with_name(f".lock.{self._owner['process']}.tmp")
+        temporary.write_text(json.dumps(self._owner | {"beats": self._beats}) + "\n")
+        os.replace(temporary, self.file)
+
+
+def _read(file: Path) -> dict | None:
+    """The content of a lock, None where there is none; a damaged one is nobody's."""
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _process_namespace() -> str:
+    """Process numbers mean the same only inside one: two containers on one host may share its name."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""

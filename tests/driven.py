@@ -1,0 +1,90 @@
+"""launch/train.py with a fault at a chosen step: `DISTURB="die@3:1 ..." python tests/driven.py --config ...`.
+
+A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
+(sleep for ever), slow (sleep 0.3 s from that step on), raise, nan (a picture of the batch), inf (a weight),
+stop-val and stop-test (touch RUN/stop at unit number STEP of an evaluation). It adds a model that normalises each image
+by itself, so that nothing depends on how a batch is shared out.
+"""
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models._api import register_model
+from torchvision.models.resnet import BasicBlock, ResNet
+
+import harness.epoch
+import harness.evaluate
+import harness.watch
+from launch.train import main
+
+harness.watch.DEAD_S = float(os.environ.get("DEAD_S", harness.watch.DEAD_S))
+RANK = int(os.environ.get("RANK", "0"))
+steps = units = 0
+
+
+def tiny_group_norm(weights=None, **options):
+    return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=partial(nn.GroupNorm, 8), **options)
+
+
+tiny_group_norm.__module__ = "torchvision.models.tiny"  # where torchvision looks for its own
+register_model()(tiny_group_norm)
+
+
+def disturbances(kinds: str, number: int) -> list[str]:
+    """Which kinds of fault are due now on this rank."""
+    due = []
+    for word in os.environ.get("DISTURB", "").split():
+        kind, _, place = word.partition("@")
+        step, _, rank = place.partition(":")
+        here = number >= int(step) if kind == "slow" else number == int(step)
+        if kind in kinds.split() and here and rank in ("", str(RANK)):
+            due.append(kind)
+    return due
+
+
+def run_folder() -> Path:
+    return Path(sys.argv[sys.argv.index("--run.folder") + 1])
+
+
+def disturbed_step(config, world, wrapped, optimizer, views, *rest, step=harness.epoch.optimizer_step):
+    global steps
+    steps += 1
+    for kind in disturbances("stop die hang slow raise nan inf", steps):
+        if kind == "stop":
+            (run_folder() / "stop").touch()
+        elif kind == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "hang":
+            time.sleep(3600)
+        elif kind == "slow":
+            time.sleep(0.3)
+        elif kind == "raise":
+            raise ValueError("a fault that was asked for")
+        elif kind == "nan":
+            views[0, 0, 0, 0] = float("nan")
+    done = step(config, world, wrapped, optimizer, views, *rest)
+    if disturbances("inf", steps):
+        with torch.no_grad():
+            next(wrapped.parameters()).view(-1)[0] = float("inf")
+    return done
+
+
+def disturbed_unit(model, batch, config, world, views, unit=harness.evaluate._predict_unit):
+    global units
+    units += 1
+    for _ in disturbances("stop-val" if views == "none" else "stop-test", units):
+        (run_folder() / "stop").touch()
+    return unit(model, batch, config, world, views)
+
+
+harness.epoch.optimizer_step = disturbed_step
+harness.evaluate._predict_unit = disturbed_unit
+
+if __name__ == "__main__":
+    sys.exit(main())
