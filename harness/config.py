@@ -244,14 +244,17 @@ def load_config(path: Path) -> Config:
     """Read a file that `to_yaml` wrote.
 
     Raises:
-        ValueError: a file of another version of the harness.
+        ValueError: a file of another version of the harness, or a damaged one.
     """
-    saved = yaml.safe_load(Path(path).read_text())
     try:
+        saved = yaml.safe_load(Path(path).read_text())
         parts = {part.name: part.type(**_tuples(saved[part.name])) for part in fields(Config)}
         return Config(**parts)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not of this version of the harness ({error}). Start a new run folder.") from error
+    except (TypeError, KeyError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} is damaged, or of another version of the harness ({error}). Restore a copy, start a new run folder, or "
+            "continue with the settings that you give now by --run.resume force."
+        ) from error
 
 
 def _tuples(values: dict) -> dict:

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from harness.checkpoint import write_atomically
 
+RESULT = "result"  # kind of the entry of the final evaluation
+
 
 class Log:
     """The log of one run, open for writing on rank 0; elsewhere its methods do nothing."""
@@ -40,20 +42,31 @@ class Log:
             self._board.close()
 
     def write(self, kind: str, step: int, numbers: dict) -> None:
-        """Append an entry and show its numbers in TensorBoard as `kind/name`."""
+        """Append an entry and show its numbers in TensorBoard as `kind/name`; a result stands in the log alone."""
         if not self._file:
             return
         self._file.write(json.dumps({"kind": kind, "step": step} | numbers) + "\n")
+        if kind == RESULT:
+            return
         for name, value in numbers.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
-        """Bring everything to disk, before a checkpoint relies on it."""
+        """Bring everything to disk, before a checkpoint relies on it.
+
+        Raises:
+            OSError: the disk is full, or away.
+        """
         if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._board.flush()
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._board.flush()
+            except OSError as error:
+                raise OSError(
+                    f"Cannot write {self._file.name} ({error.strerror}). Make room or mend the disk, then start the same command again."
+                ) from error
 
     def begin_bar(self, title: str, total: int, done: int) -> None:
         """Show a progress bar of an epoch, where there is a terminal to show it on."""
@@ -90,6 +103,7 @@ def verdict(waited: float, threads: int, cores: int) -> str:
 
 def _until(line: bytes, step: int) -> bool:
     try:
-        return json.loads(line)["step"] <= step
+        entry = json.loads(line)
+        return entry["step"] <= step and entry["kind"] != RESULT  # a run that continues is evaluated again
     except (ValueError, KeyError, TypeError):
         return False  # a line cut off by a crash

@@ -32,14 +32,14 @@ def open_run(folder: Path, config: Config, dataset: Dataset, lock: RunLock) -> N
     saved, described = folder / "config.yaml", folder / "dataset.json"
     changed = []
     if described.is_file():
-        before = json.loads(described.read_text())["checksum"]
-        if before != dataset.fingerprint:
+        before = _fingerprint(described)
+        if before and before != dataset.fingerprint:
             raise ValueError(
                 f"{folder} holds a run on the dataset {before[:12]}, and {dataset.folder} is {dataset.fingerprint[:12]}. "
                 "Give the dataset of before, or name another --run.folder."
             )
     if saved.is_file():
-        changed = differences(flat(load_config(saved)), flat(config))
+        changed = _changed(saved, config)
         if changed and config.run.resume != "force":
             raise ValueError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). Give these settings again to continue "
@@ -63,6 +63,24 @@ def open_run(folder: Path, config: Config, dataset: Dataset, lock: RunLock) -> N
         raise OSError(
             f"Cannot write the run folder {folder} ({error.strerror or error}). Mend the disk, or name another --run.folder."
         ) from error
+
+
+def _fingerprint(described: Path) -> str:
+    """The dataset that a run was made on; nothing if that is damaged (each checkpoint knows it, too)."""
+    try:
+        return json.loads(described.read_text())["checksum"]
+    except (ValueError, KeyError, TypeError):
+        print(f"{described} is damaged: written anew")
+        return ""
+
+
+def _changed(saved: Path, config: Config) -> list[str]:
+    try:
+        return differences(flat(load_config(saved)), flat(config))
+    except ValueError as error:
+        if config.run.resume != "force":
+            raise
+        return [f"all settings: those of before are damaged ({error})"]
 
 
 def changes(folder: Path) -> list[str]:
@@ -139,5 +157,7 @@ def failure_noted(folder: Path, world: World) -> Iterator[None]:
 
 
 def _read_state(folder: Path) -> dict:
-    path = folder / "state.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return dict(json.loads((folder / "state.json").read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # damaged: it only tells, so nothing is lost
+        return {}

@@ -18,7 +18,7 @@ from harness.epoch import Pace, Session, refuse_not_finite, save, train_epoch
 from harness.evaluate import evaluate, summary, validate
 from harness.hardware import decode_threads, own_cores
 from harness.lock import RunLock
-from harness.log import Log, verdict
+from harness.log import RESULT, Log, verdict
 from harness.metrics import HIGHER_IS_BETTER
 from harness.model import build_model, check_model, load_weights
 from harness.optim import build_optimizer
@@ -104,7 +104,9 @@ def train(config: Config, world: World) -> str:
                 )
                 if metrics is None:
                     return _stopped(session, progress)
-                log.write(config.eval.split, progress.step, {name: metrics["tta"][name] for name in SHOWN})
+                scores = {"split": config.eval.split} | {name: metrics["tta"][name] for name in SHOWN}
+                log.write(RESULT, progress.step, scores)
+                log.flush()
                 world.on_main(write_state, folder, "finished", progress)
         world.print("\n" + summary(metrics))
         world.print(f"run folder: {folder}")

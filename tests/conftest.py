@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from shards.pack import Packing, pack
 from shards.split import lesion
 
 ROOT = Path(__file__).parents[1]
+SAVING = ("--run.log_every", "1", "--run.save_every_minutes", "0")  # a checkpoint after each step
 TINY = """
 data: {path: DATA, image_size: 32, batch_size: 12, threads: 2}
 augment: {scale: [0.8, 1.0]}
@@ -135,3 +137,13 @@ def deterministic_log(run: Path) -> list[dict]:
     """The log without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in ("images_per_s", "waited")} for line in lines]
+
+
+def bare_ranks(config: Path, run: Path, disturb: str, *more, **variables: str) -> list[subprocess.Popen]:
+    """Two ranks without a launcher that would tidy up after one of them, as under a plain `srun`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    words = command("driven", "--config", config, "--run.folder", run, *SAVING, *more)
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [start(words, DISTURB=disturb, RANK=rank, LOCAL_RANK=rank, **shared, **variables) for rank in ("0", "1")]

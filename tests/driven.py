@@ -71,20 +71,21 @@ def disturbed_step(config, world, wrapped, optimizer, views, *rest, step=harness
     done = step(config, world, wrapped, optimizer, views, *rest)
     if disturbances("inf", steps):
         with torch.no_grad():
-            next(wrapped.parameters()).view(-1)[0] = float("inf")
+            next(weight for weight in wrapped.parameters() if weight.ndim == 1)[0] = float("inf")
     return done
 
 
-def disturbed_unit(model, batch, config, world, views, unit=harness.evaluate._predict_unit):
+def disturbed_units(store, *rest, batches=harness.evaluate.evaluation_batches):
     global units
-    units += 1
-    for _ in disturbances("stop-val" if views == "none" else "stop-test", units):
-        (run_folder() / "stop").touch()
-    return unit(model, batch, config, world, views)
+    for batch in batches(store, *rest):
+        units += 1
+        for _ in disturbances(f"stop-{store.shards[0].split}", units):
+            (run_folder() / "stop").touch()
+        yield batch
 
 
 harness.epoch.optimizer_step = disturbed_step
-harness.evaluate._predict_unit = disturbed_unit
+harness.evaluate.evaluation_batches = disturbed_units
 
 if __name__ == "__main__":
     sys.exit(main())

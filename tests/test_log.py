@@ -21,6 +21,13 @@ def test_continuing_removes_what_came_after_the_checkpoint(tmp_path):
     assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(5, 0.5), (10, 1.0), (15, 99.0)]
 
 
+def test_the_result_of_a_run_that_continues_is_written_anew(tmp_path):
+    for loss in (1.0, 2.0):
+        with Log(tmp_path, 10, True) as log:
+            log.write("result", 10, {"split": "test", "loss": loss})
+    assert entries(tmp_path) == [{"kind": "result", "step": 10, "split": "test", "loss": 2.0}]
+
+
 def test_tensorboard_shows_each_step_once_with_the_later_value(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
