@@ -17,6 +17,7 @@ import psutil
 
 BEAT_S = 5.0
 WATCHED_S = 30.0  # a heartbeat that stands still for so long has stopped
+SAME_START_S = 10.0  # the system counts a process's start from its boot, which its clock's corrections move
 
 
 class RunLock:
@@ -83,9 +84,10 @@ class RunLock:
     def _lives(self, found: dict, who: str, say: Callable[[str], None]) -> bool:
         if all(found.get(key) == self._owner[key] for key in ("host", "namespace")):
             try:
-                return psutil.Process(found["process"]).create_time() == found["started"]
+                started = psutil.Process(found["process"]).create_time()
             except psutil.NoSuchProcess:
                 return False
+            return abs(started - found["started"]) < SAME_START_S  # else the number went to another process since
         say(f"{self.file.parent} was last used by {who}; watching for {WATCHED_S:.0f} s whether it still runs")
         deadline = time.monotonic() + WATCHED_S
         while time.monotonic() < deadline:

@@ -12,26 +12,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from harness.augment import training_view
-from harness.config import Config, read_config
-from harness.epoch import optimizer_step
+from harness.checkpoint import Origin, save_step
+from harness.config import read_config
 from harness.evaluate import predict
-from harness.hardware import decode_threads, own_cores
-from harness.loader import Reading, training_batches
-from harness.model import build_model
-from harness.optim import build_optimizer
-from harness.world import World
+from harness.hardware import own_cores
+from harness.loader import training_batches
+from harness.progress import Progress
 from launch import peers
 from launch.train import DEMO
+from launch.trial import Trial, rate, seconds_of, training_input
 from shards.catalogue import read_ham10000
 from shards.index import load
-from shards.plan import Plan
 from shards.store import Store
 
 
@@ -61,12 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def bench_loader(options) -> dict:
     """Images/s of the loader alone, and of threads that decode the same pictures from memory and do nothing else."""
-    store, plan, reading = _training_input(options.config)
+    store, plan, reading = training_input(options.config)
     blobs = peers.all_pictures(store)
     ours, ceiling = [], []
     for epoch in range(options.rounds):
         ours.append(
-            _rate(lambda epoch=epoch: (len(b.keys) for b in training_batches(store, plan, epoch, 0, 0, 1, reading)))
+            rate(lambda epoch=epoch: (len(b.keys) for b in training_batches(store, plan, epoch, 0, 0, 1, reading)))
         )
         ceiling.append(peers.decode_from_memory(blobs, store, reading.threads, plan.global_batch))
     return {
@@ -80,11 +80,11 @@ def bench_loader(options) -> dict:
 
 def bench_step(options) -> dict:
     """Milliseconds of an optimizer step on a batch that is there, and of its augmentation."""
-    trial = _Trial(options.config)
+    trial = Trial(options.config)
     batch = next(iter(trial.batches(0)))
     views = trial.view(batch)
-    step = min(_seconds(lambda: trial.step(views, batch.labels), trial.world) for _ in range(options.rounds * 3))
-    augment = min(_seconds(lambda: trial.view(batch), trial.world) for _ in range(options.rounds * 3))
+    step = min(seconds_of(lambda: trial.step(views, batch.labels), trial.world) for _ in range(options.rounds * 3))
+    augment = min(seconds_of(lambda: trial.view(batch), trial.world) for _ in range(options.rounds * 3))
     n = len(batch.keys)
     return {
         "step_ms": 1e3 * step,
@@ -97,13 +97,13 @@ def bench_step(options) -> dict:
 
 def bench_train(options) -> dict:
     """The real loop (read, decode, augment, step) and its ratio to steps on a batch that is there, in turns."""
-    trial = _Trial(options.config)
+    trial = Trial(options.config)
     batch = next(iter(trial.batches(0)))
     views = trial.view(batch)
     synthetic, real, waits = [], [], []
     for epoch in range(options.rounds):
         n = min(options.batches, trial.plan.n_batches)
-        seconds = _seconds(lambda n=n: [trial.step(views, batch.labels) for _ in range(n)], trial.world)
+        seconds = seconds_of(lambda n=n: [trial.step(views, batch.labels) for _ in range(n)], trial.world)
         synthetic.append(n * len(batch.keys) / seconds)
         waited = []
 
@@ -112,7 +112,7 @@ def bench_train(options) -> dict:
                 waited.append(loaded.waited)
                 trial.step(trial.view(loaded), loaded.labels)
 
-        seconds = _seconds(loop, trial.world)
+        seconds = seconds_of(loop, trial.world)
         real.append(n * len(batch.keys) / seconds)
         waits.append(sum(waited) / seconds)
     return {
@@ -124,15 +124,52 @@ def bench_train(options) -> dict:
     }
 
 
+def bench_resume(options) -> dict:
+    """Milliseconds to the first batch, at the start of an epoch and when resuming in its middle; in turns."""
+    found = {"start": [], "middle": []}
+    for turn in range(2 * options.rounds):
+        store, plan, reading = training_input(options.config)  # nothing remembered: each turn has its own epoch, too
+        first = 0 if turn % 2 == 0 else plan.n_batches // 2
+        batches = training_batches(store, plan, turn, first, 0, 1, reading)
+        began = time.perf_counter()
+        next(batches)
+        found["middle" if first else "start"].append(time.perf_counter() - began)
+        batches.close()
+    start, middle = (sorted(times)[len(times) // 2] for times in found.values())
+    return {"start_ms": 1e3 * start, "middle_ms": 1e3 * middle, "ratio": middle / start, "batches": plan.n_batches}
+
+
+def bench_save(options) -> dict:
+    """Seconds of a checkpoint, which all ranks wait for, and its share of the time between two."""
+    trial = Trial(options.config)
+    batch = next(iter(trial.batches(0)))
+    trial.step(trial.view(batch), batch.labels)  # the optimizer has its state from here on
+    origin = Origin(options.config.model.name, ("a",), "", np.zeros(0, np.uint64), "")
+    found = []
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        for step in range(1, options.rounds + 1):
+            save = partial(save_step, Path(scratch), Progress(step=step), origin, trial.model, trial.optimizer, None, 2)
+            found.append(seconds_of(save, trial.world))
+        size = sum(path.stat().st_size for path in Path(scratch).rglob(f"step-{step:08d}/*"))
+    between = 60 * options.config.run.save_every_minutes
+    return {
+        "checkpoint_mb": size / 1e6,
+        "save_s": min(found),
+        "slowest_save_s": max(found),
+        "share_of_the_time": min(found) / (between + min(found)),
+        "setting": f"{trial.describe()}, saved every {options.config.run.save_every_minutes} minutes",
+    }
+
+
 def bench_evaluate(options) -> dict:
     """Seconds to evaluate the validation split with one view and with eight."""
-    trial = _Trial(options.config)
+    trial = Trial(options.config)
     store = Store(load(options.config.data.path), "val")
     seconds = {"none": [], "dihedral8": []}
     for _ in range(options.rounds):
         for views, found in seconds.items():
             found.append(
-                _seconds(
+                seconds_of(
                     lambda views=views: predict(trial.model, store, options.config, trial.world, views), trial.world
                 )
             )
@@ -150,7 +187,7 @@ def bench_evaluate(options) -> dict:
 def bench_compare(options) -> dict:
     """Images/s of the notebook's pipeline, of a DataLoader over WebDataset, of others that are installed, and of ours."""
     config = options.config
-    store, plan, reading = _training_input(config)
+    store, plan, reading = training_input(config)
 
     def ours(augment: bool) -> Iterator[int]:
         for batch in training_batches(store, plan, 0, 0, 0, 1, reading):
@@ -164,59 +201,10 @@ def bench_compare(options) -> dict:
         rates: dict[str, list[float]] = {name: [] for name in pipelines}
         for _ in range(options.rounds):  # in turns, so that a slow minute of the machine hits all
             for name, pipeline in pipelines.items():
-                rates[name].append(_rate(pipeline))
+                rates[name].append(rate(pipeline))
     best = {name: max(found) for name, found in rates.items()}
     ratios = {f"ours / {name}": best["ours"] / rate for name, rate in best.items() if rate and name[:4] != "ours"}
     return best | ratios
-
-
-class _Trial:
-    """A model, its optimizer and its input, ready to step."""
-
-    def __init__(self, config: Config):
-        self.config, self.world = config, World(config.run.precision)
-        self.store, self.plan, self.reading = _training_input(config, self.world)
-        torch.manual_seed(config.run.seed)
-        self.model = build_model(config.model.name, len(self.store.dataset.classes))
-        self.model.to(self.world.device, memory_format=torch.channels_last)
-        self.wrapped, self.optimizer = self.world.prepare(self.model, build_optimizer(self.model, config.optim))
-
-    def batches(self, epoch: int):
-        return training_batches(self.store, self.plan, epoch, 0, self.world.rank, self.world.size, self.reading)
-
-    def view(self, batch) -> torch.Tensor:
-        return training_view(batch.images, batch.positions, 0, 0, self.config.augment, self.config.data.image_size)
-
-    def step(self, views: torch.Tensor, labels: torch.Tensor) -> None:
-        self.model.train()
-        optimizer_step(self.config, self.world, self.wrapped, self.optimizer, views, labels, 1e-4)
-
-    def describe(self) -> str:
-        data = self.config.data
-        return f"{self.config.model.name}, {data.image_size} px, batch {data.batch_size}, {self.world.precision}"
-
-
-def _training_input(config: Config, world: World | None = None) -> tuple[Store, Plan, Reading]:
-    store = Store(load(config.data.path), "train")
-    plan = Plan(store.shard_sizes, config.data.batch_size, 0, config.data.lanes, config.data.block_shards)
-    device = world.device if world else torch.device("cpu")
-    return store, plan, Reading(decode_threads(config.data.threads), config.data.batches_ahead, device)
-
-
-def _rate(epoch: Callable[[], Iterator[int]]) -> float:
-    """Images/s of one epoch."""
-    began = time.perf_counter()
-    images = sum(epoch())
-    return images / (time.perf_counter() - began)
-
-
-def _seconds(work: Callable, world: World) -> float:
-    """Seconds of some work, its kernels included."""
-    world.synchronize()
-    began = time.perf_counter()
-    work()
-    world.synchronize()
-    return time.perf_counter() - began
 
 
 def bench_pack(options) -> dict:
@@ -266,6 +254,8 @@ def _parser() -> argparse.ArgumentParser:
         ("step", bench_step, "an optimizer step on a batch that is there, and its augmentation"),
         ("train", bench_train, "the real loop, and its ratio to `step`"),
         ("evaluate", bench_evaluate, "one view and eight"),
+        ("resume", bench_resume, "time to the first batch, at the start of an epoch and in its middle"),
+        ("save", bench_save, "seconds of a checkpoint"),
         ("compare", bench_compare, "other input pipelines on the same images, in turns"),
     ):
         command = commands.add_parser(
@@ -275,6 +265,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     commands.choices["train"].add_argument(
         "--batches", type=int, default=40, help="most batches of a round (default 40)"
+    )
+    commands.choices["save"].add_argument(
+        "--scratch", type=Path, help="folder for the checkpoints meanwhile (default: the system's)"
     )
     commands.choices["compare"].add_argument(
         "--source", type=Path, required=True, help="HAM10000 folder, for the notebook's"

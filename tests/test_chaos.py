@@ -119,7 +119,7 @@ DAMAGES = [
 def test_a_run_that_is_damaged_between_its_starts_says_so_and_ends_with_the_same_bits(
     config, tmp_path, capsys, finished_run
 ):
-    words = ["--config", config, *SAVING, *LONG, "--run.keep", "9"]
+    words = ["--config", config, *SAVING, *LONG, "--run.keep", "40"]
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     assert launch("driven", *words, "--run.folder", undisturbed).returncode == 0
     words += ["--run.folder", run]

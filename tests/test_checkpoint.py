@@ -105,6 +105,37 @@ def test_the_best_weights_that_an_older_checkpoint_names_stay_as_long_as_it_does
     assert checkpoint.best(tmp_path, found.progress).progress.step == 1
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_best_weights_that_are_damaged_are_made_again_from_their_step_or_refused(tmp_path, kept):
+    model, _ = trained(1)
+    checkpoint.save_best(tmp_path, Progress(step=1, best_step=1), ORIGIN, model)
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3 if kept else 2, best_step=1)
+    (tmp_path / "checkpoints" / "best-00000001" / "model.safetensors").write_bytes(b"damaged")
+    said, progress = [], checkpoint.newest(tmp_path).progress
+    if not kept:
+        with pytest.raises(ValueError, match=r"best weights .* are damaged .*Restore a copy"):
+            checkpoint.mend_best(tmp_path, progress, said.append)
+        return
+    checkpoint.mend_best(tmp_path, progress, said.append)
+    assert "made again from" in said[0]
+    again, _ = trained(0)
+    checkpoint.load_model(checkpoint.best(tmp_path, progress), again)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert not (tmp_path / "checkpoints" / "best-00000001" / "optimizer.pt").exists()
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_a_whole_one(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-00000002" / "optimizer.pt").unlink()
+    assert checkpoint.newest(tmp_path, lambda text: None).progress.step == 1
+    model, optimizer = trained(1)
+    checkpoint.save_step(tmp_path, Progress(step=1, samples_seen=5), ORIGIN, model, optimizer, None, 2)  # not yet at 2
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     (tmp_path / "checkpoints" / ".step-00000007.tmp").mkdir(parents=True)
     save(tmp_path, 8)

@@ -108,6 +108,7 @@ def test_a_copy_that_cannot_be_made_is_said_before_the_next_is_saved(places):
             copies.finish()
 
 
+@pytest.mark.slow
 def test_a_run_whose_machine_is_lost_ends_with_the_same_bits(finished_run, tmp_path):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
     words = ["--config", config, "--run.folder", run, "--run.checkpoint_dir", tmp_path / "local"]

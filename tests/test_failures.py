@@ -5,11 +5,15 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import SAVING, assert_equal_weights, bare_ranks, command, launch, start, state, weights
 from safetensors.torch import load_file
 
+from harness.model import build_model
+from harness.train import _check
 from shards.index import load, load_table
 
 
@@ -72,6 +76,7 @@ def test_when_a_rank_raises_its_error_is_the_runs_and_the_next_start_continues(f
     assert "error" not in state(run)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_names_its_step_and_samples_and_keeps_the_checkpoint_before(
     finished_run, packed, tmp_path
 ):
@@ -105,6 +110,7 @@ def test_the_samples_of_a_bad_loss_are_named_though_another_rank_has_them(finish
     assert state(run)["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_numbers_are_never_saved(finished_run, tmp_path):
     """The loss of the last step before a checkpoint is finite; what it did to the weights is not."""
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
@@ -117,6 +123,7 @@ def test_weights_that_are_no_numbers_are_never_saved(finished_run, tmp_path):
     assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_another_rate_continues_by_force_and_the_results_say_so(finished_run, tmp_path):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
     words = ["--config", config, "--run.folder", run, *SAVING]
@@ -134,12 +141,21 @@ def test_another_rate_continues_by_force_and_the_results_say_so(finished_run, tm
     assert "changed during training: optim.lr" in again.stdout
 
 
-def test_batch_normalisation_over_ranks_needs_gpus(tiny):
-    done = launch("train", "--config", tiny, "--model.sync_batchnorm", "true")
-    assert done.returncode == 1
-    assert "'model.sync_batchnorm' needs GPUs" in done.stderr
+def test_batch_normalisation_over_ranks_needs_gpus(tiny_config):
+    synchronised = replace(tiny_config, model=replace(tiny_config.model, sync_batchnorm=True))
+    with pytest.raises(ValueError, match=r"'model.sync_batchnorm' needs GPUs"):
+        _check(synchronised, 2, "cpu")
+    _check(synchronised, 2, "cuda")
 
 
+def test_batch_normalisation_over_ranks_keeps_the_names_of_the_weights():
+    """So that a checkpoint is read with either setting, and by evaluation."""
+    model = build_model("resnet18", 7)
+    names = list(model.state_dict())
+    assert list(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).state_dict()) == names
+
+
+@pytest.mark.slow
 def test_the_driver_of_these_tests_disturbs_nothing_by_itself(finished_run, tmp_path):
     done = launch("driven", "--config", finished_run.parent / "tiny.yaml", "--run.folder", tmp_path / "run")
     assert done.returncode == 0, done.stderr

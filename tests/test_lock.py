@@ -86,6 +86,7 @@ def test_a_damaged_lock_is_nobodys(tmp_path, quick, content):
         lock.check()
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_run_folder_are_told_apart(finished_run, tmp_path):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
     first = start(command("driven", "--config", config, "--run.folder", run), DISTURB="hang@2")

@@ -44,15 +44,19 @@ def wait_for_status(run, status: str, seconds: float = 40) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_torchrun_passes_a_signal_on_and_all_ranks_stop_with_a_checkpoint(finished_run, tmp_path, number):
-    run = tmp_path / "run"
-    words = command("driven", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run, *SAVING, ranks=2)
-    process = start(words, DISTURB="slow@1")
+def signalled(words: list[str], run, number: signal.Signals, **variables: str) -> None:
+    """Start a slow run, and once it has saved a step send a signal to the process that was started, and see it end."""
+    process = start(words, DISTURB="slow@1", **variables)
     wait_for_step(process, run, 1)
     process.send_signal(number)
     process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_torchrun_passes_a_signal_on_and_all_ranks_stop_with_a_checkpoint(finished_run, tmp_path, number):
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    signalled(command("driven", "--config", config, "--run.folder", run, *SAVING, ranks=2), run, number)
     assert state(run)["status"] == "stopped"
     assert not (run / "errors").exists()
     assert_it_continues_undisturbed(finished_run, run, ranks=2)
@@ -61,12 +65,8 @@ def test_torchrun_passes_a_signal_on_and_all_ranks_stop_with_a_checkpoint(finish
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL], ids=lambda number: number.name)
 def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(finished_run, tmp_path, number):
-    run = tmp_path / "run"
-    words = command("driven", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run, *SAVING, ranks=2)
-    process = start(words, DISTURB="slow@1")
-    wait_for_step(process, run, 1)
-    process.send_signal(number)
-    process.wait()
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    signalled(command("driven", "--config", config, "--run.folder", run, *SAVING, ranks=2), run, number)
     wait_for_status(run, "stopped")
 
 
@@ -74,17 +74,15 @@ def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(finished_run, tm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_run_whose_accelerate_launch_was_killed_stops_with_a_checkpoint(finished_run, tmp_path, number):
     """With one process, `accelerate launch` passes nothing on: it dies, and used to leave the training alone."""
-    run = tmp_path / "run"
-    words = command("driven", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run, *SAVING)
-    process = start(accelerate(words), DISTURB="slow@1", ACCELERATE_USE_CPU="true")
-    wait_for_step(process, run, 1)
-    process.send_signal(number)
-    process.wait()
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    words = accelerate(command("driven", "--config", config, "--run.folder", run, *SAVING))
+    signalled(words, run, number, ACCELERATE_USE_CPU="true")
     wait_for_status(run, "stopped")
     time.sleep(0.5)  # the lock is given back just after
     assert_it_continues_undisturbed(finished_run, run)
 
 
+@pytest.mark.slow
 def test_a_second_request_leaves_at_once(finished_run, tmp_path):
     run = tmp_path / "run"
     words = command("driven", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run)
@@ -101,6 +99,7 @@ def test_a_second_request_leaves_at_once(finished_run, tmp_path):
     assert state(run)["status"] == "running"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["stop-val@1", "stop-test@1"])
 def test_a_stop_is_noticed_in_the_middle_of_an_evaluation(finished_run, tmp_path, when):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
@@ -125,6 +124,7 @@ def test_a_stop_in_an_evaluation_by_one_of_two_ranks_stops_both(finished_run, tm
     assert_it_continues_undisturbed(finished_run, run, ranks=2)
 
 
+@pytest.mark.slow
 def test_the_time_limit_stops_before_the_first_step_and_the_run_goes_on_later(finished_run, tmp_path):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
     done = launch("train", "--config", config, "--run.folder", run, "--run.max_minutes", "0.01")
@@ -170,6 +170,7 @@ def test_a_shell_is_no_launcher(tmp_path):
     os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_stop(finished_run, tmp_path):
     run = tmp_path / "run"
     words = command("driven", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run)
