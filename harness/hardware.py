@@ -83,8 +83,16 @@ def use_device(device: torch.device) -> None:
 
 
 def own_cores() -> int:
-    """Cores that this process may use: its affinity, shared with the other processes of its machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Cores that this process may use: its affinity and SLURM's allocation, shared with the launcher's other processes.
+
+    Not every cluster binds a job to its cores, so the affinity alone may tell of a whole node.
+    """
+    cores = len(os.sched_getaffinity(0))
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        if os.environ.get(name, "").isdigit():
+            cores = min(cores, int(os.environ[name]))
+            break
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def decode_threads(asked: int) -> int:

@@ -50,7 +50,6 @@ def open_run(folder: Path, config: Config, dataset: Dataset, lock: RunLock) -> N
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        (folder / "stop").unlink(missing_ok=True)
         if changed:
             noted = [*changes(folder), *changed]
             write_atomically(folder / CHANGES, (json.dumps(noted, indent=1) + "\n").encode())
@@ -114,9 +113,10 @@ def finished_metrics(folder: Path) -> dict | None:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def write_state(folder: Path, status: str, progress: Progress) -> None:
-    """Say how the run fares: status, epochs and steps done, samples of the current epoch."""
+def write_state(folder: Path, status: str, progress: Progress, reason: str = "") -> None:
+    """Say how the run fares: status and why, epochs and steps done, samples of the current epoch."""
     state = {"status": status, "epoch": progress.epoch, "step": progress.step, "samples_seen": progress.samples_seen}
+    state |= {"reason": reason} if reason else {}
     write_atomically(folder / "state.json", (json.dumps(state) + "\n").encode())
 
 

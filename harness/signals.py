@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -25,10 +26,11 @@ class StopRequest:
     def __init__(self, folder: Path, max_minutes: float = 0.0):
         """`touch FOLDER/stop` asks as a signal does, and so does the clock `max_minutes` after the process's start."""
         self.file = Path(folder) / "stop"
-        self._first = 0.0
+        self.reason = ""  # why `asked` said so
+        self._first, self._signal = 0.0, ""
         self._previous: dict = {}
-        age = time.time() - psutil.Process().create_time()
-        self._end = time.monotonic() - age + 60 * max_minutes if max_minutes else float("inf")
+        self._began = psutil.Process().create_time()
+        self._end = time.monotonic() - (time.time() - self._began) + 60 * max_minutes if max_minutes else float("inf")
         self._looked, self._longest = None, 0.0
 
     def asked(self) -> bool:
@@ -40,7 +42,19 @@ class StopRequest:
         if self._looked is not None:
             self._longest = max(self._longest, now - self._looked)
         self._looked = now
-        return bool(self._first) or now + self._longest > self._end or self.file.exists()
+        if self._first:
+            self.reason = self._signal
+        elif now + self._longest > self._end:
+            self.reason = "run.max_minutes"
+        elif self.file.exists():
+            self.reason = "file"
+        return bool(self.reason)
+
+    def forget_old_file(self) -> None:
+        """Remove a file that asked a run before this process to stop; one that came since is for this run."""
+        with suppress(FileNotFoundError):
+            if self.file.stat().st_mtime < self._began:
+                self.file.unlink()
 
     def __enter__(self) -> "StopRequest":
         """Take over the signals."""
@@ -56,7 +70,7 @@ class StopRequest:
         now = time.monotonic()
         if self._first and now - self._first > 1.0:
             os._exit(128 + number)
-        self._first = self._first or now
+        self._first, self._signal = self._first or now, signal.Signals(number).name
 
 
 def follow_launcher() -> None:

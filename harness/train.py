@@ -55,6 +55,7 @@ def train(config: Config, world: World) -> str:
         Copies(folder, config.run.checkpoint_dir) as copies,
     ):
         world.on_main(open_run, folder, config, dataset, lock)
+        world.on_main(stop.forget_old_file)
         if metrics := world.on_main(finished_metrics, folder):
             world.print(f"{folder} is finished. Its results again; to train anew, name another --run.folder.")
             world.print("\n" + summary(metrics))
@@ -138,8 +139,14 @@ def _train(session: Session, progress: Progress) -> tuple[Progress, str | None]:
 
 
 def _stopped(session: Session, progress: Progress) -> str:
-    session.world.on_main(write_state, session.folder, "stopped", progress)
-    session.world.print(f"stopped as asked at step {progress.step}; the same command continues")
+    def note() -> str:
+        reason = session.stop.reason or "another process was asked"
+        write_state(session.folder, "stopped", progress, reason)
+        session.stop.file.unlink(missing_ok=True)  # the next start is not asked to stop
+        return reason
+
+    reason = session.world.on_main(note)
+    session.world.print(f"stopped as asked ({reason}) at step {progress.step}; the same command continues")
     return "stopped"
 
 

@@ -53,8 +53,19 @@ def test_what_was_asked_for_is_taken_or_refused():
 
 def test_threads_are_this_processs_share_of_the_cores_it_may_use(monkeypatch):
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(12)))
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert decode_threads(0) == 3
     assert decode_threads(5) == 5
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert decode_threads(0) == 1
+
+
+def test_slurm_may_have_given_fewer_cores_than_the_process_can_see(monkeypatch):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "16")
+    assert decode_threads(0) == 8
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    assert decode_threads(0) == 6

@@ -129,7 +129,7 @@ def test_the_time_limit_stops_before_the_first_step_and_the_run_goes_on_later(fi
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
     done = launch("train", "--config", config, "--run.folder", run, "--run.max_minutes", "0.01")
     assert done.returncode == 75, done.stderr
-    assert "stopped as asked at step 0" in done.stdout
+    assert "stopped as asked (run.max_minutes) at step 0" in done.stdout
     assert_it_continues_undisturbed(finished_run, run)
 
 
@@ -150,10 +150,23 @@ def test_asking_by_file_or_signal_is_the_same(tmp_path):
         assert not stop.asked()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.asked()
+        assert stop.reason == "SIGUSR1"
     with StopRequest(tmp_path) as stop:
         (tmp_path / "stop").touch()
         assert stop.asked()
+        assert stop.reason == "file"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_file_that_asked_an_earlier_run_is_forgotten_and_one_that_asks_a_starting_run_is_not(tmp_path):
+    stop = StopRequest(tmp_path)
+    stop.forget_old_file()
+    (tmp_path / "stop").touch()
+    stop.forget_old_file()
+    assert stop.asked()  # touched while this process was starting
+    os.utime(tmp_path / "stop", (0, 0))
+    stop.forget_old_file()
+    assert not StopRequest(tmp_path).asked()
 
 
 def test_a_shell_is_no_launcher(tmp_path):

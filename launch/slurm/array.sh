@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# One run for each seed (or fold), each on one GPU. Submit from the project's folder: sbatch launch/slurm/array.sh
+#SBATCH --job-name=seeds
+#SBATCH --array=0-4
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=08:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=runs/slurm-%A-%a.log
+##SBATCH --partition=NAME
+##SBATCH --account=NAME
+
+config=configs/ham10000.yaml                       # settings of the runs
+run=runs/ham10000-seed$SLURM_ARRAY_TASK_ID         # a folder for each run
+processes=1                                        # on each node
+arguments=(--config "$config" --run.seed "$SLURM_ARRAY_TASK_ID")
+# For folds: pack each with `python -m shards pack ... data/fold$K --protocol lesion --folds 5 --fold $K`, then
+# arguments=(--config "$config" --data.path "data/fold$SLURM_ARRAY_TASK_ID")
+
+# source venv/bin/activate      # or run the job in a container: srun --container-image=... (pyxis), apptainer exec ...
+source launch/slurm/run.sh

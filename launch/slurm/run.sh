@@ -1,0 +1,77 @@
+# Sourced by the job scripts: start one launcher on each node, pass requests to stop on, and requeue what is not done.
+#
+# In: run (the run folder), processes (on each node), arguments, and program (launch/train.py if none is named). What
+# stays true: a job is requeued only if its run stopped because its time was over or another job needed the nodes, and it
+# got further than it was; one that failed, was cancelled, or was stopped by hand ends.
+set -uo pipefail
+
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 20000))
+many=""
+if [ $((SLURM_JOB_NUM_NODES * processes)) -gt 1 ]; then
+  many="--multi_gpu --rdzv_conf timeout=300,read_timeout=300" # seconds that nodes wait for each other
+fi
+program=${program:-launch/train.py}
+asked=no
+
+say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
+
+# "status step samples_seen reason" of the run, as it is in its folder.
+state() {
+  python -c 'import json, sys
+try:
+    state = json.load(open(sys.argv[1] + "/state.json"))
+except (OSError, ValueError):
+    state = {}
+print(state.get("status", "none"), state.get("step", 0), state.get("samples_seen", 0), state.get("reason", "none").split()[0])' "$run"
+}
+
+ask_to_stop() {
+  say "asked to stop: the run will save and end"
+  asked=yes
+  mkdir -p "$run" && touch "$run/stop"
+}
+trap ask_to_stop USR1 TERM
+
+read -r _ step_before samples_before _ <<<"$(state)"
+say "$SLURM_JOB_NUM_NODES node(s), $processes process(es) on each, restart ${SLURM_RESTART_COUNT:-0}, run $run at step $step_before"
+
+# One launcher a node; when one fails, srun ends the others. In the background, so that a signal is noticed at once.
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
+  exec accelerate launch $0 --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$((SLURM_JOB_NUM_NODES * $1))" \
+    --machine_rank "$SLURM_NODEID" --main_process_ip "$2" --main_process_port "$3" --mixed_precision no --dynamo_backend no \
+    "${@:4}"' "$many" "$processes" "$host" "$port" "$program" "${arguments[@]}" --run.folder "$run" &
+launched=$!
+while kill -0 $launched 2>/dev/null; do
+  wait $launched # a trap ends it early
+done
+
+read -r status step samples reason <<<"$(state)"
+say "the run is $status at step $step"
+case $status in
+  finished) exit 0 ;;
+  stopped)
+    if [ "$reason" = file ] && [ $asked = no ]; then
+      say "somebody touched $run/stop: not requeued"
+      exit 0
+    fi
+    if [ "$step" = "$step_before" ] && [ "$samples" = "$samples_before" ]; then
+      say "it got no further than before: not requeued. Give the job more time, or lower run.log_every"
+      exit 1
+    fi
+    if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
+      say "cancelled: not requeued. The same command continues"
+      exit 0
+    fi
+    say "requeued, to go on from step $step"
+    scontrol requeue "$SLURM_JOB_ID"
+    ;;
+  failed)
+    say "not requeued; see $run/state.json and $run/errors"
+    exit 1
+    ;;
+  *)
+    say "the processes ended without a word (killed, or out of memory): not requeued. The same command continues"
+    exit 1
+    ;;
+esac
