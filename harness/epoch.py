@@ -146,7 +146,7 @@ def optimizer_step(
     sums, of_images = torch.zeros(3, dtype=torch.float64, device=world.device), []
     for number, (pictures, truth) in enumerate(pieces, start=1):
         with nullcontext() if number == len(pieces) else world.without_sync(wrapped):
-            logits = wrapped(pictures)
+            logits = wrapped(pictures.contiguous(memory_format=world.memory_format))
             of_images.append(losses(logits, truth, config.optim))
             loss = of_images[-1].sum()
             # Gradients are averaged over ranks: times the world's size, over the global batch, makes that the true mean.

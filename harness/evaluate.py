@@ -194,7 +194,7 @@ def _predict_unit(model: nn.Module, batch: Batch, config: Config, world: World, 
 
 def _probabilities(model: nn.Module, view: torch.Tensor, world: World) -> torch.Tensor:
     with world.autocast():
-        logits = model(view)
+        logits = model(view.contiguous(memory_format=world.memory_format))
     return logits.float().softmax(1)  # (unit, C)
 
 

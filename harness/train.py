@@ -6,12 +6,12 @@ dataset and k, not on how often the run was interrupted; rank 0 decides when to 
 
 from dataclasses import replace
 from pathlib import Path
-from shutil import disk_usage
 
 import torch
 
 from harness import checkpoint
 from harness.augment import parse_views
+from harness.checks import look_at_disk, look_at_sameness, refuse
 from harness.config import Config
 from harness.copies import Copies
 from harness.epoch import Pace, Session, refuse_not_finite, save, train_epoch
@@ -47,6 +47,7 @@ def train(config: Config, world: World) -> str:
     folder = Path(config.run.folder)
     world.on_main(_check, config, world.size, world.device.type)  # what is wrong is said once, not by each rank
     dataset = load(config.data.path)
+    world.on_main(refuse, look_at_sameness(world, dataset))
     training, validation, final = (Store(dataset, name) for name in ("train", "val", config.eval.split))
     plan = _plan(config, training)
     with (
@@ -70,7 +71,7 @@ def train(config: Config, world: World) -> str:
                 world.print(world.on_main(load_weights, model, config.model.name, config.model.weights))
             if config.model.sync_batchnorm:
                 model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            model.to(world.device, memory_format=torch.channels_last)
+            model.to(world.device, memory_format=world.memory_format)
             wrapped, optimizer = world.prepare(model, build_optimizer(model, config.optim))
             origin = _origin(config, dataset)
             progress = Progress()
@@ -180,22 +181,7 @@ def _check(config: Config, n_ranks: int, device: str) -> None:
     if not config.data.allow_leak:
         refuse_leak(dataset)
     check_model(config.model.name, len(dataset.classes), config.data.image_size)
-    _check_room(config, len(dataset.classes))
-
-
-def _check_room(config: Config, n_classes: int) -> None:
-    """Refuse a disk that the checkpoints will not fit on."""
-    with torch.device("meta"):
-        model = build_model(config.model.name, n_classes)
-    for place in filter(None, {config.run.folder, config.run.checkpoint_dir}):
-        there = next(path for path in (Path(place).absolute(), *Path(place).absolute().parents) if path.is_dir())
-        free = disk_usage(there).free
-        needed = checkpoint.room_needed(Path(place), model, config.optim.name, config.run.keep)
-        if free < needed:
-            raise OSError(
-                f"The disk of {place} has {free / 1e6:.0f} MB free, and checkpoints of {config.model.name} need up to "
-                f"{needed / 1e6:.0f} MB ('run.keep' is {config.run.keep}). Make room, or name another --run.folder."
-            )
+    refuse(look_at_disk(config, len(dataset.classes)))
 
 
 def _plan(config: Config, training: Store) -> Plan:

@@ -15,28 +15,35 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     broadcast,
     broadcast_object_list,
     gather,
+    gather_object,
     reduce,
 )
-from torch.distributed import TCPStore
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from harness.hardware import check_wheel, choose_precision, own_cores
+from harness.hardware import check_wheel, choose_memory_format, choose_precision, own_cores
 from harness.watch import Watch
+
+MEETING_S = 600.0  # how long processes wait for each other
 
 
 class World:
     """All ranks of a run, seen from one of them."""
 
-    def __init__(self, precision: str):
+    def __init__(self, precision: str, channels_last: str = "auto"):
         """Join the world that the launcher announced.
 
         Args:
-            precision: auto, fp32, bf16 or fp16.
+            precision: auto, fp32, bf16 or fp16; where it is auto, what `accelerate launch --mixed_precision` was given.
+            channels_last: auto, on or off.
 
         Raises:
-            ValueError: a torch without kernels for this GPU, more processes than GPUs, or ranks that do not see each other.
+            ValueError: a torch without kernels for this GPU, more processes than GPUs, ranks that do not see each other,
+                or a precision that the device does not have.
+            ConnectionError: the processes did not find each other in time.
         """
         cuda = torch.cuda.is_available()
         if cuda:
@@ -48,13 +55,29 @@ class World:
                 )
             device = torch.cuda.get_device_properties(number)
             check_wheel((device.major, device.minor), torch.cuda.get_arch_list(), device.name)
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision == "auto" and launched in ("bf16", "fp16"):
+            precision = launched
         self.precision, self.precision_reason = choose_precision(precision, torch.device("cuda" if cuda else "cpu"))
-        self._accelerator = Accelerator(
-            cpu=not cuda,  # without it, ranks on a machine without CUDA each believe to be alone
-            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the environment may say otherwise
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
+        try:
+            self._accelerator = Accelerator(
+                cpu=not cuda,  # without it, ranks on a machine without CUDA each believe to be alone
+                mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    num_steps=1
+                ),  # the environment may say otherwise
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=MEETING_S)),
+                ],
+            )
+        except (DistStoreError, DistNetworkError) as error:
+            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise ConnectionError(
+                f"Process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} on {socket.gethostname()} did "
+                f"not meet the others at {place} ({str(error).splitlines()[0]}). Start all of them within "
+                f"{MEETING_S / 60:.0f} minutes, with the address of the first one's machine and an open port."
+            ) from error
         if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
             torch.set_num_threads(own_cores())
         announced = int(os.environ.get("WORLD_SIZE", "1"))
@@ -66,6 +89,7 @@ class World:
         self.rank = self._accelerator.process_index
         self.size = self._accelerator.num_processes
         self.device = self._accelerator.device
+        self.memory_format = choose_memory_format(channels_last, self.device)
         self.is_main = self.rank == 0
         self.who = f"{socket.gethostname()}, process {os.getpid()}"
         self.watch = self._begin_watch() if self.size > 1 else None
@@ -145,6 +169,10 @@ class World:
         if failed:
             raise SystemExit(1)
         return result
+
+    def gather(self, value) -> list:
+        """Collective: every rank's value, by rank; any object that can be pickled."""
+        return [value] if self.size == 1 else gather_object([value])
 
     def synchronize(self) -> None:
         """Wait for the kernels of this rank's GPU, so that a clock can be read."""

@@ -8,8 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from harness import checkpoint
 from harness.augment import parse_views
 from harness.config import Config, load_config
@@ -32,11 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         store = Store(dataset, config.eval.split)
         check_classes(best, dataset)
         check_leak(best, dataset, config.eval.split, options.allow_leak)
-        world = World(config.run.precision)
+        world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
         model = build_model(config.model.name, len(dataset.classes))
         checkpoint.load_model(best, model)
-        model.to(world.device, memory_format=torch.channels_last)
+        model.to(world.device, memory_format=world.memory_format)
         out = options.out or options.run / f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}"
         metrics = evaluate(model, store, config.eval.split, config, world, out, best, changes(options.run))
         world.on_main(draw_results, out)

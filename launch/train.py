@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(config.run.folder)
     follow_launcher()
     try:
-        world = World(config.run.precision)
+        world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
         if config.data.demo_images:
             world.on_main(draw_demo, Path(config.data.path), config.data.demo_images)

@@ -23,11 +23,11 @@ class Trial:
 
     def __init__(self, config: Config):
         """Build everything from the settings of a run."""
-        self.config, self.world = config, World(config.run.precision)
+        self.config, self.world = config, World(config.run.precision, config.run.channels_last)
         self.store, self.plan, self.reading = training_input(config, self.world)
         torch.manual_seed(config.run.seed)
         self.model = build_model(config.model.name, len(self.store.dataset.classes))
-        self.model.to(self.world.device, memory_format=torch.channels_last)
+        self.model.to(self.world.device, memory_format=self.world.memory_format)
         self.wrapped, self.optimizer = self.world.prepare(self.model, build_optimizer(self.model, config.optim))
 
     def batches(self, epoch: int) -> Iterator[Batch]:

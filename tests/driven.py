@@ -21,9 +21,11 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import harness.epoch
 import harness.evaluate
 import harness.watch
+import harness.world
 from launch.train import main
 
 harness.watch.DEAD_S = float(os.environ.get("DEAD_S", harness.watch.DEAD_S))
+harness.world.MEETING_S = float(os.environ.get("MEETING_S", harness.world.MEETING_S))
 RANK = int(os.environ.get("RANK", "0"))
 steps = units = 0
 

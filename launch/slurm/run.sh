@@ -59,7 +59,7 @@ case $status in
       say "it got no further than before: not requeued. Give the job more time, or lower run.log_every"
       exit 1
     fi
-    if scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
+    if ! scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then # after scancel it is COMPLETING here
       say "cancelled: not requeued. The same command continues"
       exit 0
     fi
