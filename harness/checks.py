@@ -49,8 +49,8 @@ def look_at_gpu(name: str, capability: tuple[int, int], architectures: list[str]
     try:
         check_wheel(capability, architectures, name)
     except ValueError as error:
-        text, _, cure = str(error).partition("pip install")
-        return [Finding("problem", "GPU", text.strip(), f"pip install{cure.partition(' takes')[0]}" if cure else "")]
+        text, _, cure = str(error).partition(". ")
+        return [Finding("problem", "GPU", text, cure)]
     can = [
         "fp16 with a loss scaler" if capability < (8, 0) else "bf16",
         "tensor cores" if capability >= (7, 0) else "no tensor cores",

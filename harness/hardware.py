@@ -90,7 +90,7 @@ def check_wheel(capability: tuple[int, int], architectures: list[str], name: str
     raise ValueError(
         f"This torch ({torch.__version__}) has no kernels for {name} (sm_{major}{minor}); it has {', '.join(architectures)}. "
         + (
-            'This GPU is older than it: pip install -e ".[legacy-gpu]" takes the newest torch that has them.'
+            'pip install -e ".[legacy-gpu]" takes the newest torch that has them.'
             if (5, 0) <= capability < (7, 5)
             else "Install a torch that was built for it."
         )

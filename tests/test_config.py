@@ -88,7 +88,7 @@ def test_only_settings_that_change_the_result_count_as_different():
 
 def test_a_config_of_another_version_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(Config()).replace("image_size", "picture_size"))
-    with pytest.raises(ValueError, match="not of this version"):
+    with pytest.raises(ValueError, match="another version of the harness"):
         load_config(tmp_path / "config.yaml")
 
 

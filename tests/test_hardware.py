@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness import hardware
-from harness.hardware import check_wheel, choose_precision, decode_threads
+from harness.hardware import check_wheel, choose_memory_format, choose_precision, decode_threads
 
 NEW = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch 2.15's
 OLD = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # torch 2.7.1's
@@ -28,7 +28,8 @@ def test_a_wheel_runs_where_it_has_kernels_of_the_same_major_version(capability,
     if runs:
         check_wheel(capability, architectures, "card")
     else:
-        with pytest.raises(ValueError, match=r"no kernels for card.*pip install"):
+        cure = "built for it" if capability > (9, 0) else r"legacy-gpu"
+        with pytest.raises(ValueError, match=rf"no kernels for card.*{cure}"):
             check_wheel(capability, architectures, "card")
 
 
@@ -45,7 +46,11 @@ def test_auto_on_a_cpu_follows_its_instructions(monkeypatch, has, expected):
     assert choose_precision("auto", torch.device("cpu"))[0] == expected
 
 
-def test_what_was_asked_for_is_taken_or_refused():
+def test_what_was_asked_for_is_taken_or_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert choose_precision("fp16", torch.device("cuda"))[0] == "fp16"
+    with pytest.raises(ValueError, match="bf16 needs a GPU that has it"):
+        choose_precision("bf16", torch.device("cuda"))
     assert choose_precision("bf16", torch.device("cpu"))[0] == "bf16"
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         choose_precision("fp16", torch.device("cpu"))
@@ -69,3 +74,14 @@ def test_slurm_may_have_given_fewer_cores_than_the_process_can_see(monkeypatch):
     assert decode_threads(0) == 8
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
     assert decode_threads(0) == 6
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "last"),
+    [((6, 0), "auto", False), ((6, 0), "on", True), ((7, 0), "auto", True), ((9, 0), "off", False)],
+)
+def test_channels_come_last_where_there_are_tensor_cores(monkeypatch, capability, asked, last):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chosen = choose_memory_format(asked, torch.device("cuda"))
+    assert chosen == (torch.channels_last if last else torch.contiguous_format)
+    assert choose_memory_format("auto", torch.device("cpu")) == torch.channels_last
