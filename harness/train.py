@@ -11,7 +11,7 @@ import torch
 
 from harness import checkpoint
 from harness.augment import parse_views
-from harness.checks import look_at_disk, look_at_sameness, refuse
+from harness.checks import look_at_device, look_at_disk, look_at_sameness, refuse
 from harness.config import Config
 from harness.copies import Copies
 from harness.epoch import Pace, Session, refuse_not_finite, save, train_epoch
@@ -47,6 +47,7 @@ def train(config: Config, world: World) -> str:
     folder = Path(config.run.folder)
     world.on_main(_check, config, world.size, world.device.type)  # what is wrong is said once, not by each rank
     dataset = load(config.data.path)
+    refuse(look_at_device())
     world.on_main(refuse, look_at_sameness(world, dataset))
     training, validation, final = (Store(dataset, name) for name in ("train", "val", config.eval.split))
     plan = _plan(config, training)

@@ -226,5 +226,7 @@ class World:
         """Collective: leave the world in good order."""
         if self.watch:
             self.watch.close()
-            self.any(False)  # rank 0 serves what the others watch by: it leaves when they are done
+            # Rank 0 serves what the others watch by: it leaves when they are done. A barrier has no tensors: older gloo
+            # (torch 2.7) hangs if a thread of its own lets go of the last collective's tensors while the group is destroyed.
+            self._accelerator.wait_for_everyone()
         self._accelerator.end_training()
