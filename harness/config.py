@@ -141,6 +141,10 @@ class Eval:
     """test-time augmentation: none, flips (4), dihedral8 (8), or spins:N (N random turns and flips)"""
     unit: int = 64
     """images of one forward pass, the same at any number of processes"""
+    positives: tuple[str, ...] = ("mel", "mel+bcc+akiec")
+    """classes (or sums of them) that a threshold is chosen for, on validation; those that a dataset lacks are left out"""
+    sensitivity: float = 0.9
+    """share of the positives that a threshold shall find"""
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,13 @@ def check(config: Config) -> None:
     for key, least in at_least.items():
         if not settings[key] >= least:
             raise ValueError(f"The '{key}' setting must be at least {least}. Got {settings[key]} instead.")
-    for key in ("augment.flip", "augment.flip_vertical", "augment.rotate_probability", "optim.label_smoothing"):
+    for key in (
+        "augment.flip",
+        "augment.flip_vertical",
+        "augment.rotate_probability",
+        "optim.label_smoothing",
+        "eval.sensitivity",
+    ):
         if not 0 <= settings[key] <= 1:
             raise ValueError(f"The '{key}' setting must be between 0 and 1. Got {settings[key]} instead.")
     if settings["run.seed"] >= 2**62:

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from harness.augment import evaluation_views, plain_view
+from harness.calibration import at_threshold, fit_temperature, threshold_for, with_temperature
 from harness.checkpoint import Checkpoint, Origin, write_atomically
 from harness.config import Config
 from harness.hardware import decode_threads, use_device
 from harness.loader import Batch, Reading, evaluation_batches
-from harness.metrics import score, table
+from harness.metrics import gains, score, shown, table
 from harness.world import World
 from shards.index import Dataset, load_groups, load_table
 from shards.store import Store
@@ -111,6 +112,7 @@ def evaluate(
     out: Path,
     weights: Checkpoint,
     changed: list[str],
+    validation: Store | None,
     stop: Callable[[], bool] = never,
 ) -> dict | None:
     """Collective: evaluate with test-time augmentation and write the results.
@@ -118,19 +120,27 @@ def evaluate(
     Args:
         split: its name, as asked for. out: folder for predictions.csv and metrics.json.
         weights: where the model's weights come from. changed: settings that changed in the middle of their training.
+        validation: split that the temperature and the thresholds are chosen on; None for neither.
 
     Returns:
         the content of metrics.json, on every rank; None if a rank was asked to stop.
     """
     views, classes = config.eval.views, store.dataset.classes
+    reference = None
+    if validation is not None and validation.shards != store.shards:  # the split that is judged must not choose
+        reference = predict(model, validation, config, world, views, stop)
+        if reference is None:
+            return None
     found = predict(model, store, config, world, views, stop)
     if found is None:
         return None
 
     def write() -> dict:
+        rows = _prediction_rows(found, store)
+        groups = rows["group"].astype(str).to_numpy()
         description = store.dataset.description
         metrics = {
-            "format": 1,
+            "format": 2,
             "split": split,
             "views": views,
             "dataset": store.dataset.fingerprint,
@@ -143,15 +153,42 @@ def evaluate(
             "model": weights.origin.model,
             "trained_on": weights.origin.dataset,
             "best_epoch": weights.progress.best_epoch,
-            "plain": score(found.plain, found.labels, classes),
-            "tta": score(found.mean, found.labels, classes),
+            "plain": score(found.plain, found.labels, classes, groups),
+            "tta": score(found.mean, found.labels, classes, groups),
+            "gain": gains(found.plain, found.mean, found.labels, classes, groups),
+            **({} if reference is None else _chosen_on_validation(found, reference, config, classes, groups)),
         }
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "predictions.csv", _prediction_rows(found, store).to_csv(index=False).encode())
+        write_atomically(out / "predictions.csv", rows.to_csv(index=False).encode())
         write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
         return metrics
 
     return world.on_main(write)
+
+
+def _chosen_on_validation(
+    found: Predictions, reference: Predictions, config: Config, classes: tuple[str, ...], groups: np.ndarray
+) -> dict:
+    """The temperature and the operating points: chosen on `reference`, judged on `found`."""
+    temperature = fit_temperature(reference.mean, reference.labels)
+    calibrated = score(with_temperature(found.mean, temperature), found.labels, classes, groups)
+    shown = ("loss", "brier", "calibration_error")
+    points = []
+    for positive in config.eval.positives:
+        numbers = [classes.index(name) for name in positive.split("+") if name in classes]
+        if len(numbers) < len(positive.split("+")):
+            continue  # of another dataset
+        here, there = ((p.mean[:, numbers].sum(1), np.isin(p.labels, numbers)) for p in (found, reference))
+        threshold = threshold_for(*there, config.eval.sensitivity)
+        if threshold is not None:
+            point = {"positive": positive, "wanted_sensitivity": config.eval.sensitivity, "threshold": threshold}
+            points.append(point | {"positives": int(here[1].sum())} | at_threshold(*here, threshold, groups))
+    return {
+        "calibration": {"temperature": temperature}
+        | {name: calibrated[name] for name in shown}
+        | {"intervals": {name: calibrated["intervals"][name] for name in shown}},
+        "operating_points": points,
+    }
 
 
 def leak_warnings(dataset: Dataset, split: str, origin: Origin) -> list[str]:
@@ -165,11 +202,24 @@ def leak_warnings(dataset: Dataset, split: str, origin: Origin) -> list[str]:
 
 def summary(metrics: dict) -> str:
     """What `evaluate` found, for people."""
-    scores, plain = metrics["tta"], metrics["plain"]
+    scores, plain, gain = metrics["tta"], metrics["plain"], metrics["gain"]["balanced_accuracy"]
     lines = [f"{metrics['split']} split, {scores['images']} images, views: {metrics['views']}", table(scores)]
     if metrics["views"] != "none":
         lines.append(
-            f"the plain view alone: balanced accuracy {plain['balanced_accuracy']:.3f}, macro f1 {plain['macro_f1']:.3f}"
+            f"the views gain {shown(gain['gain'], gain['interval'], '+.3f')} balanced accuracy over the plain one "
+            f"({shown(plain['balanced_accuracy'])})"
+        )
+    if calibration := metrics.get("calibration"):
+        before, after = scores["calibration_error"], calibration["calibration_error"]
+        lines.append(
+            f"temperature {calibration['temperature']:.2f} (fitted on validation): calibration error {before:.3f} becomes "
+            f"{after:.3f}, loss {scores['loss']:.3f} becomes {calibration['loss']:.3f}"
+        )
+    for point in metrics.get("operating_points", []):
+        rates = {name: shown(**point[name]) for name in ("sensitivity", "specificity")}
+        lines.append(
+            f"{point['positive']} at the threshold {point['threshold']:.3f} (sensitivity {point['wanted_sensitivity']:.2f} on "
+            f"validation): sensitivity {rates['sensitivity']}, specificity {rates['specificity']}"
         )
     return "\n".join(lines + [f"warning: {warning}" for warning in metrics["warnings"]])
 

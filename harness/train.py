@@ -103,7 +103,16 @@ def train(config: Config, world: World) -> str:
                 best = checkpoint.best(folder, progress)
                 checkpoint.load_model(best, model)
                 metrics = evaluate(
-                    model, final, config.eval.split, config, world, folder, best, changes(folder), stop.asked
+                    model,
+                    final,
+                    config.eval.split,
+                    config,
+                    world,
+                    folder,
+                    best,
+                    changes(folder),
+                    validation,
+                    stop.asked,
                 )
                 if metrics is None:
                     return _stopped(session, progress)

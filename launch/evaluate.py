@@ -30,13 +30,16 @@ def main(arguments: list[str] | None = None) -> int:
         store = Store(dataset, config.eval.split)
         check_classes(best, dataset)
         check_leak(best, dataset, config.eval.split, options.allow_leak)
+        out = options.out or options.run / f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}"
+        if out.resolve() == options.run.resolve():
+            raise ValueError(f"--out {out} is the run's folder, whose results are those of its training. Name another.")
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
         model = build_model(config.model.name, len(dataset.classes))
         checkpoint.load_model(best, model)
         model.to(world.device, memory_format=world.memory_format)
-        out = options.out or options.run / f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}"
-        metrics = evaluate(model, store, config.eval.split, config, world, out, best, changes(options.run))
+        changed, validation = changes(options.run), own_validation(options.run, best)
+        metrics = evaluate(model, store, config.eval.split, config, world, out, best, changed, validation)
         world.on_main(draw_results, out)
         world.print("\n" + summary(metrics))
         world.print(f"results: {out}")
@@ -45,6 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def own_validation(run: Path, best: checkpoint.Checkpoint) -> Store | None:
+    """The validation split that the run was trained with, None if it is not here any more."""
+    try:
+        dataset = load(load_config(run / "config.yaml").data.path)
+    except (OSError, ValueError):
+        return None
+    return Store(dataset, "val") if dataset.fingerprint == best.origin.dataset else None
 
 
 def check_classes(best: checkpoint.Checkpoint, dataset: Dataset) -> None:

@@ -1,0 +1,59 @@
+"""Runs side by side: their figures, their spread, and the paired difference of two."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from launch.compare import main
+
+
+@pytest.fixture
+def better(finished_run, tmp_path):
+    """A result on the same images with every probability moved towards the label."""
+    folder = tmp_path / "better"
+    folder.mkdir()
+    shutil.copy(finished_run / "metrics.json", folder)
+    rows = pd.read_csv(finished_run / "predictions.csv")
+    columns = [name for name in rows if name.startswith("p_")]
+    for column in columns:
+        rows[column] = 0.5 * rows[column] + 0.5 * (rows["label"] == column.removeprefix("p_"))
+    rows.to_csv(folder / "predictions.csv", index=False)
+    return folder
+
+
+def test_two_results_are_compared_on_the_same_images(finished_run, better, capsys):
+    assert main([str(finished_run), str(better)]) == 0
+    shown = capsys.readouterr().out
+    assert "mean +- deviation" in shown
+    assert "balanced accuracy" in shown
+    assert f"{better} minus {finished_run}" in shown
+    loss = next(line for line in shown.splitlines() if line.startswith("loss  "))
+    assert "-" in loss
+    assert "may be none" not in loss
+
+
+def test_a_result_compared_with_itself_differs_in_nothing(finished_run, tmp_path, capsys):
+    copy = shutil.copytree(finished_run, tmp_path / "copy")
+    assert main([str(finished_run), str(copy)]) == 0
+    shown = capsys.readouterr().out
+    assert "+0.000 (+0.000 to +0.000)  may be none" in shown
+
+
+def test_results_on_different_images_are_not_paired(finished_run, better, capsys):
+    rows = pd.read_csv(better / "predictions.csv")
+    rows.iloc[1:].to_csv(better / "predictions.csv", index=False)
+    metrics = json.loads((better / "metrics.json").read_text())
+    (better / "metrics.json").write_text(json.dumps(metrics | {"dataset": "another"}))
+    assert main([str(finished_run), str(better)]) == 0
+    shown = capsys.readouterr().out
+    assert "no paired difference" in shown
+    assert "note: they differ in the dataset" in shown
+
+
+def test_what_cannot_be_compared_is_said(finished_run, tmp_path, capsys):
+    assert main([str(tmp_path)]) == 1
+    assert "has no metrics.json" in capsys.readouterr().err
+    assert main([str(finished_run), "--figures", "beauty"]) == 1
+    assert "Unknown figure beauty" in capsys.readouterr().err
