@@ -104,10 +104,10 @@ def table(scores: dict) -> str:
     columns = ("precision", "recall", "f1", "auc")
     intervals = scores.get("intervals")
     width = max(10, *(len(name) + 2 for name in scores["per_class"]))
-    cell = 24 if intervals else 13
+    cell = 20 if intervals else 13
     lines = [f"{'class':<{width}}{'images':>8}" + "".join(f"{name:>{cell}}" for name in columns)]
     for name, row in scores["per_class"].items():
-        cells = [shown(row[column], intervals and intervals["per_class"][name][column]) for column in columns]
+        cells = [_compact(row[column], intervals and intervals["per_class"][name][column]) for column in columns]
         lines.append(f"{name:<{width}}{row['images']:>8}" + "".join(f"{text:>{cell}}" for text in cells))
     for names in (OVERALL[:3], OVERALL[4:6], OVERALL[6:]):
         texts = [f"{name.replace('_', ' ')} {shown(scores[name], intervals and intervals[name])}" for name in names]
@@ -226,3 +226,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def _compact(value: float | None, interval: list[float] | None) -> str:
+    return shown(value) + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval and value is not None else "")

@@ -120,6 +120,12 @@ def write_state(folder: Path, status: str, progress: Progress, reason: str = "")
     write_atomically(folder / "state.json", (json.dumps(state) + "\n").encode())
 
 
+def note_start(folder: Path, facts: dict) -> None:
+    """Append a line to starts.jsonl: that the run started, or went on, and where."""
+    with open(folder / "starts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(facts) + "\n")
+
+
 @contextmanager
 def failure_noted(folder: Path, world: World) -> Iterator[None]:
     """Leave word of an error: errors/rank-N.txt has the traceback, state.json says `failed`, which rank, and why.

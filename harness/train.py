@@ -11,7 +11,7 @@ import torch
 
 from harness import checkpoint
 from harness.augment import parse_views
-from harness.checks import look_at_device, look_at_disk, look_at_sameness, refuse
+from harness.checks import look_at_device, look_at_disk, look_at_sameness, refuse, versions
 from harness.config import Config
 from harness.copies import Copies
 from harness.epoch import Pace, Session, refuse_not_finite, save, train_epoch
@@ -23,7 +23,7 @@ from harness.metrics import HIGHER_IS_BETTER
 from harness.model import build_model, check_model, load_weights
 from harness.optim import build_optimizer
 from harness.progress import Progress, advance, should_stop
-from harness.run_folder import changes, failure_noted, find_start, finished_metrics, open_run, write_state
+from harness.run_folder import changes, failure_noted, find_start, finished_metrics, note_start, open_run, write_state
 from harness.signals import StopRequest
 from harness.world import World
 from shards.index import Dataset, load, load_groups, refuse_leak
@@ -94,6 +94,8 @@ def train(config: Config, world: World) -> str:
                     *(stop, lock, copies, log),
                 )
                 world.on_main(write_state, folder, "running", progress)
+                facts = {"step": progress.step, "world": world.describe(), "who": world.who, "versions": versions()}
+                world.on_main(note_start, folder, facts)
                 progress, over = _train(session, progress)
                 if over is None:
                     return _stopped(session, progress)
