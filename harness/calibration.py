@@ -5,7 +5,6 @@ the split that is judged; what was chosen on validation is applied to it as it i
 """
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from harness.metrics import interval, resampled
 
@@ -21,6 +20,8 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     Returns:
         T between 0.05 and 20, never with a higher log loss on these images than 1.
     """
+    from scipy.optimize import minimize_scalar  # slow to import, used once a run
+
     images = np.arange(len(labels))
 
     def loss(log_temperature: float) -> float:
