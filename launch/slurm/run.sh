@@ -37,7 +37,8 @@ read -r _ step_before samples_before _ <<<"$(state)"
 say "$SLURM_JOB_NUM_NODES node(s), $processes process(es) on each, restart ${SLURM_RESTART_COUNT:-0}, run $run at step $step_before"
 
 # One launcher a node; when one fails, srun ends the others. In the background, so that a signal is noticed at once.
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
+# srun does not take over the job's --cpus-per-task by itself: without it, a step would have one core.
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c '
   exec accelerate launch $0 --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$((SLURM_JOB_NUM_NODES * $1))" \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$2" --main_process_port "$3" --mixed_precision no --dynamo_backend no \
     "${@:4}"' "$many" "$processes" "$host" "$port" "$program" "${arguments[@]}" --run.folder "$run" &
