@@ -95,31 +95,48 @@ def bench_step(options) -> dict:
     }
 
 
+def bench_augment(options) -> dict:
+    """Milliseconds of augmentation for a batch that is there, and images/s."""
+    trial = Trial(options.config)
+    batch = next(iter(trial.batches(0)))
+    seconds = min(seconds_of(lambda: trial.view(batch), trial.world) for _ in range(options.rounds * 3))
+    return {"augment_ms": 1e3 * seconds, "images_per_s": len(batch.keys) / seconds, "setting": trial.describe()}
+
+
 def bench_train(options) -> dict:
-    """The real loop (read, decode, augment, step) and its ratio to steps on a batch that is there, in turns."""
+    """The real loop (read, decode, augment, step) and its ratio to steps on a batch that is there, in turns.
+
+    Between the two: the same steps beside the decoding threads, which tells what these cost them.
+    """
     trial = Trial(options.config)
     batch = next(iter(trial.batches(0)))
     views = trial.view(batch)
-    synthetic, real, waits = [], [], []
+    n = min(options.batches, trial.plan.n_batches)
+    waited = []
+
+    def synthetic(epoch: int) -> None:
+        for _ in range(n):
+            trial.step(views, batch.labels)
+
+    def beside_decoding(epoch: int) -> None:
+        for _ in islice(trial.batches(epoch), n):
+            trial.step(views, batch.labels)
+
+    def real(epoch: int) -> None:
+        for loaded in islice(trial.batches(epoch), n):
+            waited.append(loaded.waited)
+            trial.step(trial.view(loaded), loaded.labels)
+
+    loops = {"step": synthetic, "step_beside_decoding": beside_decoding, "train": real}
+    found = {name: [] for name in loops}
     for epoch in range(options.rounds):
-        n = min(options.batches, trial.plan.n_batches)
-        seconds = seconds_of(lambda n=n: [trial.step(views, batch.labels) for _ in range(n)], trial.world)
-        synthetic.append(n * len(batch.keys) / seconds)
-        waited = []
-
-        def loop(epoch=epoch, n=n, waited=waited) -> None:
-            for loaded in islice(trial.batches(epoch), n):
-                waited.append(loaded.waited)
-                trial.step(trial.view(loaded), loaded.labels)
-
-        seconds = seconds_of(loop, trial.world)
-        real.append(n * len(batch.keys) / seconds)
-        waits.append(sum(waited) / seconds)
-    return {
-        "train_images_per_s": max(real),
-        "step_images_per_s": max(synthetic),
-        "ratio": max(real) / max(synthetic),
-        "waiting_for_data": min(waits),
+        for name, loop in loops.items():
+            found[name].append(seconds_of(lambda loop=loop, epoch=epoch: loop(epoch), trial.world))
+    best = {name: n * len(batch.keys) / min(seconds) for name, seconds in found.items()}
+    return {f"{name}_images_per_s": rate for name, rate in best.items()} | {
+        "step_beside_decoding_ratio": best["step_beside_decoding"] / best["step"],
+        "ratio": best["train"] / best["step"],
+        "waiting_for_data": sum(waited) / sum(found["train"]),
         "setting": trial.describe(),
     }
 
@@ -252,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("loader", bench_loader, "images/s of reading and decoding, and its share of the decode ceiling"),
         ("step", bench_step, "an optimizer step on a batch that is there, and its augmentation"),
+        ("augment", bench_augment, "augmentation of a batch that is there"),
         ("train", bench_train, "the real loop, and its ratio to `step`"),
         ("evaluate", bench_evaluate, "one view and eight"),
         ("resume", bench_resume, "time to the first batch, at the start of an epoch and in its middle"),
