@@ -2,7 +2,7 @@
 
 A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
 (sleep for ever), slow (sleep 0.3 s from that step on), raise, nan (a picture of the batch), inf (a weight),
-stop-val and stop-test (touch RUN/stop at unit number STEP of an evaluation). It adds a model that normalises each image
+stop-val and stop-test (touch RUN/stop at unit number STEP of that split). It adds a model that normalises each image
 by itself, so that nothing depends on how a batch is shared out.
 """
 
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from launch.train import main
 harness.watch.DEAD_S = float(os.environ.get("DEAD_S", harness.watch.DEAD_S))
 harness.world.MEETING_S = float(os.environ.get("MEETING_S", harness.world.MEETING_S))
 RANK = int(os.environ.get("RANK", "0"))
-steps = units = 0
+steps, units = 0, Counter()
 
 
 def tiny_group_norm(weights=None, **options):
@@ -78,10 +79,10 @@ def disturbed_step(config, world, wrapped, optimizer, views, *rest, step=harness
 
 
 def disturbed_units(store, *rest, batches=harness.evaluate.evaluation_batches):
-    global units
+    split = store.shards[0].split
     for batch in batches(store, *rest):
-        units += 1
-        for _ in disturbances(f"stop-{store.shards[0].split}", units):
+        units[split] += 1
+        for _ in disturbances(f"stop-{split}", units[split]):
             (run_folder() / "stop").touch()
         yield batch
 
