@@ -9,9 +9,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 import numpy as np
 import torch
@@ -74,15 +76,17 @@ def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading:
     """Batches in order; on a GPU the next one is copied while the loop works on this one."""
     device, cuda = reading.device, reading.device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
-    wanted, decoding, copying, buffers = iter(wanted), deque(), deque(), deque()
-    pool = ThreadPoolExecutor(reading.threads, "decode", initializer=use_device, initargs=(device,))
+    wanted, decoding, copying, buffers = iter(wanted), deque(), deque(), _Buffers()
+    pool = _Pool(reading.threads, device)
     try:
         while True:
             while len(decoding) < max(reading.ahead, reading.threads) and (places := next(wanted, None)) is not None:
-                decoding.append(pool.submit(_decode, store, locate, places, reading.skip, buffers, cuda))
+                decoding.append(pool.submit(partial(_decode, store, locate, places, reading.skip, buffers, cuda)))
             began = time.perf_counter()
-            while decoding and (not copying or (cuda and len(copying) < 2 and decoding[0].done())):
-                loaded = decoding.popleft().result()
+            while decoding and (not copying or (cuda and len(copying) < 2 and not decoding[0].empty())):
+                loaded, error = decoding.popleft().get()
+                if error is not None:
+                    raise error
                 with torch.cuda.stream(stream):  # does nothing without a GPU
                     moved = [tensor.to(device, non_blocking=True) for tensor in loaded]
                     copying.append((moved, stream.record_event() if cuda else None))
@@ -95,11 +99,11 @@ def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading:
                     tensor.record_stream(torch.cuda.current_stream(device))
             yield Batch(images.permute(0, 3, 1, 2), *numbers, time.perf_counter() - began)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.close()
 
 
 def _decode(
-    store: Store, locate: Callable, positions: np.ndarray, skip: list | None, buffers: deque, pin: bool
+    store: Store, locate: Callable, positions: np.ndarray, skip: list | None, buffers: "_Buffers", pin: bool
 ) -> tuple[torch.Tensor, ...]:
     """Read and decode one batch: images (b, H, W, 3) uint8, labels, positions, keys.
 
@@ -108,7 +112,7 @@ def _decode(
     """
     shards, rows = locate(positions)
     shape = (len(positions), store.dataset.height, store.dataset.width, 3)
-    images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pin else _buffer(shape, buffers)
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pin else buffers.take(shape)
     pictures = images.numpy()
     bad = []
     for place, data in store.read(shards, rows):
@@ -130,17 +134,78 @@ def _decode(
     return images, torch.from_numpy(labels), torch.from_numpy(positions), torch.from_numpy(keys)
 
 
-def _buffer(shape: tuple[int, ...], buffers: deque) -> torch.Tensor:
-    """Memory for a batch's pictures that comes back to `buffers` when nothing refers to the tensor any more.
+class _Pool:
+    """Threads that work on tasks in the order given.
+
+    Made of `SimpleQueue`s alone: they are written in C, so an interrupt (Ctrl-C) cannot come between taking a lock and
+    noting that it is held. Inside the conditions of `concurrent.futures` it can, and closing then waits for ever.
+    """
+
+    def __init__(self, threads: int, device: torch.device):
+        """Start this many threads."""
+        self._tasks, self._ended = SimpleQueue(), SimpleQueue()
+        self._threads = [
+            Thread(target=self._work, args=(device,), name=f"decode-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, task: Callable) -> SimpleQueue:
+        """A queue that will hold one item: what the task returns and None, or None and the error that it raised."""
+        done = SimpleQueue()
+        self._tasks.put((task, done))
+        return done
+
+    def close(self) -> None:
+        """Forget the tasks that no thread has begun, and wait for the others."""
+        with suppress(Empty):
+            while True:
+                self._tasks.get_nowait()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for _ in self._threads:
+            self._ended.get()
+
+    def _work(self, device: torch.device) -> None:
+        use_device(device)
+        while (entry := self._tasks.get()) is not None:
+            task, done = entry
+            try:
+                done.put((task(), None))
+            except BaseException as error:
+                done.put((None, error))
+            del entry, task, done  # not kept alive while this thread waits
+        self._ended.put(None)
+
+
+class _Buffers:
+    """Memory for batches of pictures that comes back when nothing refers to the tensor any more.
 
     Fresh memory would be cleared by the kernel page by page, while the threads wait for each other.
     """
-    try:
-        memory = buffers.pop()
-    except IndexError:
-        memory = np.empty(shape, np.uint8)
-    if memory.shape != shape:  # the last unit of a split may be shorter
-        memory = np.empty(shape, np.uint8)
-    view = memory.view()
-    weakref.finalize(view, buffers.append, memory)
-    return torch.from_numpy(view)
+
+    def __init__(self):
+        """Nothing is kept yet."""
+        self._free, self._used = deque(), {}
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory of that shape, uint8."""
+        try:
+            back = self._free.popleft()
+            memory = self._used.pop(id(back)).memory
+        except IndexError:
+            memory = np.empty(shape, np.uint8)
+        if memory.shape != shape:  # the last unit of a split may be shorter
+            memory = np.empty(shape, np.uint8)
+        view = memory.view()
+        # The callback is a method in C: an interrupt that came inside one in Python would be swallowed.
+        lent = _Lent(view, self._free.append)
+        lent.memory = memory
+        self._used[id(lent)] = lent
+        return torch.from_numpy(view)
+
+
+class _Lent(weakref.ref):
+    """A reference to a view, with the memory that it looks at."""
+
+    __slots__ = ("memory",)
