@@ -39,6 +39,21 @@ def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarra
     return powers / powers.sum(1, keepdims=True)
 
 
+def with_prior(probabilities: np.ndarray, prior: np.ndarray, strength: float) -> np.ndarray:
+    """Probabilities as they would be if all classes were equally frequent: logit adjustment (Menon et al., 2021).
+
+    Args:
+        probabilities: (N, C). prior: (C,) shares of the classes that the probabilities take for granted; a class of
+            share 0 keeps its probability. strength: 0 changes nothing, 1 removes the prior.
+
+    Returns:
+        (N, C) float64.
+    """
+    factors = np.where(prior > 0, prior, 1.0) ** -strength
+    moved = probabilities.astype(np.float64) * factors
+    return moved / moved.sum(1, keepdims=True)
+
+
 def threshold_for(scores: np.ndarray, positive: np.ndarray, sensitivity: float) -> float | None:
     """The highest threshold at which at least this share of the positives has `score >= threshold`; None without any."""
     ranked = np.sort(scores[positive])[::-1]

@@ -129,6 +129,8 @@ class Run:
     """minutes after its start at which the run saves and stops as if asked, to start again later; 0 means no limit"""
     resume: Literal["same", "force"] = "same"
     """continue a run folder only with the same settings, or with others, too (they are noted in the results)"""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """where the log's figures are shown, by Accelerate's names: tensorboard, wandb, mlflow, comet_ml, aim, ..."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,10 @@ class Eval:
     """classes (or sums of them) that a threshold is chosen for, on validation; those that a dataset lacks are left out"""
     sensitivity: float = 0.9
     """share of the positives that a threshold shall find"""
+    logit_adjust: float = 1.0
+    """strength of a second reading as if all classes were equally frequent: 1 removes the prior, 0 leaves it out"""
+    breakdown: tuple[str, ...] = ("sex", "age", "localization", "dx_type")
+    """columns of the source that the results are broken down by; those that a dataset lacks are left out"""
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class Config:
 FREE = {
     *("data.path", "data.demo_images", "data.threads", "data.batches_ahead"),
     *("run.folder", "run.log_every", "run.save_every_minutes", "run.keep"),
-    *("run.checkpoint_dir", "run.max_minutes", "run.resume"),
+    *("run.checkpoint_dir", "run.max_minutes", "run.resume", "run.trackers"),
 }
 
 
@@ -197,7 +203,7 @@ def check(config: Config) -> None:
         **{"augment.contrast": 0, "augment.saturation": 0, "optim.lr": 0, "optim.weight_decay": 0, "eval.unit": 1},
         **{"optim.warmup_epochs": 0, "optim.micro_batch": 0, "run.epochs": 1, "run.patience": 1, "run.seed": 0},
         **{"run.log_every": 1, "run.save_every_minutes": 0, "run.keep": 1},
-        **{"run.max_minutes": 0},
+        **{"run.max_minutes": 0, "eval.logit_adjust": 0},
     }
     settings = flat(config)
     for key, least in at_least.items():

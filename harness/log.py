@@ -6,6 +6,7 @@ continuing from a checkpoint first removes what came after it; only rank 0 write
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -19,16 +20,22 @@ RESULT = "result"  # kind of the entry of the final evaluation
 class Log:
     """The log of one run, open for writing on rank 0; elsewhere its methods do nothing."""
 
-    def __init__(self, folder: Path, step: int, writes: bool):
-        """Continue after `step`: entries of later steps are removed."""
+    def __init__(self, folder: Path, step: int, writes: bool, board: bool = True, track: Callable | None = None):
+        """Continue after `step`: entries of later steps are removed.
+
+        Args:
+            board: write for TensorBoard, too. track: called with {kind/name: number} and the step of each entry.
+        """
         self._file = self._board = self._bar = None
+        self._track = track
         if not writes:
             return
         path = Path(folder) / "log.jsonl"
         if path.is_file():
             write_atomically(path, b"".join(line for line in path.read_bytes().splitlines(True) if _until(line, step)))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the log is
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
+        if board:
+            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> "Log":
         """Nothing to do."""
@@ -39,18 +46,20 @@ class Log:
         self.end_bar()
         if self._file:
             self._file.close()
+        if self._board:
             self._board.close()
 
     def write(self, kind: str, step: int, numbers: dict) -> None:
-        """Append an entry and show its numbers in TensorBoard as `kind/name`; a result stands in the log alone."""
+        """Append an entry and show its numbers as `kind/name`; `report.board_results` shows a result in TensorBoard."""
         if not self._file:
             return
         self._file.write(json.dumps({"kind": kind, "step": step} | numbers) + "\n")
-        if kind == RESULT:
-            return
-        for name, value in numbers.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        figures = {f"{kind}/{name}": value for name, value in numbers.items() if isinstance(value, int | float)}
+        if self._track:
+            self._track(figures, step)
+        if self._board and kind != RESULT:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Bring everything to disk, before a checkpoint relies on it.
@@ -62,7 +71,8 @@ class Log:
             try:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-                self._board.flush()
+                if self._board:
+                    self._board.flush()
             except OSError as error:
                 raise OSError(
                     f"Cannot write {self._file.name} ({error.strerror}). Make room or mend the disk, then start the same command again."

@@ -6,11 +6,12 @@ function of the step number, so resuming needs no scheduler state.
 
 from math import cos, pi
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.config import Optim
+from harness.config import Config, Optim
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -29,6 +30,12 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
+
+
+def effective_prior(config: Config, counts: dict[str, int]) -> np.ndarray:
+    """Share of each class that a trained model's probabilities take for granted, (C,): as frequent as in training."""
+    found = np.array(list(counts.values()), float)
+    return found / found.sum()
 
 
 def lr_at(step: int, optim: Optim, steps_per_epoch: int, epochs: int) -> float:

@@ -1,13 +1,12 @@
-"""The page and the plots of a run, from the files of its folder alone.
+"""The page of a run, from the files of its folder alone.
 
-In: `metrics.json`, `predictions.csv`, and of a training also `log.jsonl`, `config.yaml`, `starts.jsonl`. Out:
+In: `metrics.json`, `predictions.csv`, `pictures/`, and of a training also `log.jsonl`, `config.yaml`, `starts.jsonl`. Out:
 `report.html`, one file that needs no network, and `confusion.png`. What stays true: nothing here needs the model or the
 images; what a file does not say is left out, never guessed.
 """
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 
@@ -16,7 +15,10 @@ import pandas as pd
 
 from harness.calibration import with_temperature
 from harness.config import Config, flat, load_config
-from harness.metrics import BINS, OF_A_CLASS, OVERALL, shown
+from harness.judge import OF_A_CELL, SMALL
+from harness.metrics import OF_A_CLASS, OVERALL, shown
+from harness.pictures import AUGMENTED, FOLDER, LIST
+from harness.plots import draw_confusion, draw_curves, draw_history, draw_reliability
 
 STYLE = """
 :root{color-scheme:light dark;--line:#8885;--soft:#8882}
@@ -30,6 +32,8 @@ td:first-child,th:first-child{text-align:left}tr{border-bottom:1px solid var(--l
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(19rem,1fr));gap:.7rem;align-items:start}
 img{width:100%;max-width:36rem;height:auto;background:#fff;border-radius:.4rem}.warning{border-left:4px solid #c80;padding:.3rem .8rem;background:var(--soft)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}dd{margin:0;overflow-wrap:anywhere}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:.7rem}figure{margin:0}
+figcaption{font-size:.8rem;overflow-wrap:anywhere}.small{opacity:.55}.wide+.wide{margin-top:1rem}
 @media(max-width:40rem){dl{grid-template-columns:1fr}dt{font-weight:600;margin-top:.3rem}}
 @media print{body{max-width:none}h2{break-after:avoid}img,table{break-inside:avoid}}
 """
@@ -40,18 +44,29 @@ LIMITS = (
 )
 
 
-def draw_results(folder: Path) -> None:
-    """Write `report.html` and `confusion.png` beside a `metrics.json`."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    picture = draw_confusion(metrics["tta"]["confusion"], tuple(metrics["tta"]["per_class"]), "test-time average")
-    (folder / "confusion.png").write_bytes(picture)
-    (folder / "report.html").write_text(page(folder, metrics, picture), encoding="utf-8")
+def draw_results(folder: Path) -> dict[str, bytes]:
+    """Write `report.html` and `confusion.png` beside a `metrics.json`; the plots of the results, as PNG."""
+    metrics, rows = read_results(folder)
+    scores = metrics["tta"]
+    plots = {
+        "confusion": draw_confusion(scores["confusion"], tuple(scores["per_class"]), "test-time average"),
+        "curves": draw_curves(rows, scores),
+        "reliability": draw_reliability(*_confidences(rows, metrics)),
+    }
+    (folder / "confusion.png").write_bytes(plots["confusion"])
+    (folder / "report.html").write_text(page(folder, metrics, rows, plots), encoding="utf-8")
+    return plots
 
 
-def page(folder: Path, metrics: dict, confusion: bytes) -> str:
+def read_results(folder: Path) -> tuple[dict, pd.DataFrame]:
+    """The content of `metrics.json` and `predictions.csv`."""
+    rows = pd.read_csv(folder / "predictions.csv", dtype={"group": str})
+    return json.loads((folder / "metrics.json").read_text()), rows
+
+
+def page(folder: Path, metrics: dict, rows: pd.DataFrame, plots: dict[str, bytes]) -> str:
     """The whole page, as one HTML text."""
     scores = metrics["tta"]
-    rows = pd.read_csv(folder / "predictions.csv", dtype={"group": str})
     entries = _lines(folder / "log.jsonl")
     parts = [
         f"<h1>{_text(metrics['model'])} on the {_text(metrics['split'])} split</h1>",
@@ -61,15 +76,20 @@ def page(folder: Path, metrics: dict, confusion: bytes) -> str:
         _cards(scores),
         "<h2>Classes</h2>" + _class_table(scores),
         "<div class=plots>"
-        + _image(confusion, "confusion matrix")
-        + _image(_curves(rows, scores), "ROC and PR")
+        + _image(plots["confusion"], "confusion matrix")
+        + _image(plots["curves"], "ROC and PR")
         + "</div>",
         _gain(metrics),
-        _calibration(rows, metrics),
+        _calibration(metrics, plots["reliability"]),
         _operating_points(metrics),
+        _breakdown(metrics),
+        _pictures(folder, rows),
     ]
     if any(entry["kind"] == "epoch" for entry in entries):
-        parts.append("<h2>Training</h2>" + _image(_history(entries), "losses and scores by epoch"))
+        parts.append("<h2>Training</h2>" + _image(draw_history(entries), "losses and scores by epoch"))
+    if (folder / FOLDER / AUGMENTED).is_file():
+        sheet = (folder / FOLDER / AUGMENTED).read_bytes()
+        parts.append("<h2>Training pictures, as the model saw them</h2>" + _image(sheet, "augmented pictures", "jpeg"))
     parts += ["<h2>What was trained on what</h2>", _facts(folder, metrics, entries)]
     parts += ["<h2>Use and limits</h2>", f"<p>{LIMITS}</p>"]
     head = '<meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
@@ -77,80 +97,6 @@ def page(folder: Path, metrics: dict, confusion: bytes) -> str:
     return f"<!doctype html><html lang=en><head>{head}<title>{title}</title><style>{STYLE}</style></head><body>" + (
         "\n".join(parts) + "</body></html>\n"
     )
-
-
-def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: str) -> bytes:
-    """A confusion matrix as PNG: colour is the share of the label's row, the number is the count."""
-    counts = np.asarray(confusion)
-    images = counts.sum(1, keepdims=True)
-    shares = np.divide(counts, images, out=np.zeros(counts.shape), where=images > 0)
-    side = max(4.5, 0.75 * len(classes) + 1.8)
-    figure, (axes,) = _figure(side, side * 0.92, 1)
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(counts.shape):
-        colour = "white" if shares[row, column] > 0.55 else "black"
-        text = f"{counts[row, column]}\n{shares[row, column]:.0%}" if images[row] else "0"
-        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), [f"{name} ({n})" for name, n in zip(classes, images[:, 0], strict=True)])
-    axes.set(xlabel="predicted", ylabel="label (images)", title=title)
-    figure.colorbar(picture, shrink=0.8, label="share of the label's images")
-    return _png(figure)
-
-
-def _curves(rows: pd.DataFrame, scores: dict) -> bytes:
-    """ROC and precision-recall curves of each class that has images."""
-    from sklearn.metrics import precision_recall_curve, roc_curve
-
-    figure, (left, right) = _figure(6.3, 8.2, 2, down=True)
-    for name, row in scores["per_class"].items():
-        if row["auc"] is None:
-            continue
-        truth, found = rows["label"] == name, rows[f"p_{name}"]
-        false, true, _ = roc_curve(truth, found)
-        left.plot(false, true, label=f"{name} {row['auc']:.3f}")
-        precision, recall, _ = precision_recall_curve(truth, found)
-        right.step(recall, precision, where="post", label=f"{name} {row['average_precision']:.3f}")
-    left.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (area)")
-    right.set(xlabel="recall", ylabel="precision", title="precision and recall (average precision)", ylim=(0, 1.02))
-    for axes in (left, right):
-        axes.legend(fontsize=8, loc="lower right" if axes is left else "lower left")
-    return _png(figure)
-
-
-def _reliability(confidences: dict[str, np.ndarray], right: np.ndarray) -> bytes:
-    """Accuracy over confidence, with the number of images in each bin."""
-    figure, (axes, below) = _figure(6.3, 6, 2, down=True, heights=(3, 1))
-    for name, confidence in confidences.items():
-        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-        counts = np.bincount(bins, minlength=BINS)
-        known = counts > 0
-        accuracy = np.bincount(bins, right, BINS)[known] / counts[known]
-        axes.plot(np.bincount(bins, confidence, BINS)[known] / counts[known], accuracy, marker="o", label=name)
-        below.bar((np.arange(BINS) + 0.5) / BINS, counts, width=0.9 / BINS, alpha=0.5)
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    axes.set(ylabel="accuracy", title="does the model know how sure it may be?", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(fontsize=8)
-    below.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
-    return _png(figure)
-
-
-def _history(entries: list[dict]) -> bytes:
-    """Losses and the scores that were monitored, epoch by epoch."""
-    epochs = pd.DataFrame([entry for entry in entries if entry["kind"] == "epoch"])
-    val = pd.DataFrame([entry for entry in entries if entry["kind"] == "val"])
-    figure, (left, right) = _figure(6.3, 6.6, 2, down=True)
-    left.plot(epochs["epoch"], epochs["loss"], label="training")
-    left.plot(epochs["epoch"], val["loss"], label="validation")
-    for name in ("accuracy", "balanced_accuracy", "macro_f1"):
-        right.plot(epochs["epoch"], val[name], label=name.replace("_", " "))
-    left.set(xlabel="epoch", title="loss")
-    right.set(xlabel="epoch", title="validation", ylim=(0, 1))
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    return _png(figure)
 
 
 def _cards(scores: dict) -> str:
@@ -170,39 +116,59 @@ def _class_table(scores: dict) -> str:
     for label, row in scores["per_class"].items():
         cells = []
         for name in OF_A_CLASS:
-            edges = scores["intervals"]["per_class"][label][name]
-            between = f"<br><small class=note>{edges[0]:.2f} to {edges[1]:.2f}</small>" if edges else ""
-            cells.append(f"<td>{shown(row[name])}{between}</td>")
+            cells.append(f"<td>{shown(row[name])}{_between(scores['intervals']['per_class'][label][name])}</td>")
         lines.append(f"<tr><td>{_text(label)}</td><td>{row['images']}</td>{''.join(cells)}</tr>")
     return f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
 def _gain(metrics: dict) -> str:
-    if metrics["views"] == "none":
+    """The same predictions read in other ways: plain view, averaged views, each view by itself, equal class frequencies."""
+    readings = {"averaged views": metrics["tta"]}
+    if metrics["views"] != "none":
+        readings = {"plain view": metrics["plain"]} | readings
+    if "pooled" in metrics:
+        readings["each view by itself"] = metrics["pooled"]
+    if "adjusted" in metrics:
+        readings["equal frequencies"] = metrics["adjusted"]
+    if len(readings) == 1:
         return ""
-    lines = [
-        f"<tr><td>{name.replace('_', ' ')}</td><td>{shown(metrics['plain'][name])}</td><td>{shown(metrics['tta'][name])}</td>"
-        f"<td>{shown(metrics['gain'][name]['gain'], metrics['gain'][name]['interval'], '+.3f')}</td></tr>"
-        for name in OVERALL
-    ]
-    head = "<tr><th></th><th>plain view</th><th>averaged</th><th>gain (paired interval)</th></tr>"
-    return f"<h2>What the views add</h2><div class=wide><table>{head}{''.join(lines)}</table></div>"
+    gains = "<th>gain of the views (paired)</th>" if metrics["views"] != "none" else ""
+    head = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in readings) + gains + "</tr>"
+    lines = []
+    for name in OVERALL:
+        cells = "".join(f"<td>{shown(scores[name])}</td>" for scores in readings.values())
+        if gains:
+            cells += f"<td>{shown(metrics['gain'][name]['gain'], metrics['gain'][name]['interval'], '+.3f')}</td>"
+        lines.append(f"<tr><td>{name.replace('_', ' ')}</td>{cells}</tr>")
+    notes = []
+    if "pooled" in metrics:
+        notes.append("Each view by itself: as many predictions as there are views, none averaged.")
+    if "adjusted" in metrics:
+        notes.append("Equal frequencies: probabilities divided by how frequent each class was in training.")
+    return (
+        f"<h2>Other readings of the same predictions</h2><div class=wide><table>{head}{''.join(lines)}</table></div>"
+        f"<p class=note>{' '.join(notes)}</p>"
+    )
 
 
-def _calibration(rows: pd.DataFrame, metrics: dict) -> str:
-    classes = list(metrics["tta"]["per_class"])
-    probabilities = rows[[f"p_{name}" for name in classes]].to_numpy()
-    right = (rows["prediction"] == rows["label"]).to_numpy()
-    confidences = {"as it is": probabilities.max(1)}
+def _calibration(metrics: dict, reliability: bytes) -> str:
     text = ""
     if found := metrics.get("calibration"):
-        confidences["with the temperature"] = with_temperature(probabilities, found["temperature"]).max(1)
         text = (
             f"<p>Temperature {found['temperature']:.2f}, fitted on validation: calibration error "
             f"{metrics['tta']['calibration_error']:.3f} becomes {found['calibration_error']:.3f}, log loss "
             f"{metrics['tta']['loss']:.3f} becomes {found['loss']:.3f}.</p>"
         )
-    return "<h2>Calibration</h2>" + text + _image(_reliability(confidences, right), "reliability diagram")
+    return "<h2>Calibration</h2>" + text + _image(reliability, "reliability diagram")
+
+
+def _confidences(rows: pd.DataFrame, metrics: dict) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Confidence of each prediction, (N,), before and after the temperature, and whether it is right."""
+    probabilities = rows[[f"p_{name}" for name in metrics["tta"]["per_class"]]].to_numpy()
+    confidences = {"as it is": probabilities.max(1)}
+    if found := metrics.get("calibration"):
+        confidences["with the temperature"] = with_temperature(probabilities, found["temperature"]).max(1)
+    return confidences, (rows["prediction"] == rows["label"]).to_numpy()
 
 
 def _operating_points(metrics: dict) -> str:
@@ -229,6 +195,51 @@ def _operating_points(metrics: dict) -> str:
     )
     text = "<p class=note>The threshold finds the wanted share on validation; the rates are of this split.</p>"
     return f"<h2>Operating points</h2>{text}<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
+
+
+def _breakdown(metrics: dict) -> str:
+    tables = []
+    for column, cells in metrics.get("breakdown", {}).items():
+        if len(cells) == 1:
+            continue  # the same for all images
+        lines = []
+        for value, cell in cells.items():
+            figures = "".join(f"<td>{shown(cell[name])}{_between(cell['intervals'][name])}</td>" for name in OF_A_CELL)
+            small = " class=small" if cell["small"] else ""
+            lines.append(f"<tr{small}><td>{_text(value)}</td><td>{cell['images']}</td>{figures}</tr>")
+        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in (column, "images", *OF_A_CELL))
+        tables.append(f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>")
+    if not tables:
+        return ""
+    note = f"<p class=note>Grey: fewer than {SMALL} images, which say little. Balanced accuracy is over the classes of a row.</p>"
+    return "<h2>Who the images are of</h2>" + note + "".join(tables)
+
+
+def _pictures(folder: Path, rows: pd.DataFrame) -> str:
+    """The worst mistakes and the least sure predictions, where their pictures were kept."""
+    listed = folder / FOLDER / LIST
+    if not listed.is_file():
+        return ""
+    by_key, parts = rows.set_index("key"), []
+    titles = {"mistakes": "The worst mistakes", "unsure": "The least sure"}
+    for kind, keys in json.loads(listed.read_text()).items():
+        figures = []
+        for key in keys:
+            path, row = folder / FOLDER / f"{key:08d}.jpg", by_key.loc[key]
+            if path.is_file():
+                truth = (
+                    "right"
+                    if row["prediction"] == row["label"]
+                    else f"is {row['label']} {row['p_' + row['label']]:.2f}"
+                )
+                said = f"{row['prediction']} {row['p_' + row['prediction']]:.2f}, {truth}"
+                picture = _image(path.read_bytes(), _text(row["image_id"]), "jpeg")
+                figures.append(
+                    f"<figure>{picture}<figcaption>{_text(said)}<br>{_text(row['image_id'])}</figcaption></figure>"
+                )
+        if figures:
+            parts.append(f"<h2>{titles[kind]}</h2><div class=pictures>{''.join(figures)}</div>")
+    return "".join(parts)
 
 
 def _facts(folder: Path, metrics: dict, entries: list[dict]) -> str:
@@ -262,22 +273,9 @@ def _text(value) -> str:
     return html.escape(str(value))
 
 
-def _image(png: bytes, text: str) -> str:
-    return f'<img alt="{text}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _between(edges: list[float] | None) -> str:
+    return f"<br><small class=note>{edges[0]:.2f} to {edges[1]:.2f}</small>" if edges else ""
 
 
-def _figure(width: float, height: float, n: int, down: bool = False, heights: tuple[float, ...] | None = None):
-    """A matplotlib figure (sizes in inches) without a window, and its n axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, used once a run
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(n if down else 1, 1 if down else n, squeeze=False, height_ratios=heights)
-    return figure, list(axes.flat)
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer)
-    return buffer.getvalue()
+def _image(data: bytes, text: str, kind: str = "png") -> str:
+    return f'<img alt="{text}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

@@ -12,20 +12,21 @@ import torch
 from harness import checkpoint
 from harness.augment import parse_views
 from harness.checks import look_at_device, look_at_disk, look_at_sameness, refuse, versions
-from harness.config import Config
+from harness.config import Config, flat
 from harness.copies import Copies
 from harness.epoch import Pace, Session, refuse_not_finite, save, train_epoch
-from harness.evaluate import evaluate, summary, validate
+from harness.evaluate import Trained, evaluate, validate
 from harness.hardware import decode_threads, own_cores
+from harness.judge import summary
 from harness.lock import RunLock
 from harness.log import RESULT, Log, verdict
 from harness.metrics import HIGHER_IS_BETTER
 from harness.model import build_model, check_model, load_weights
-from harness.optim import build_optimizer
+from harness.optim import build_optimizer, effective_prior
 from harness.progress import Progress, advance, should_stop
 from harness.run_folder import changes, failure_noted, find_start, finished_metrics, note_start, open_run, write_state
 from harness.signals import StopRequest
-from harness.world import World
+from harness.world import World, check_trackers
 from shards.index import Dataset, load, load_groups, refuse_leak
 from shards.plan import Plan, share
 from shards.store import Store
@@ -88,7 +89,9 @@ def train(config: Config, world: World) -> str:
             for warning in dataset.description.warnings:
                 world.print(f"warning: {warning}")
 
-            with Log(folder, progress.step, world.is_main) as log:
+            world.begin_trackers(config.run.trackers, folder, flat(config))
+            board = "tensorboard" in config.run.trackers
+            with Log(folder, progress.step, world.is_main, board, world.track) as log:
                 session = Session(
                     *(config, world, folder, plan, training, validation, model, wrapped, optimizer, origin),
                     *(stop, lock, copies, log),
@@ -104,18 +107,10 @@ def train(config: Config, world: World) -> str:
                 )
                 best = checkpoint.best(folder, progress)
                 checkpoint.load_model(best, model)
-                metrics = evaluate(
-                    model,
-                    final,
-                    config.eval.split,
-                    config,
-                    world,
-                    folder,
-                    best,
-                    changes(folder),
-                    validation,
-                    stop.asked,
+                trained = Trained(
+                    best, changes(folder), effective_prior(config, dataset.description.counts["train"]), validation
                 )
+                metrics = evaluate(model, final, config.eval.split, config, world, folder, trained, stop.asked)
                 if metrics is None:
                     return _stopped(session, progress)
                 scores = {"split": config.eval.split} | {name: metrics["tta"][name] for name in SHOWN}
@@ -189,6 +184,7 @@ def _check(config: Config, n_ranks: int, device: str) -> None:
     for name in ("val", config.eval.split):
         dataset.split(name)
     parse_views(config.eval.views)
+    check_trackers(config.run.trackers)
     share(_plan(config, Store(dataset, "train")).global_batch, 0, n_ranks)  # refuses more ranks than images
     if not config.data.allow_leak:
         refuse_leak(dataset)

@@ -9,13 +9,16 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    LoggerType,
     broadcast,
     broadcast_object_list,
     gather,
@@ -28,6 +31,21 @@ from harness.hardware import check_wheel, choose_memory_format, choose_precision
 from harness.watch import Watch
 
 MEETING_S = 600.0  # how long processes wait for each other
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that are not to be had.
+
+    Raises:
+        ValueError: an unknown tracker, or one whose package is not installed.
+    """
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            raise ValueError(f"The 'run.trackers' setting knows {known}. Got {name!r} instead.")
+        if name in LoggerType.list() and name not in available:
+            raise ValueError(f"'run.trackers' names {name}, which is not installed: pip install {name}.")
 
 
 class World:
@@ -99,6 +117,22 @@ class World:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         count = "1 process" if self.size == 1 else f"{self.size} processes"
         return f"{count} on {device}, {self.precision} ({self.precision_reason}), torch {torch.__version__}"
+
+    def begin_trackers(self, names: tuple[str, ...], folder: Path, settings: dict) -> None:
+        """Start experiment trackers by Accelerate's names, on rank 0; `tensorboard` is the log's own and left out.
+
+        Args:
+            settings: shown with the run.
+        """
+        if names := tuple(dict.fromkeys(name for name in names if name != "tensorboard")):
+            own = {"wandb": {"name": folder.name, "dir": str(folder)}, "mlflow": {"run_name": folder.name}}
+            self._accelerator.project_configuration.logging_dir = str(folder)
+            self._accelerator.log_with = filter_trackers(list(names), folder)
+            self._accelerator.init_trackers("dermharness", config=settings, init_kwargs=own)
+
+    def track(self, numbers: dict[str, float], step: int) -> None:
+        """Tell the trackers, if there are any."""
+        self._accelerator.log(numbers, step=step)
 
     def _begin_watch(self) -> Watch:
         """Collective: rank 0 serves a small store, in which every rank says that it lives."""

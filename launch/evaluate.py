@@ -4,15 +4,20 @@ Works on any number of processes (`torchrun --nproc-per-node N launch/evaluate.p
 """
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from harness import checkpoint
 from harness.augment import parse_views
 from harness.config import Config, load_config
-from harness.evaluate import evaluate, leak_warnings, summary
+from harness.evaluate import Trained, evaluate, leak_warnings
+from harness.judge import summary
 from harness.model import build_model
+from harness.optim import effective_prior
 from harness.report import draw_results
 from harness.run_folder import changes
 from harness.world import World
@@ -35,11 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--out {out} is the run's folder, whose results are those of its training. Name another.")
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
-        model = build_model(config.model.name, len(dataset.classes))
+        model = build_model(config.model.name, len(best.origin.classes))
         checkpoint.load_model(best, model)
         model.to(world.device, memory_format=world.memory_format)
-        changed, validation = changes(options.run), own_validation(options.run, best)
-        metrics = evaluate(model, store, config.eval.split, config, world, out, best, changed, validation)
+        trained = Trained(best, changes(options.run), own_prior(options.run), own_validation(options.run, best))
+        metrics = evaluate(model, store, config.eval.split, config, world, out, trained)
         world.on_main(draw_results, out)
         world.print("\n" + summary(metrics))
         world.print(f"results: {out}")
@@ -59,12 +64,23 @@ def own_validation(run: Path, best: checkpoint.Checkpoint) -> Store | None:
     return Store(dataset, "val") if dataset.fingerprint == best.origin.dataset else None
 
 
+def own_prior(run: Path) -> np.ndarray:
+    """Share of each class that a run's probabilities take for granted, (C,)."""
+    counts = json.loads((run / "dataset.json").read_text())["counts"]["train"]
+    return effective_prior(load_config(run / "config.yaml"), counts)
+
+
 def check_classes(best: checkpoint.Checkpoint, dataset: Dataset) -> None:
-    """Refuse a dataset whose labels mean something else than the model's outputs."""
-    if dataset.classes != best.origin.classes:
+    """Refuse a dataset with classes that the model does not know; classes are told apart by their names.
+
+    Raises:
+        ValueError: naming them.
+    """
+    unknown = [name for name in dataset.classes if name not in best.origin.classes]
+    if unknown:
         raise ValueError(
-            f"The classes of {dataset.folder} ({', '.join(dataset.classes)}) differ from those of {best.folder} "
-            f"({', '.join(best.origin.classes)}). Evaluate on a dataset packed with the same classes in the same order."
+            f"{dataset.folder} has classes that the model does not know: {', '.join(unknown)}. It knows "
+            f"{', '.join(best.origin.classes)}. Rename or leave out the others in the source, and pack it again."
         )
 
 

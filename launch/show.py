@@ -6,14 +6,11 @@ One row a class: the plain view first, then the same picture in the variations o
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from harness.augment import MEAN, STD, plain_view, training_view
-from harness.config import Config, read_config
+from harness.config import read_config
+from harness.pictures import augmented_rows
 from launch.train import DEMO
-from shards.index import Dataset, load
-from shards.sheet import draw_sheet, first_of_class
+from shards.index import load
+from shards.sheet import draw_sheet
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,26 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"augmented training images: {out}")
     return 0
-
-
-def augmented_rows(dataset: Dataset, config: Config, each: int = 9) -> list[tuple[str, list[np.ndarray]]]:
-    """For each class one training picture: its plain view and `each` training views, (S, S, 3) uint8."""
-    rows, size = [], config.data.image_size
-    for label, name in enumerate(dataset.classes):
-        for key, picture in first_of_class(dataset, "train", label, 1):
-            images = torch.from_numpy(picture).permute(2, 0, 1)[None]
-            position = torch.tensor([key])
-            views = [plain_view(images, config.augment, size)]
-            views += [
-                training_view(images, position, epoch, config.run.seed, config.augment, size) for epoch in range(each)
-            ]
-            rows.append((name, [_visible(view[0]) for view in views]))
-    return rows
-
-
-def _visible(view: torch.Tensor) -> np.ndarray:
-    colours = view * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    return (colours * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def _out(words: list[str]) -> tuple[list[str], Path | None]:

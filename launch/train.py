@@ -8,13 +8,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.config import read_config
+from harness.board import board_results
+from harness.config import Config, read_config
+from harness.pictures import save_augmented
 from harness.report import draw_results
 from harness.signals import STOPPED, follow_launcher
 from harness.train import train
 from harness.world import World
 from shards import demo
 from shards.catalogue import read_ham10000
+from shards.index import load
 from shards.pack import pack
 from shards.split import lesion
 
@@ -24,7 +27,6 @@ DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 def main(arguments: list[str] | None = None) -> int:
     """Run; the exit code is 0 when finished, 75 when stopped as asked, 1 after an error."""
     config = read_config(sys.argv[1:] if arguments is None else arguments, DEMO)
-    folder = Path(config.run.folder)
     follow_launcher()
     try:
         world = World(config.run.precision, config.run.channels_last)
@@ -33,12 +35,21 @@ def main(arguments: list[str] | None = None) -> int:
             world.on_main(draw_demo, Path(config.data.path), config.data.demo_images)
         outcome = train(config, world)
         if outcome == "finished":
-            world.on_main(draw_results, folder)
+            world.on_main(draw_run, config)
         world.close()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0 if outcome == "finished" else STOPPED
+
+
+def draw_run(config: Config) -> None:
+    """The page of a finished run."""
+    folder = Path(config.run.folder)
+    save_augmented(folder, load(config.data.path), config)
+    plots = draw_results(folder)
+    if "tensorboard" in config.run.trackers:
+        board_results(folder, plots)
 
 
 def draw_demo(packed: Path, images: int) -> None:

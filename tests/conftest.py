@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -95,9 +99,57 @@ def environment(**more: str) -> dict[str, str]:
 def launch(
     entry: str, *arguments, ranks: int = 1, timeout: float = 120, disturb: str = ""
 ) -> subprocess.CompletedProcess:
-    """Run launch/ENTRY.py, or tests/driven.py with its disturbances, to its end."""
-    words, variables = command(entry, *arguments, ranks=ranks), environment(DISTURB=disturb)
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=variables, cwd=ROOT)
+    """Run launch/ENTRY.py, or tests/driven.py with its disturbances, to its end.
+
+    Its processes are forked from the zygote, as under a plain `srun`: no launcher tidies up after one of them. The exit
+    code is 0, or the first other one; the words are those of rank 0, then of rank 1, ...
+    """
+    words = command(entry, *arguments)[1:]
+    shared = environment(DISTURB=disturb)
+    if ranks == 1:
+        return fork(words, [shared], timeout)
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)} for rank in range(ranks)]
+    return fork(words, [shared | place for place in places], timeout)
+
+
+@cache
+def zygote() -> subprocess.Popen:
+    """The process that our programs are forked from; it ends when the tests do."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(ROOT / "tests" / "zygote.py")], **pipes, env=environment(), cwd=ROOT)
+
+
+def fork(words: list[str], environments: list[dict[str, str]], timeout: float) -> subprocess.CompletedProcess:
+    """Run a Python program from the zygote, one process in each environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        outs, errors = ([Path(folder, f"{kind}{n}") for n in range(len(environments))] for kind in ("out", "err"))
+        files = {"outs": list(map(str, outs)), "errs": list(map(str, errors))}
+        server = zygote()
+        server.stdin.write(json.dumps({"words": words, "envs": environments, "cwd": str(ROOT)} | files) + "\n")
+        server.stdin.flush()
+        pids, late = list(map(int, server.stdout.readline().split())), []
+
+        def end() -> None:
+            late.append(True)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+        timer = Timer(timeout, end)
+        timer.start()
+        codes = list(map(int, server.stdout.readline().split()))
+        timer.cancel()
+        out, error = ("".join(path.read_text() for path in paths) for paths in (outs, errors))
+        if late:
+            raise subprocess.TimeoutExpired(words, timeout, out, error)
+        return subprocess.CompletedProcess(words, next((code for code in codes if code), 0), out, error)
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
 
 
 def start(words: list[str], **variables: str) -> subprocess.Popen:
@@ -141,9 +193,6 @@ def deterministic_log(run: Path) -> list[dict]:
 
 def bare_ranks(config: Path, run: Path, disturb: str, *more, **variables: str) -> list[subprocess.Popen]:
     """Two ranks without a launcher that would tidy up after one of them, as under a plain `srun`."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
     words = command("driven", "--config", config, "--run.folder", run, *SAVING, *more)
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [start(words, DISTURB=disturb, RANK=rank, LOCAL_RANK=rank, **shared, **variables) for rank in ("0", "1")]

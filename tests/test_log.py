@@ -2,7 +2,11 @@
 
 import json
 
-from harness.log import Log, verdict
+import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+from harness.log import RESULT, Log, verdict
+from harness.world import World, check_trackers
 
 
 def entries(folder) -> list[dict]:
@@ -55,3 +59,44 @@ def test_the_verdict_says_what_limits_the_run_and_what_to_change():
         "input-bound: 38% of the time waiting for data; raise data.threads to 4 or pack smaller (python -m shards pack --size)"
     )
     assert "give the process more cores" in verdict(0.38, 4, 4)
+
+
+def test_trackers_get_what_the_log_gets_results_too(tmp_path):
+    told = []
+    with Log(tmp_path, 0, True, board=False, track=lambda numbers, step: told.append((step, numbers))) as log:
+        log.write("train", 1, {"loss": 2.0, "samples": "00ff"})
+        log.write(RESULT, 2, {"accuracy": 0.5})
+    assert told == [(1, {"train/loss": 2.0}), (2, {"result/accuracy": 0.5})]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_trackers_are_started_by_name_with_the_settings(tmp_path, monkeypatch):
+    told = []
+
+    class Notebook(GeneralTracker):
+        name, requires_logging_directory, tracker = "notebook", False, None
+
+        def __init__(self, project):
+            super().__init__()
+            told.append(project)
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step):
+            told.append((step, values))
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    world = World("fp32")
+    check_trackers(("tensorboard", "notebook"))
+    world.begin_trackers(("tensorboard", "notebook"), tmp_path, {"optim.lr": 0.1})
+    world.track({"train/loss": 2.0}, 3)
+    assert told == ["dermharness", {"optim.lr": 0.1}, (3, {"train/loss": 2.0})]
+
+
+def test_trackers_that_are_not_to_be_had_are_refused_by_name(monkeypatch):
+    with pytest.raises(ValueError, match="knows aim, .*wandb.* Got 'diary'"):
+        check_trackers(("diary",))
+    monkeypatch.setattr("harness.world.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match="pip install wandb"):
+        check_trackers(("tensorboard", "wandb"))

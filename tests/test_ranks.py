@@ -2,19 +2,25 @@
 
 import json
 import shutil
+import subprocess
 
 import pandas as pd
 import pytest
 import torch
-from conftest import launch
+from conftest import ROOT, command, environment, launch
 from safetensors.torch import load_file
+
+from shards.catalogue import Catalogue, read_ham10000
+from shards.pack import Packing, pack
+from shards.split import lesion
 
 
 @pytest.fixture(scope="module")
 def two_ranks(finished_run, tmp_path_factory):
     """The run of `finished_run`, on two processes."""
     run = tmp_path_factory.mktemp("ranks") / "run"
-    done = launch("train", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run, ranks=2)
+    words = command("train", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run, ranks=2)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment(), cwd=ROOT)  # torchrun
     assert done.returncode == 0, done.stderr
     return run
 
@@ -49,17 +55,46 @@ def test_evaluating_again_gives_the_runs_own_results(finished_run, tmp_path):
     assert (tmp_path / "again" / "predictions.csv").read_bytes() == (finished_run / "predictions.csv").read_bytes()
 
 
-def test_a_dataset_with_other_classes_is_refused(finished_run, source, tmp_path):
-    from shards import catalogue
-    from shards.pack import Packing, pack
-    from shards.split import lesion
+def repacked(source, folder, classes: tuple[str, ...]):
+    """The images of these classes again, numbered in this order."""
+    images = read_ham10000(source).images
+    images = images[images["label"].isin(classes)].reset_index(drop=True)
+    pack(Catalogue(images, classes, "other"), lesion(images), folder, Packing(size=(48, 36)), quiet=True)
+    return folder
 
-    read = catalogue.read_ham10000(source)
-    swapped = catalogue.Catalogue(read.images, (*read.classes[1:], read.classes[0]), "swapped")
-    pack(swapped, lesion(swapped.images), tmp_path / "data", Packing(size=(48, 36)), quiet=True)
+
+def test_classes_are_told_apart_by_name_in_whatever_order(finished_run, source, tmp_path):
+    folder = repacked(source, tmp_path / "data", ("nv", "mel", "vasc", "df", "bkl", "akiec", "bcc"))
+    done = launch("evaluate", finished_run, "--data", folder, "--out", tmp_path / "out", "--allow-leak")
+    assert done.returncode == 0, done.stderr
+    own, again = (pd.read_csv(out / "predictions.csv") for out in (finished_run, tmp_path / "out"))
+    own, again = (rows.drop(columns="key").set_index("image_id").sort_index() for rows in (own, again))
+    pd.testing.assert_frame_equal(own, again, rtol=1e-5)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(metrics["tta"]["per_class"]) == ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]  # the model's
+
+
+def test_an_outside_set_may_have_some_of_the_classes_and_the_result_says_so(finished_run, source, tmp_path):
+    folder = repacked(source, tmp_path / "data", ("nv", "mel"))
+    before = (finished_run / "metrics.json").read_bytes()
+    done = launch("evaluate", finished_run, "--data", folder, "--views", "spins:2", "--allow-leak")
+    assert done.returncode == 0, done.stderr
+    assert "has 2 of the model's 7 classes" in done.stdout
+    metrics = json.loads((finished_run / "evaluation-test-spins2" / "metrics.json").read_text())
+    assert metrics["tta"]["per_class"]["bcc"]["recall"] is None  # not defined, not zero
+    assert metrics["pooled"]["images"] == 2 * metrics["tta"]["images"]
+    assert (finished_run / "metrics.json").read_bytes() == before
+    shutil.rmtree(finished_run / "evaluation-test-spins2")
+
+
+def test_an_outside_set_with_unknown_classes_is_refused_by_their_names(finished_run, source, tmp_path):
+    images = read_ham10000(source).images
+    images["label"] = images["label"].replace({"df": "wart"})
+    classes = tuple(sorted(set(images["label"])))
+    pack(Catalogue(images, classes, "other"), lesion(images), tmp_path / "data", Packing(size=(48, 36)), quiet=True)
     done = launch("evaluate", finished_run, "--data", tmp_path / "data")
     assert done.returncode == 1
-    assert "differ from those of" in done.stderr
+    assert "does not know: wart" in done.stderr
 
 
 def test_results_that_a_rank_lost_or_doubled_are_an_error(dataset, finished_run):
