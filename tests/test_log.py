@@ -95,7 +95,7 @@ def test_trackers_are_started_by_name_with_the_settings(tmp_path, monkeypatch):
 
 
 def test_trackers_that_are_not_to_be_had_are_refused_by_name(monkeypatch):
-    with pytest.raises(ValueError, match="knows aim, .*wandb.* Got 'diary'"):
+    with pytest.raises(ValueError, match=r"knows aim, .*wandb.* Got 'diary'"):
         check_trackers(("diary",))
     monkeypatch.setattr("harness.world.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match="pip install wandb"):
