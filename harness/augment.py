@@ -15,6 +15,7 @@ from harness.config import Augment
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which torchvision's weights were trained with
 STD = (0.229, 0.224, 0.225)
+MIXING = 1 << 40  # streams of random numbers for pairs, far from those of epochs
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
 
 
@@ -29,7 +30,7 @@ def training_view(
     Returns:
         (B, 3, S, S) float32, normalised.
     """
-    draws = uniforms(seed, epoch, positions, 10).unbind(1)
+    draws = uniforms(seed, epoch, positions, 12).unbind(1)
     side = _between(draws[0], *augment.scale)
     room = 1 - side  # how far the crop's centre may go from the picture's, in half short sides
     offset = torch.stack([_between(draws[1], -1, 1) * room, _between(draws[2], -1, 1) * room], 1)
@@ -38,7 +39,44 @@ def training_view(
     angle = _between(draws[6], -augment.rotate, augment.rotate) * turned * (torch.pi / 180)
     views = _warp(images, side, offset, flips, angle, size, augment)
     jitter = [1 + _between(draws[7 + i], -1, 1) * strength for i, strength in enumerate(_jitters(augment))]
-    return _normalise(_recolour(views, *jitter) if any(_jitters(augment)) else views)
+    views = _normalise(_recolour(views, *jitter) if any(_jitters(augment)) else views)
+    if augment.cutout:  # the mean colour is 0 after normalisation
+        half = 0.5 * augment.cutout
+        views = views * ~_boxes(torch.stack(draws[10:12], 1), torch.full_like(draws[10], half), size)[:, None]
+    return views
+
+
+def mix(
+    views: torch.Tensor, positions: torch.Tensor, epoch: int, seed: int, augment: Augment
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blend neighbours of the stream, or let them exchange a rectangle; some pairs stay as they are.
+
+    Args:
+        views: (B, 3, S, S), pairs stand beside each other. positions: (B,) int64, even numbers first.
+
+    Returns:
+        the views, and for each the share of it that is its own, (B,) float32; the rest is its neighbour's.
+    """
+    draws = uniforms(seed, MIXING + epoch, positions[::2], 4).unbind(1)
+    size, own = views.shape[-1], views.new_ones((len(views) // 2, 1, *views.shape[2:]))
+    blended = draws[0] < augment.mixup
+    exchanged = (draws[0] >= augment.mixup) & (draws[0] < augment.mixup + augment.cutmix)
+    part = (draws[1] * (torch.pi / 2)).sin().square()  # Beta(1/2, 1/2), by its inverse distribution function
+    own = torch.where(blended[:, None, None, None], part[:, None, None, None].to(own), own)
+    boxes = _boxes(
+        torch.stack(draws[2:4], 1), 0.5 * (1 - draws[1]).sqrt(), size
+    )  # area 1 - u, before its edges are cut
+    own = torch.where((exchanged[:, None, None] & boxes)[:, None], torch.zeros_like(own), own)
+    first, second = views[::2], views[1::2]
+    mixed = torch.stack([own * first + (1 - own) * second, own * second + (1 - own) * first], 1).flatten(0, 1)
+    return mixed.contiguous(memory_format=torch.channels_last), own.mean((1, 2, 3)).float().repeat_interleave(2)
+
+
+def _boxes(centres: torch.Tensor, half: torch.Tensor, size: int) -> torch.Tensor:
+    """Squares in pictures, cut off at their edges: (n, 2) centres and (n,) half sides, in sides, to (n, S, S) bool."""
+    places = (torch.arange(size, device=half.device) + 0.5) / size
+    inside = (places - centres[..., None]).abs() < half[:, None, None]  # (n, 2, S)
+    return inside[:, 1, :, None] & inside[:, 0, None, :]
 
 
 def plain_view(images: torch.Tensor, augment: Augment, size: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from shards.index import sha256
 from shards.pack import sync
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, AVERAGE = "manifest.json", "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,23 @@ class Checkpoint:
 
 
 def save_step(
-    run: Path, progress: Progress, origin: Origin, model: nn.Module, optimizer: torch.optim.Optimizer, scaler, keep: int
+    run: Path,
+    progress: Progress,
+    origin: Origin,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler,
+    keep: int,
+    average: nn.Module | None = None,
 ) -> None:
-    """Save all that continues a run, then remove all but the newest `keep` checkpoints and the best weights."""
+    """Save all that continues a run, then remove all but the newest `keep` checkpoints and the best weights.
 
+    Args:
+        average: with the moving average of the weights, if there is one.
+    """
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
     saved = run / "checkpoints" / f"step-{progress.step:08d}"
-    _save(saved, progress, origin, model, state)
+    _save(saved, progress, origin, model, state, average)
     steps = _newest_first(run, "step-")
     later = steps.index(saved)  # damaged ones: this run continued from one before them
     for folder in steps[:later] + steps[later + keep :]:
@@ -113,6 +123,8 @@ def mend_best(run: Path, progress: Progress, say: Callable[[str], None] = print)
     say(f"the best weights {folder} are damaged ({problem}): made again from {same}")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(same, folder, ignore=shutil.ignore_patterns("optimizer.pt", MANIFEST))
+    if (folder / AVERAGE).is_file():  # the best weights are those that were judged
+        os.replace(folder / AVERAGE, folder / "model.safetensors")
     _put(folder / MANIFEST, _json({path.name: sha256(path) for path in sorted(folder.iterdir())}))
 
 
@@ -137,9 +149,17 @@ def best(run: Path, progress: Progress | None = None) -> Checkpoint:
     return _read(folders[0])
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scaler) -> None:
-    """Load weights, optimizer and loss scaler in place, on every rank."""
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scaler, average: nn.Module | None = None
+) -> None:
+    """Load weights, optimizer, loss scaler and average in place, on every rank.
+
+    An average that was not kept (the run went on with another `optim.ema`) starts from the weights.
+    """
     load_model(checkpoint, model)
+    if average is not None:
+        kept = checkpoint.folder / AVERAGE
+        average.load_state_dict(load_file(kept) if kept.is_file() else model.state_dict())
     state = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
@@ -151,15 +171,15 @@ def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
 
 
-def room_needed(run: Path, model: nn.Module, optimizer: str, keep: int) -> int:
+def room_needed(run: Path, model: nn.Module, optimizer: str, keep: int, averaged: bool = False) -> int:
     """Bytes that the run's checkpoints will need beside what is there already.
 
     Args:
         model: built, also on the meta device. optimizer: its name; Adam keeps two numbers for each weight, SGD one.
-        keep: newest checkpoints kept. Beside them stand one that is being written and two sets of best weights.
+        averaged: whether an average of the weights is kept, too. keep: newest checkpoints kept. Beside them stand one that is being written and two sets of best weights.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    whole = weights * (2 if optimizer == "sgd" else 3)
+    whole = weights * ((2 if optimizer == "sgd" else 3) + averaged)
     there = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
     return max((keep + 1) * whole + 2 * weights - there, whole + weights)
 
@@ -172,7 +192,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
-def _save(folder: Path, progress: Progress, origin: Origin, model: nn.Module, state: dict | None = None) -> None:
+def _save(
+    folder: Path,
+    progress: Progress,
+    origin: Origin,
+    model: nn.Module,
+    state: dict | None = None,
+    average: nn.Module | None = None,
+) -> None:
     """Write a checkpoint beside its place and then give it its name.
 
     Raises:
@@ -182,7 +209,8 @@ def _save(folder: Path, progress: Progress, origin: Origin, model: nn.Module, st
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        manifest = {name: _put(temporary / name, data) for name, data in _files(progress, origin, model, state)}
+        files = _files(progress, origin, model, state, average)
+        manifest = {name: _put(temporary / name, data) for name, data in files}
         _put(temporary / MANIFEST, _json(manifest))
         sync(temporary)
         if folder.exists():  # from before a crash: the same step again, so nothing is lost if this one replaces it
@@ -197,9 +225,13 @@ def _save(folder: Path, progress: Progress, origin: Origin, model: nn.Module, st
         ) from error
 
 
-def _files(progress: Progress, origin: Origin, model: nn.Module, state: dict | None) -> Iterator[tuple[str, bytes]]:
+def _files(
+    progress: Progress, origin: Origin, model: nn.Module, state: dict | None, average: nn.Module | None
+) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a checkpoint's files, one at a time."""
-    yield "model.safetensors", save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})
+    for name, module in (("model.safetensors", model), (AVERAGE, average)):
+        if module is not None:
+            yield name, save({key: t.detach().cpu().contiguous() for key, t in module.state_dict().items()})
     if state is not None:
         buffer = io.BytesIO()
         torch.save(state, buffer)

@@ -19,11 +19,12 @@ import torchvision
 from harness.checkpoint import room_needed
 from harness.config import Config
 from harness.hardware import check_wheel, decode_threads, own_cores
-from harness.model import build_model
+from harness.model import TIMM, build_model
 from harness.world import World
 from shards.index import Dataset, load, verify
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "simplejpeg", "safetensors", "numpy")
+FEW_IMAGES, FEW_STEPS = 16, 10  # below which batch statistics are noise, and a schedule is coarse
 GPUS = {
     **{"p100": (6, 0), "v100": (7, 0), "t4": (7, 5), "a100": (8, 0), "a10": (8, 6), "rtx3090": (8, 6), "l4": (8, 9)},
     **{"rtx4090": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "rtx5090": (12, 0)},
@@ -148,13 +149,33 @@ def look_at_disk(config: Config, n_classes: int) -> list[Finding]:
     found = []
     for place in dict.fromkeys(filter(None, (config.run.folder, config.run.checkpoint_dir))):
         there = next(path for path in (Path(place).absolute(), *Path(place).absolute().parents) if path.is_dir())
-        free, needed = disk_usage(there).free, room_needed(Path(place), model, config.optim.name, config.run.keep)
+        free, needed = disk_usage(there).free, _room(place, model, config)
         text = f"{place}: {free / 1e6:.0f} MB free, and checkpoints of {config.model.name} need up to {needed / 1e6:.0f} MB"
         if free < needed:
             cure = f"make room, name another --run.folder, or lower --run.keep (now {config.run.keep})"
             found.append(Finding("problem", "disk", text, cure))
         else:
             found.append(Finding("good", "disk", text))
+    return found
+
+
+def _room(place: str, model: torch.nn.Module, config: Config) -> int:
+    return room_needed(Path(place), model, config.optim.name, config.run.keep, config.optim.ema > 0)
+
+
+def look_at_recipe(config: Config, model: torch.nn.Module, n_batches: int, n_ranks: int) -> list[Finding]:
+    """What the number of processes and of images makes of the settings."""
+    found, images = [], config.data.batch_size // n_ranks
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    synced = all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    piece = min(images, config.optim.micro_batch or images)
+    if norms and not synced and piece < FEW_IMAGES:
+        text = f"batch normalisation sees {piece} images at a time ({config.data.batch_size} over {n_ranks} processes)"
+        cure = "raise --data.batch_size (and the learning rate with it), or set --model.sync_batchnorm true on GPUs"
+        found.append(Finding("warning", "recipe", text, cure))
+    if n_batches < FEW_STEPS:
+        text = f"an epoch has {n_batches} steps, each of {config.data.batch_size} images"
+        found.append(Finding("warning", "recipe", text, "lower --data.batch_size, or train for more epochs"))
     return found
 
 
@@ -182,6 +203,10 @@ def look_at_weights(config: Config) -> list[Finding]:
     if not weights.startswith("imagenet1k_"):
         there = Path(weights).is_file()
         return [Finding("good" if there else "problem", "weights", f"{weights} is {'there' if there else 'not there'}")]
+    if name.startswith(TIMM):
+        return [
+            Finding("problem", "weights", f"{weights} are torchvision's, and the model is {name}", "a file, or none")
+        ]
     entries = {entry.name.lower(): entry for entry in torchvision.models.get_model_weights(name)}
     if weights not in entries:
         return [

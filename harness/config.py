@@ -11,6 +11,8 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from harness.limits import check
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -62,6 +64,12 @@ class Augment:
     """contrast is multiplied by 1 +- this"""
     saturation: float = 0.1
     """saturation is multiplied by 1 +- this"""
+    cutout: float = 0.0
+    """side of a square that is blanked out, as a share of the picture's; 0 means none"""
+    mixup: float = 0.0
+    """probability that two neighbours in the stream are blended (Zhang et al., 2018)"""
+    cutmix: float = 0.0
+    """probability that two neighbours in the stream exchange a rectangle (Yun et al., 2019)"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Model:
     """What is trained."""
 
     name: str = "resnet50"
-    """a torchvision classification model"""
+    """a torchvision classification model, or timm/NAME (pip install -e ".[timm]")"""
     weights: str = "imagenet1k_v2"
     """imagenet1k_v1, imagenet1k_v2, none (train from scratch), or a .safetensors or .pth file"""
     sync_batchnorm: bool = False
@@ -94,6 +102,13 @@ class Optim:
     """epochs over which the learning rate rises linearly from zero"""
     label_smoothing: float = 0.0
     """share of a label's weight that is spread over all classes"""
+    balance: Literal["none", "weights", "logit-adjust", "sampler"] = "none"
+    """against rare classes being ignored: weigh their losses, adjust logits by class frequency (Menon et al., 2021), or
+    draw each class equally often"""
+    clip: float = 0.0
+    """largest norm of the gradients, which are scaled down to it; 0 means none"""
+    ema: float = 0.0
+    """decay of an average of the weights over steps, which is then what is validated and evaluated; 0 means none"""
     micro_batch: int = 0
     """most images of one forward pass on a process; 0 means its whole share of the batch"""
 
@@ -143,6 +158,8 @@ class Eval:
     """test-time augmentation: none, flips (4), dihedral8 (8), or spins:N (N random turns and flips)"""
     unit: int = 64
     """images of one forward pass, the same at any number of processes"""
+    image_size: int = 0
+    """side of the model's input when it is judged, in pixels; 0 means data.image_size"""
     positives: tuple[str, ...] = ("mel", "mel+bcc+akiec")
     """classes (or sums of them) that a threshold is chosen for, on validation; those that a dataset lacks are left out"""
     sensitivity: float = 0.9
@@ -185,48 +202,10 @@ def read_config(arguments: list[str], default: Path) -> Config:
     read = parser.instantiate(settings)
     config = Config(**{part.name: getattr(read, part.name) for part in fields(Config)})
     try:
-        check(config)
+        check(flat(config))
     except ValueError as error:
         parser.error(str(error))
     return config
-
-
-def check(config: Config) -> None:
-    """Refuse settings that cannot be, or that contradict each other.
-
-    Raises:
-        ValueError: naming the setting and the value found.
-    """
-    at_least = {
-        **{"data.image_size": 16, "data.batch_size": 2, "data.lanes": 1, "data.block_shards": 0, "data.threads": 0},
-        **{"data.batches_ahead": 1, "data.demo_images": 0, "augment.rotate": 0, "augment.brightness": 0},
-        **{"augment.contrast": 0, "augment.saturation": 0, "optim.lr": 0, "optim.weight_decay": 0, "eval.unit": 1},
-        **{"optim.warmup_epochs": 0, "optim.micro_batch": 0, "run.epochs": 1, "run.patience": 1, "run.seed": 0},
-        **{"run.log_every": 1, "run.save_every_minutes": 0, "run.keep": 1},
-        **{"run.max_minutes": 0, "eval.logit_adjust": 0},
-    }
-    settings = flat(config)
-    for key, least in at_least.items():
-        if not settings[key] >= least:
-            raise ValueError(f"The '{key}' setting must be at least {least}. Got {settings[key]} instead.")
-    for key in (
-        "augment.flip",
-        "augment.flip_vertical",
-        "augment.rotate_probability",
-        "optim.label_smoothing",
-        "eval.sensitivity",
-    ):
-        if not 0 <= settings[key] <= 1:
-            raise ValueError(f"The '{key}' setting must be between 0 and 1. Got {settings[key]} instead.")
-    if settings["run.seed"] >= 2**62:
-        raise ValueError(f"The 'run.seed' setting must be below 2^62. Got {settings['run.seed']} instead.")
-    low, high = config.augment.scale
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"The 'augment.scale' setting must be 0 < LOW <= HIGH <= 1. Got {low}, {high} instead.")
-    if config.optim.warmup_epochs > config.run.epochs:
-        raise ValueError(
-            f"'optim.warmup_epochs' ({config.optim.warmup_epochs}) must not exceed 'run.epochs' ({config.run.epochs})."
-        )
 
 
 def flat(config: Config) -> dict:

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from harness import checkpoint
-from harness.augment import stream_checksum, training_view
+from harness.augment import mix, stream_checksum, training_view
 from harness.config import Config
 from harness.copies import Copies
 from harness.hardware import decode_threads
 from harness.loader import Reading, training_batches
 from harness.lock import RunLock
 from harness.log import Log
-from harness.optim import losses, lr_at
+from harness.optim import Average, Loss, Truth, lr_at, mixed_truth
 from harness.progress import Progress, train_on
 from harness.run_folder import write_state
 from harness.signals import StopRequest
@@ -41,12 +41,19 @@ class Session:
     validation: Store
     model: nn.Module  # as built
     wrapped: nn.Module  # the same weights, with gradients averaged over ranks
+    average: Average | None  # of the weights over steps
+    loss: Loss
     optimizer: torch.optim.Optimizer
     origin: checkpoint.Origin
     stop: StopRequest
     lock: RunLock
     copies: Copies
     log: Log
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is validated, and whose best weights are kept."""
+        return self.average.model if self.average else self.model
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,8 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
     first = progress.samples_seen // plan.global_batch
     skipped = [] if config.data.on_bad_sample == "skip" else None
     reading = Reading(decode_threads(config.data.threads), config.data.batches_ahead, world.device, skipped)
-    batches = training_batches(session.training, plan, progress.epoch, first, world.rank, world.size, reading)
+    together = neighbours(config)
+    batches = training_batches(session.training, plan, progress.epoch, first, world.rank, world.size, reading, together)
     log.begin_bar(f"epoch {progress.epoch + 1}", plan.n_batches * plan.global_batch, progress.samples_seen)
     session.model.train()
     for number, batch in enumerate(batches, start=first):
@@ -84,7 +92,15 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         lr = lr_at(step, config.optim, plan.n_batches, config.run.epochs)
         torch.manual_seed(seed + step)  # dropout is a function of the step
         views = training_view(batch.images, batch.positions, progress.epoch, seed, config.augment, size)
-        counts, of_images = optimizer_step(config, world, session.wrapped, session.optimizer, views, batch.labels, lr)
+        truth = Truth(batch.labels)
+        if together > 1:
+            views, shares = mix(views, batch.positions, progress.epoch, seed, config.augment)
+            truth = mixed_truth(batch.labels, shares)
+        counts, of_images = optimizer_step(
+            config, world, session.wrapped, session.optimizer, views, truth, session.loss, lr
+        )
+        if session.average:
+            session.average.update(session.model, step + 1)
         sums[:3] += counts
         sums[3] += stream_checksum(batch.keys, batch.positions)
         interval.append((batch.keys, of_images))
@@ -127,13 +143,25 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
     return progress, Pace(lr, trained / seconds, waited / seconds, seconds, bool(stop_asked))
 
 
+def neighbours(config: Config) -> int:
+    """How many neighbours of the stream are mixed, and so must be on one rank: 2, or 1 for none."""
+    return 2 if config.augment.mixup or config.augment.cutmix else 1
+
+
 def optimizer_step(
-    config: Config, world: World, wrapped: nn.Module, optimizer, views: torch.Tensor, labels: torch.Tensor, lr: float
+    config: Config,
+    world: World,
+    wrapped: nn.Module,
+    optimizer,
+    views: torch.Tensor,
+    truth: Truth,
+    loss: Loss,
+    lr: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on this rank's share of a batch.
 
     Args:
-        views: (b, 3, S, S) float32. labels: (b,) int64, -1 counts for nothing.
+        views: (b, 3, S, S) float32. truth: of b pictures.
 
     Returns:
         this rank's (sum of losses, correct predictions, images), float64, and the loss of each image, (b,) float32; all on
@@ -142,16 +170,19 @@ def optimizer_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     parts = -(-len(views) // (config.optim.micro_batch or len(views)))
-    pieces = list(zip(views.tensor_split(parts), labels.tensor_split(parts), strict=True))
+    pieces = list(zip(views.tensor_split(parts), truth.split(parts), strict=True))
     sums, of_images = torch.zeros(3, dtype=torch.float64, device=world.device), []
-    for number, (pictures, truth) in enumerate(pieces, start=1):
+    for number, (pictures, shown) in enumerate(pieces, start=1):
         with nullcontext() if number == len(pieces) else world.without_sync(wrapped):
             logits = wrapped(pictures.contiguous(memory_format=world.memory_format))
-            of_images.append(losses(logits, truth, config.optim))
-            loss = of_images[-1].sum()
+            of_images.append(loss(logits, shown))
+            total = of_images[-1].sum()
             # Gradients are averaged over ranks: times the world's size, over the global batch, makes that the true mean.
-            world.backward(loss * world.size / config.data.batch_size)
-        sums += torch.stack([loss.detach(), (logits.argmax(1) == truth).sum(), (truth >= 0).sum()])
+            world.backward(total * world.size / config.data.batch_size)
+        labels = shown.main()
+        sums += torch.stack([total.detach(), (logits.argmax(1) == labels).sum(), (labels >= 0).sum()])
+    if config.optim.clip:
+        world.clip_gradients(wrapped, config.optim.clip)
     optimizer.step()
     optimizer.zero_grad()
     return sums, torch.cat(of_images).detach()
@@ -166,6 +197,8 @@ def save(session: Session, progress: Progress) -> None:
     """
     world, log, optimizer = session.world, session.log, session.optimizer
     world.broadcast_buffers(session.model)
+    if session.average:
+        world.broadcast_buffers(session.average.model)
 
     def write() -> None:
         session.lock.check()
@@ -174,8 +207,9 @@ def save(session: Session, progress: Progress) -> None:
         session.copies.finish()
         keep, origin, place = session.config.run.keep, session.origin, session.copies.place()
         if progress.best_step == progress.step and not progress.samples_seen:
-            checkpoint.save_best(place, progress, origin, session.model)
-        checkpoint.save_step(place, progress, origin, session.model, optimizer, world.scaler, keep)
+            checkpoint.save_best(place, progress, origin, session.judged)
+        average = session.average and session.average.model
+        checkpoint.save_step(place, progress, origin, session.model, optimizer, world.scaler, keep, average)
         session.copies.begin()
         write_state(session.folder, "running", progress)
 

@@ -198,7 +198,7 @@ def class_warnings(dataset: Dataset, origin: Origin) -> list[str]:
 @torch.inference_mode()
 def _predict_unit(model: nn.Module, batch: Batch, config: Config, world: World, views: str) -> torch.Tensor:
     """Rows (n, 1 + C + C + 1 + VC) of one unit, on the CPU, as `Predictions` has them; V is 0 unless views are random."""
-    size, unit, n = config.data.image_size, config.eval.unit, len(batch.keys)
+    size, unit, n = config.eval.image_size or config.data.image_size, config.eval.unit, len(batch.keys)
     images, keys = batch.images, batch.keys
     if n < unit:  # the last unit is filled with its last picture, so that all have the same arithmetic
         repeat = torch.arange(unit, device=world.device).clamp(max=n - 1)

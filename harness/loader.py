@@ -54,10 +54,14 @@ class Reading:
 
 
 def training_batches(
-    store: Store, plan: Plan, epoch: int, first: int, rank: int, world: int, reading: Reading
+    store: Store, plan: Plan, epoch: int, first: int, rank: int, world: int, reading: Reading, together: int = 1
 ) -> Iterator[Batch]:
-    """A rank's share of the epoch's batches, from batch number `first` on; skipping costs nothing."""
-    start, stop = share(plan.global_batch, rank, world)
+    """A rank's share of the epoch's batches, from batch number `first` on; skipping costs nothing.
+
+    Args:
+        together: so many neighbours are on one rank, as in `plan.share`.
+    """
+    start, stop = share(plan.global_batch, rank, world, together)
     wanted = (
         np.arange(number * plan.global_batch + start, number * plan.global_batch + stop)
         for number in range(first, plan.n_batches)

@@ -1,4 +1,4 @@
-"""A torchvision classifier with a head for our classes, and where its weights come from.
+"""A torchvision (or timm) classifier with a head for our classes, and where its weights come from.
 
 In: a model's name, a source of weights, the number of classes. Out: a module. What stays true: weights either fit
 (everything but the head) or are refused with the names that do not; no pickle is executed.
@@ -11,13 +11,17 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
+TIMM = "timm/"
+
 
 def build_model(name: str, n_classes: int) -> nn.Module:
-    """A torchvision classification model, freshly initialised, with `n_classes` outputs.
+    """A torchvision classification model, or timm's by `timm/NAME`, freshly initialised, with `n_classes` outputs.
 
     Raises:
-        ValueError: no such model, or one whose head cannot be replaced.
+        ValueError: no such model, or one whose head cannot be replaced, or timm is not installed.
     """
+    if name.startswith(TIMM):
+        return _build_timm(name.removeprefix(TIMM), n_classes)
     known = torchvision.models.list_models(torchvision.models)
     if name not in known or "inception" in name or name == "googlenet":  # these two return more than logits
         raise ValueError(
@@ -29,6 +33,19 @@ def build_model(name: str, n_classes: int) -> nn.Module:
     old = model.get_submodule(head)
     setattr(model.get_submodule(parent), attribute, nn.Linear(old.in_features, n_classes))
     return model
+
+
+def _build_timm(name: str, n_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f"'model.name' {TIMM}{name} needs the timm package: pip install -e \".[timm]\". Or name a torchvision model."
+        ) from error
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name[:6]}*")[:4] or ["resnet50", "convnext_tiny", "efficientnet_b0"]
+        raise ValueError(f"timm has no model {name!r}. It has {', '.join(TIMM + found for found in near)}, ...")
+    return timm.create_model(name, pretrained=False, num_classes=n_classes)
 
 
 def check_model(name: str, n_classes: int, size: int) -> None:
@@ -63,7 +80,8 @@ def load_weights(model: nn.Module, name: str, weights: str) -> str:
 
     Args:
         model: changed in place. name: its torchvision name.
-        weights: imagenet1k_v1, imagenet1k_v2, none, or a .safetensors or .pth file in torchvision's naming.
+        weights: imagenet1k_v1, imagenet1k_v2 (kept in torch.hub's folder), none, or a .safetensors or .pth file in the
+            model's own naming: torchvision's, timm's, or a checkpoint's `model.safetensors`.
 
     Returns:
         one sentence that says what was loaded.
@@ -76,6 +94,10 @@ def load_weights(model: nn.Module, name: str, weights: str) -> str:
     if weights == "none":
         return "weights: none, training from scratch"
     if weights.startswith("imagenet1k_"):
+        if name.startswith(TIMM):
+            raise ValueError(
+                f"'model.weights' {weights} are torchvision's, and 'model.name' is {name}. Give a file of timm's weights, or none."
+            )
         path = _imagenet_file(name, weights)
     else:
         path = Path(weights)
@@ -141,11 +163,11 @@ def _fill(model: nn.Module, path: Path) -> str:
         )
     chosen = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
     model.load_state_dict(chosen, strict=False)
-    unused = len(set(found) - set(chosen))
+    unexpected = sorted(set(found) - set(wanted))
     return (
-        f"weights: {path}, {len(chosen)} tensors"
+        f"weights: {path}, {len(chosen)} of {len(wanted)} tensors matched"
         + (", a new head" if fresh else "")
-        + (f", {unused} unused" if unused else "")
+        + (f", {len(unexpected)} unexpected and not used ({', '.join(unexpected[:3])})" if unexpected else "")
     )
 
 

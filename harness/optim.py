@@ -1,17 +1,19 @@
-"""Optimizer, learning rate, loss: what turns gradients into weights.
+"""Optimizer, learning rate, loss, average of weights: what turns gradients into weights.
 
-In: the `Optim` settings. Out: an optimizer, and pure functions of a step. What stays true: the learning rate is a
-function of the step number, so resuming needs no scheduler state.
+In: the `Optim` settings. Out: an optimizer, and functions of a step. What stays true: learning rate and the average's decay
+are functions of the step number, so resuming needs no scheduler state.
 """
 
+from dataclasses import dataclass
 from math import cos, pi
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from harness.config import Config, Optim
+from harness.config import Optim
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -32,12 +34,6 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
 
 
-def effective_prior(config: Config, counts: dict[str, int]) -> np.ndarray:
-    """Share of each class that a trained model's probabilities take for granted, (C,): as frequent as in training."""
-    found = np.array(list(counts.values()), float)
-    return found / found.sum()
-
-
 def lr_at(step: int, optim: Optim, steps_per_epoch: int, epochs: int) -> float:
     """The learning rate of a step, counted from 0: linear warm-up, then constant or half a cosine down to zero."""
     warmup = optim.warmup_epochs * steps_per_epoch
@@ -49,6 +45,101 @@ def lr_at(step: int, optim: Optim, steps_per_epoch: int, epochs: int) -> float:
     return optim.lr * 0.5 * (1 + cos(pi * min(1.0, done)))
 
 
-def losses(logits: torch.Tensor, labels: torch.Tensor, optim: Optim) -> torch.Tensor:
-    """Cross-entropy of each image: (B, C) float32 and (B,) int64 to (B,); label -1 counts for nothing."""
-    return F.cross_entropy(logits, labels, reduction="none", ignore_index=-1, label_smoothing=optim.label_smoothing)
+@dataclass(frozen=True)
+class Truth:
+    """What the pictures of a batch show; -1 counts for nothing.
+
+    labels: (B,) int64. partners: (B,) int64, labels of the pictures that they were mixed with. shares: (B,) float32,
+    how much of each picture is its own. Both are None where nothing was mixed.
+    """
+
+    labels: torch.Tensor
+    partners: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
+
+    def split(self, parts: int) -> list["Truth"]:
+        """Cut into parts, as `tensor_split` does."""
+        if self.partners is None:
+            return [Truth(labels) for labels in self.labels.tensor_split(parts)]
+        return [Truth(*cut) for cut in zip(*(x.tensor_split(parts) for x in vars(self).values()), strict=True)]
+
+    def main(self) -> torch.Tensor:
+        """The label of the larger part of each picture, (B,) int64."""
+        return self.labels if self.partners is None else torch.where(self.shares >= 0.5, self.labels, self.partners)
+
+
+def mixed_truth(labels: torch.Tensor, shares: torch.Tensor) -> Truth:
+    """The truth of pictures that were mixed with their neighbours; a pair with a picture that counts for nothing does, too."""
+    pairs = labels.view(-1, 2)
+    labels = torch.where((pairs < 0).any(1, keepdim=True), -1, pairs)
+    return Truth(labels.flatten(), labels.flip(1).flatten(), shares)
+
+
+class Loss:
+    """Cross-entropy of each picture, with whatever the settings do for rare classes.
+
+    `weights` multiplies a class's losses by N / (classes n_c), which is 1 on average over the training images.
+    `logit-adjust` adds the logarithm of the class's share of training to its logit (Menon et al., 2021).
+    """
+
+    def __init__(self, optim: Optim, counts: dict[str, int], device: torch.device):
+        """For training images of these counts, by class."""
+        images = torch.tensor(list(counts.values()), dtype=torch.float32, device=device)
+        present = images > 0
+        self._smoothing, self._weights, self._offset = optim.label_smoothing, None, None
+        if optim.balance == "weights":
+            self._weights = torch.where(present, images.sum() / (present.sum() * images.clamp(min=1)), 0.0)
+        if optim.balance == "logit-adjust":
+            self._offset = (images.clamp(min=1) / images.sum()).log()
+
+    def __call__(self, logits: torch.Tensor, truth: Truth) -> torch.Tensor:
+        """(B, C) logits to (B,) float32; a picture without a label has the loss 0."""
+        if self._offset is not None:
+            logits = logits + self._offset
+        if truth.partners is None:
+            return self._one(logits, truth.labels)
+        own, other = self._one(logits, truth.labels), self._one(logits, truth.partners)
+        return truth.shares * own + (1 - truth.shares) * other
+
+    def _one(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1, label_smoothing=self._smoothing)
+        return found if self._weights is None else found * self._weights[labels.clamp(min=0)]
+
+
+def effective_prior(optim: Optim, counts: dict[str, int]) -> np.ndarray:
+    """Share of each class that a trained model's probabilities take for granted, (C,).
+
+    As frequent as in training; equal for all classes that were trained on, where training was balanced.
+    """
+    images = np.array(list(counts.values()), float)
+    found = images if optim.balance == "none" else (images > 0).astype(float)
+    return found / found.sum()
+
+
+class Average:
+    """Exponential moving average of weights (torch.optim.swa_utils); buffers are copied.
+
+    The decay of step t is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        """Copy a model that is not wrapped yet; its weights are taken over at the first update."""
+        self._decay, self._now = decay, 0.0
+        self._averaged = AveragedModel(model, multi_avg_fn=self._mix)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the averaged weights."""
+        return self._averaged.module
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after a step, counted from 1."""
+        self._now = min(self._decay, (1 + step) / (10 + step))
+        self._averaged.update_parameters(model)
+
+    def go_on(self) -> None:
+        """The weights have been restored: the next update mixes into them."""
+        self._averaged.n_averaged.fill_(1)
+
+    def _mix(self, averaged: list[torch.Tensor], current: list[torch.Tensor], _) -> None:
+        torch._foreach_lerp_(averaged, current, 1 - self._now)

@@ -11,24 +11,25 @@ import torch
 
 from harness import checkpoint
 from harness.augment import parse_views
-from harness.checks import look_at_device, look_at_disk, look_at_sameness, refuse, versions
+from harness.checks import look_at_device, look_at_disk, look_at_recipe, look_at_sameness, refuse, versions
 from harness.config import Config, flat
 from harness.copies import Copies
-from harness.epoch import Pace, Session, refuse_not_finite, save, train_epoch
+from harness.epoch import Pace, Session, neighbours, refuse_not_finite, save, train_epoch
 from harness.evaluate import Trained, evaluate, validate
 from harness.hardware import decode_threads, own_cores
 from harness.judge import summary
+from harness.limits import check_classes
 from harness.lock import RunLock
 from harness.log import RESULT, Log, verdict
 from harness.metrics import HIGHER_IS_BETTER
 from harness.model import build_model, check_model, load_weights
-from harness.optim import build_optimizer, effective_prior
+from harness.optim import Average, Loss, build_optimizer, effective_prior
 from harness.progress import Progress, advance, should_stop
 from harness.run_folder import changes, failure_noted, find_start, finished_metrics, note_start, open_run, write_state
 from harness.signals import StopRequest
 from harness.world import World, check_trackers
 from shards.index import Dataset, load, load_groups, refuse_leak
-from shards.plan import Plan, share
+from shards.plan import BalancedPlan, Plan, share
 from shards.store import Store
 
 SHOWN = ("loss", "accuracy", "balanced_accuracy", "macro_f1")
@@ -50,6 +51,7 @@ def train(config: Config, world: World) -> str:
     dataset = load(config.data.path)
     refuse(look_at_device())
     world.on_main(refuse, look_at_sameness(world, dataset))
+    counts = dataset.description.counts["train"]
     training, validation, final = (Store(dataset, name) for name in ("train", "val", config.eval.split))
     plan = _plan(config, training)
     with (
@@ -74,11 +76,14 @@ def train(config: Config, world: World) -> str:
             if config.model.sync_batchnorm:
                 model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
             model.to(world.device, memory_format=world.memory_format)
+            average = Average(model, config.optim.ema) if config.optim.ema else None  # copied before it is wrapped
             wrapped, optimizer = world.prepare(model, build_optimizer(model, config.optim))
             origin = _origin(config, dataset)
             progress = Progress()
             if start is not None:
-                checkpoint.restore(start, model, optimizer, world.scaler)
+                checkpoint.restore(start, model, optimizer, world.scaler, average and average.model)
+                if average:
+                    average.go_on()
                 progress = _continue(start, origin, world)
                 world.print(f"continuing {folder} at epoch {progress.epoch + 1}, step {progress.step}")
             world.print(
@@ -88,13 +93,15 @@ def train(config: Config, world: World) -> str:
             )
             for warning in dataset.description.warnings:
                 world.print(f"warning: {warning}")
+            for finding in look_at_recipe(config, model, plan.n_batches, world.size):
+                world.print(f"warning: {finding.text}. To mend it: {finding.cure}.")
 
             world.begin_trackers(config.run.trackers, folder, flat(config))
             board = "tensorboard" in config.run.trackers
             with Log(folder, progress.step, world.is_main, board, world.track) as log:
                 session = Session(
-                    *(config, world, folder, plan, training, validation, model, wrapped, optimizer, origin),
-                    *(stop, lock, copies, log),
+                    *(config, world, folder, plan, training, validation, model, wrapped, average),
+                    *(Loss(config.optim, counts, world.device), optimizer, origin, stop, lock, copies, log),
                 )
                 world.on_main(write_state, folder, "running", progress)
                 facts = {"step": progress.step, "world": world.describe(), "who": world.who, "versions": versions()}
@@ -107,9 +114,7 @@ def train(config: Config, world: World) -> str:
                 )
                 best = checkpoint.best(folder, progress)
                 checkpoint.load_model(best, model)
-                trained = Trained(
-                    best, changes(folder), effective_prior(config, dataset.description.counts["train"]), validation
-                )
+                trained = Trained(best, changes(folder), effective_prior(config.optim, counts), validation)
                 metrics = evaluate(model, final, config.eval.split, config, world, folder, trained, stop.asked)
                 if metrics is None:
                     return _stopped(session, progress)
@@ -161,6 +166,7 @@ def _stopped(session: Session, progress: Progress) -> str:
 def _origin(config: Config, dataset: Dataset) -> checkpoint.Origin:
     data = config.data
     order = f"batches of {data.batch_size}, {data.lanes} lanes, blocks of {data.block_shards}, seed {config.run.seed}"
+    order += ", classes equally often" if config.optim.balance == "sampler" else ""
     return checkpoint.Origin(
         config.model.name, dataset.classes, dataset.fingerprint, load_groups(dataset, "train"), order
     )
@@ -185,23 +191,28 @@ def _check(config: Config, n_ranks: int, device: str) -> None:
         dataset.split(name)
     parse_views(config.eval.views)
     check_trackers(config.run.trackers)
-    share(_plan(config, Store(dataset, "train")).global_batch, 0, n_ranks)  # refuses more ranks than images
+    share(_plan(config, Store(dataset, "train")).global_batch, 0, n_ranks, neighbours(config))  # refuses too many ranks
+    check_classes(flat(config), dataset.description.counts["train"])
     if not config.data.allow_leak:
         refuse_leak(dataset)
-    check_model(config.model.name, len(dataset.classes), config.data.image_size)
+    for size in {config.data.image_size, config.eval.image_size or config.data.image_size}:
+        check_model(config.model.name, len(dataset.classes), size)
     refuse(look_at_disk(config, len(dataset.classes)))
 
 
 def _plan(config: Config, training: Store) -> Plan:
     data = config.data
-    return Plan(training.shard_sizes, data.batch_size, config.run.seed, data.lanes, data.block_shards)
+    numbers = (training.shard_sizes, data.batch_size, config.run.seed, data.lanes, data.block_shards)
+    if config.optim.balance == "sampler":
+        return BalancedPlan(*numbers, lambda shard: training.table(shard).label)
+    return Plan(*numbers)
 
 
 def _end_epoch(session: Session, progress: Progress, pace: Pace) -> Progress | None:
     """Validate, keep the best weights and a checkpoint, and tell; None if somebody asked to stop meanwhile."""
     config, world, log = session.config, session.world, session.log
     world.on_main(refuse_not_finite, session.model, progress)
-    scores = validate(session.model, session.validation, config, world, session.stop.asked)
+    scores = validate(session.judged, session.validation, config, world, session.stop.asked)
     if scores is None:
         return None
     monitor = config.run.monitor

@@ -177,6 +177,10 @@ class World:
         """Backward pass, with the loss scaled where fp16 asks for it."""
         self._accelerator.backward(loss)
 
+    def clip_gradients(self, model: torch.nn.Module, norm: float) -> None:
+        """Scale the gradients of a wrapped model down to this norm, where they are longer."""
+        self._accelerator.clip_grad_norm_(model.parameters(), norm)
+
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The loss scaler of fp16, None otherwise."""

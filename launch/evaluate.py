@@ -67,7 +67,7 @@ def own_validation(run: Path, best: checkpoint.Checkpoint) -> Store | None:
 def own_prior(run: Path) -> np.ndarray:
     """Share of each class that a run's probabilities take for granted, (C,)."""
     counts = json.loads((run / "dataset.json").read_text())["counts"]["train"]
-    return effective_prior(load_config(run / "config.yaml"), counts)
+    return effective_prior(load_config(run / "config.yaml").optim, counts)
 
 
 def check_classes(best: checkpoint.Checkpoint, dataset: Dataset) -> None:

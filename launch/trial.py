@@ -11,7 +11,7 @@ from harness.epoch import optimizer_step
 from harness.hardware import decode_threads
 from harness.loader import Batch, Reading, training_batches
 from harness.model import build_model
-from harness.optim import build_optimizer
+from harness.optim import Loss, Truth, build_optimizer
 from harness.world import World
 from shards.index import load
 from shards.plan import Plan
@@ -28,6 +28,8 @@ class Trial:
         torch.manual_seed(config.run.seed)
         self.model = build_model(config.model.name, len(self.store.dataset.classes))
         self.model.to(self.world.device, memory_format=self.world.memory_format)
+        counts = self.store.dataset.description.counts["train"]
+        self.loss = Loss(config.optim, counts, self.world.device)
         self.wrapped, self.optimizer = self.world.prepare(self.model, build_optimizer(self.model, config.optim))
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -41,7 +43,7 @@ class Trial:
     def step(self, views: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step."""
         self.model.train()
-        optimizer_step(self.config, self.world, self.wrapped, self.optimizer, views, labels, 1e-4)
+        optimizer_step(self.config, self.world, self.wrapped, self.optimizer, views, Truth(labels), self.loss, 1e-4)
 
     def describe(self) -> str:
         """The setting, for people."""

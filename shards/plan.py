@@ -5,6 +5,7 @@ What stays true: the order is a function of (shard sizes, seed, epoch, lanes, bl
 threads and resuming only choose which positions they look up. Memory is a block's, not the dataset's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -94,22 +95,31 @@ class Plan:
         for number in np.unique(block):
             here = block == number
             low, high = int(edges[number]), int(edges[number + 1])
-            stream[here] = low + _block_order(self, epoch, lane, int(number), high - low)[stream[here] - low]
+            stream[here] = low + _block_order(self, epoch, lane, int(number), low, high)[stream[here] - low]
         return stream
 
+    def arrange(self, epoch: int, low: int, high: int, draw: np.random.Generator) -> np.ndarray:
+        """The order of the places [low, high) of the stream of permuted shards, counted from low: (high - low,)."""
+        return draw.permutation(high - low)
 
-def share(batch_size: int, rank: int, world: int) -> tuple[int, int]:
+
+def share(batch_size: int, rank: int, world: int, together: int = 1) -> tuple[int, int]:
     """The positions [start, stop) of a global batch that a rank takes: uneven where the world does not divide it.
+
+    Args:
+        together: so many neighbours are never cut apart; it divides the batch.
 
     Raises:
         ValueError: more ranks than images.
     """
-    if world > batch_size:
+    parts = batch_size // together
+    if world > parts:
         raise ValueError(
-            f"'data.batch_size' is {batch_size} images for {world} processes: some would get none. "
-            "Raise data.batch_size or start fewer processes."
+            f"'data.batch_size' is {batch_size} images for {world} processes: some would get none"
+            + (f", as {together} stay together" if together > 1 else "")
+            + ". Raise data.batch_size or start fewer processes."
         )
-    return rank * batch_size // world, (rank + 1) * batch_size // world
+    return rank * parts // world * together, (rank + 1) * parts // world * together
 
 
 def evaluation_units(n_samples: int, unit: int, rank: int, world: int) -> list[tuple[int, int]]:
@@ -136,12 +146,43 @@ def _shards_of_epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
 
-def _block_order(plan: Plan, epoch: int, lane: int, block: int, length: int) -> np.ndarray:
+@dataclass(frozen=True)
+class BalancedPlan(Plan):
+    """A plan that draws each class equally often, and each sample of a class as often as the others, give or take one.
+
+    An epoch has as many batches as without, so samples of frequent classes wait for other epochs and those of rare
+    classes come again (at other positions, which vary them in another way). It holds for each block of shards.
+
+    labels: labels of a shard's rows, (samples,) int64, by its number.
+    """
+
+    labels: Callable[[int], np.ndarray] = None
+
+    def arrange(self, epoch: int, low: int, high: int, draw: np.random.Generator) -> np.ndarray:
+        """As in `Plan`, but with repetitions."""
+        order, starts = _shards_of_epoch(self, epoch)
+        ends = starts + np.asarray(self.shard_sizes, dtype=np.int64)[order]
+        parts = [
+            self.labels(int(order[n]))[max(low - starts[n], 0) : high - starts[n]]
+            for n in np.flatnonzero((starts < high) & (ends > low))
+        ]
+        labels = np.concatenate(parts)
+        present = draw.permutation(np.unique(labels))  # the first of them get one more, where the classes do not divide
+        length = high - low
+        quotas = [length // len(present) + (place < length % len(present)) for place in range(len(present))]
+        picked = [
+            np.concatenate([draw.permutation(members) for _ in range(-(-quota // len(members)))])[:quota]
+            for quota, members in zip(quotas, (np.flatnonzero(labels == label) for label in present), strict=True)
+        ]
+        return draw.permutation(np.concatenate(picked))
+
+
+def _block_order(plan: Plan, epoch: int, lane: int, block: int, low: int, high: int) -> np.ndarray:
     """The shuffled order of one block; each lane remembers its last two, so memory does not grow with the dataset."""
     remembered = _recent_blocks(plan, epoch)
     number, order = remembered.get((lane, block % 2), (None, None))
     if number != block:
-        order = _philox(plan.seed, epoch, lane + 1, block).permutation(length)
+        order = plan.arrange(epoch, low, high, _philox(plan.seed, epoch, lane + 1, block))
         remembered[lane, block % 2] = (block, order)
     return order
 

@@ -10,6 +10,7 @@ from harness.augment import (
     MEAN,
     STD,
     evaluation_views,
+    mix,
     parse_views,
     plain_view,
     stream_checksum,
@@ -181,3 +182,52 @@ def test_checksums_of_shares_add_up_and_notice_a_swap(n, world, seed):
 def test_unknown_views_are_refused(kind):
     with pytest.raises(ValueError, match=r"eval\.views"):
         parse_views(kind)
+
+
+def pairs(n: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """n views, each of one number, and their positions."""
+    return torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 3, size, size).clone(), torch.arange(n)
+
+
+def test_mixing_is_the_same_on_any_share_of_a_batch():
+    views, positions = pairs(24)
+    augment = Augment(mixup=0.4, cutmix=0.4)
+    whole, shares = mix(views, positions, 3, 7, augment)
+    for cut in (slice(0, 8), slice(8, 10), slice(10, 24)):
+        part, part_shares = mix(views[cut], positions[cut], 3, 7, augment)
+        assert torch.equal(part, whole[cut])
+        assert torch.equal(part_shares, shares[cut])
+    assert not torch.equal(mix(views, positions, 4, 7, augment)[1], shares)
+
+
+def test_mixup_blends_by_the_share_and_cutmix_exchanges_as_much_as_it_says():
+    views, positions = pairs(400)
+    blended, shares = mix(views, positions, 0, 0, Augment(mixup=1.0))
+    own = torch.arange(400.0)
+    other = own.view(-1, 2).flip(1).flatten()
+    assert torch.allclose(blended[:, 0, 0, 0], shares * own + (1 - shares) * other, atol=1e-3)
+    assert ((shares < 0.1) | (shares > 0.9)).float().mean() == pytest.approx(0.41, abs=0.08)  # Beta(1/2, 1/2)
+    cut, shares = mix(views, positions, 0, 0, Augment(cutmix=1.0))
+    mine = (cut == own[:, None, None, None]).float().mean((1, 2, 3))
+    assert torch.allclose(mine, shares, atol=1e-6)
+    assert set((cut - own[:, None, None, None]).abs().unique().tolist()) == {0.0, 1.0}  # its own or its neighbour's
+    assert 0.4 < shares.mean() < 0.75
+
+
+def test_some_pairs_stay_as_they_are():
+    views, positions = pairs(2000, 4)
+    mixed, shares = mix(views, positions, 0, 0, Augment(mixup=0.2, cutmix=0.3))
+    whole = (mixed == views).all(1).all(1).all(1)
+    assert whole[shares == 1].all()
+    assert not whole[shares < 0.999].any()
+    assert whole.float().mean() == pytest.approx(0.5, abs=0.08)  # and small boxes that miss every pixel
+
+
+def test_cutout_blanks_a_square_of_its_side_inside_the_picture_at_most():
+    images = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
+    augment = Augment(scale=(1.0, 1.0), rotate=0, brightness=0, contrast=0, saturation=0, cutout=0.5)
+    views = training_view(images, torch.arange(200), 0, 0, augment, 32)
+    blank = (views == 0).all(1).float().mean((1, 2))
+    assert blank.max() == pytest.approx(0.25, abs=0.02)
+    assert blank.min() > 0.05
+    assert torch.equal(views != 0, (views != 0)[:, :1].expand_as(views))

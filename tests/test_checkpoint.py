@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is not used, and nothing is deleted before its successor is safe."""
 
+import copy
 import os
 from dataclasses import replace
 
@@ -124,6 +125,33 @@ def test_best_weights_that_are_damaged_are_made_again_from_their_step_or_refused
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert not (tmp_path / "checkpoints" / "best-00000001" / "optimizer.pt").exists()
+
+
+def test_an_average_of_weights_is_saved_restored_and_the_best(tmp_path):
+    model, optimizer = trained(3)
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        average[0].weight.add_(1)
+    progress = Progress(epoch=1, step=3, best=0.5, best_step=3, best_epoch=1)
+    checkpoint.save_best(tmp_path, progress, ORIGIN, average)
+    checkpoint.save_step(tmp_path, progress, ORIGIN, model, optimizer, None, 2, average)
+    found, (other, _) = checkpoint.newest(tmp_path), trained(1)
+    again = copy.deepcopy(other)
+    checkpoint.restore(found, other, optimizer, None, again)
+    assert torch.equal(again[0].weight, average[0].weight)
+    assert torch.equal(other[0].weight, model[0].weight)
+    (tmp_path / "checkpoints" / "best-00000003" / "model.safetensors").write_bytes(b"")
+    checkpoint.mend_best(tmp_path, progress)
+    checkpoint.load_model(checkpoint.best(tmp_path), other)
+    assert torch.equal(other[0].weight, average[0].weight)  # what was judged
+
+
+def test_an_average_that_was_not_kept_starts_from_the_weights(tmp_path):
+    model, optimizer = trained(3)
+    checkpoint.save_step(tmp_path, Progress(step=3), ORIGIN, model, optimizer, None, 2)
+    other, average = trained(1)[0], trained(1)[0]
+    checkpoint.restore(checkpoint.newest(tmp_path), other, optimizer, None, average)
+    assert torch.equal(average[0].weight, model[0].weight)
 
 
 def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_a_whole_one(tmp_path):

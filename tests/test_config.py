@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import Config, Data, check, differences, flat, load_config, read_config, to_yaml
+from harness.config import Config, Data, differences, flat, load_config, read_config, to_yaml
+from harness.limits import check, check_classes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -93,5 +94,33 @@ def test_a_config_of_another_version_is_refused(tmp_path):
 
 
 def test_check_accepts_the_defaults():
-    check(Config())
+    check(flat(Config()))
     assert Config().data == Data()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--augment.mixup", "0.7", "--augment.cutmix", "0.6"], ("augment.mixup", "augment.cutmix")),
+        (["--augment.mixup", "0.2", "--data.batch_size", "31"], ("augment.mixup", "data.batch_size")),
+        (["--optim.warmup_epochs", "9", "--run.epochs", "8"], ("optim.warmup_epochs", "run.epochs")),
+        (["--optim.ema", "1.0"], ("optim.ema", "0.999")),
+        (["--optim.clip", "-1"], ("optim.clip", "-1")),
+        (["--eval.image_size", "8"], ("eval.image_size", "8")),
+        (["--augment.cutout", "1.5"], ("augment.cutout", "1.5")),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused_with_both_keys(words, named, capsys):
+    with pytest.raises(SystemExit):
+        read_config(words, CONFIGS / "demo.yaml")
+    error = capsys.readouterr().err
+    assert all(name in error for name in named)
+
+
+def test_mixing_and_balancing_one_class_is_refused():
+    counts = {"mel": 40, "nv": 0}
+    for key, value in (("augment.cutmix", 0.5), ("optim.balance", "sampler")):
+        with pytest.raises(ValueError, match=rf"'{key}' .* needs several classes, and .* 'data.path'"):
+            check_classes(flat(Config()) | {key: value}, counts)
+    check_classes(flat(Config()), counts)
+    check_classes(flat(Config()) | {"optim.balance": "sampler"}, {"mel": 40, "nv": 1})

@@ -15,7 +15,7 @@ from torch import nn
 from harness.augment import training_view
 from harness.config import Config
 from harness.epoch import optimizer_step
-from harness.optim import build_optimizer, lr_at
+from harness.optim import Loss, Truth, build_optimizer, lr_at
 from harness.world import World
 from shards.plan import Plan
 
@@ -62,6 +62,7 @@ def losses(name: str) -> list[float]:
     )
     world, network, found = World("fp32"), model(), []
     optimizer = build_optimizer(network, config.optim)
+    loss = Loss(config.optim, dict.fromkeys("abcd", 1), world.device)
     for epoch in range(EPOCHS):
         for number in range(PLAN.n_batches):
             positions = torch.arange(number * PLAN.global_batch, (number + 1) * PLAN.global_batch)
@@ -69,7 +70,7 @@ def losses(name: str) -> list[float]:
             keys = torch.from_numpy(shards * 100 + rows)
             views = training_view(pictures(keys), positions, epoch, 5, config.augment, 16).double()
             lr = lr_at(len(found), config.optim, PLAN.n_batches, EPOCHS)
-            sums, _ = optimizer_step(config, world, network, optimizer, views, keys % 3, lr)
+            sums, _ = optimizer_step(config, world, network, optimizer, views, Truth(keys % 3), loss, lr)
             found.append((sums[0] / sums[2]).item())
     return found
 

@@ -78,6 +78,27 @@ def test_a_run_stopped_on_4_processes_goes_on_with_3_and_ends_on_1_as_if_undistu
     assert_the_same_run(run, alone)
 
 
+RECIPE = [
+    *("--augment.mixup", "0.4", "--augment.cutmix", "0.4", "--augment.cutout", "0.3", "--data.batch_size", "14"),
+    *("--optim.balance", "sampler", "--optim.ema", "0.9", "--optim.clip", "1.0", "--optim.label_smoothing", "0.1"),
+]
+
+
+def test_a_recipe_of_many_parts_stopped_on_4_processes_goes_on_with_3_as_on_one(finished_run, tmp_path):
+    config, whole, run = finished_run.parent / "tiny.yaml", tmp_path / "whole", tmp_path / "run"
+    done = run_on(1, config, whole, *RECIPE)
+    assert done.returncode == 0, done.stderr
+    run_on(4, config, run, *RECIPE, disturb="stop@6:1")  # 7 pairs a batch are uneven shares
+    assert (state(run)["status"], state(run)["samples_seen"]) == ("stopped", 2 * 14)
+    done = run_on(3, config, run, *RECIPE)
+    assert done.returncode == 0, done.stderr
+    assert_the_same_run(run, whole)
+    expected = weights(whole, "best-")  # the average's
+    for name, tensor in weights(run, "best-").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(tensor, weights(run)[name]) for name, tensor in weights(run, "best-").items())
+
+
 # With 64, one process has the whole split and three have nothing.
 @pytest.mark.parametrize(("unit", "views"), [(4, "dihedral8"), (64, "none")])
 def test_more_processes_than_units_give_the_same_bytes_of_results(finished_run, tmp_path, unit, views):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ["shards", "harness", "launch"]  # each may import those before it
 ORDER = {
     "shards": "catalogue split image index pack plan store audit sheet demo __main__",
-    "harness": "config hardware watch world signals loader augment model optim metrics calibration progress checkpoint copies lock "
+    "harness": "limits config hardware watch world signals loader augment model optim metrics calibration progress checkpoint copies lock "
     "run_folder log checks pictures judge evaluate epoch train plots report board",
 }
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")) if path.name != "__init__.py"]

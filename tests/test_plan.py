@@ -1,11 +1,14 @@
 """The plan is exact: each batch full, each sample at most once an epoch, the same at any world size."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shards.plan import Plan, evaluation_units, locate_in_order, share
+from shards import plan as plan_module
+from shards.plan import BalancedPlan, Plan, evaluation_units, locate_in_order, share
 
 
 @st.composite
@@ -123,3 +126,74 @@ def test_plans_that_cannot_be_are_refused():
         Plan((10,), 4, 0, lanes=3)
     with pytest.raises(ValueError, match="10 images, too few"):
         Plan((10,), 11, 0)
+
+
+@given(st.integers(1, 20), st.integers(1, 12), st.sampled_from([1, 2, 3, 4, 8]))
+def test_shares_never_cut_a_pair(pairs, together, world):
+    assume(world <= pairs)
+    edges = [share(pairs * together, rank, world, together) for rank in range(world)]
+    assert edges[0][0] == 0
+    assert edges[-1][1] == pairs * together
+    assert all(stop == start for (_, stop), (start, _) in pairwise(edges))
+    assert all(start < stop and start % together == 0 for start, stop in edges)
+
+
+@st.composite
+def balanced_plans(draw):
+    plain = draw(plans())
+    random = np.random.default_rng(draw(st.integers(0, 10**6)))
+    n_classes = draw(st.integers(1, 5))
+    tables = [
+        random.choice(n_classes, size, p=random.dirichlet(np.ones(n_classes) * 0.7)) for size in plain.shard_sizes
+    ]
+    return BalancedPlan(
+        *(getattr(plain, name) for name in ("shard_sizes", "global_batch", "seed", "lanes", "block_shards")),
+        labels=lambda shard: tables[shard],
+    ), tables
+
+
+@given(balanced_plans(), st.integers(0, 50))
+def test_a_balanced_epoch_draws_classes_equally_often_and_their_samples_too(drawn, epoch):
+    plan, tables = drawn
+    assume(plan.lanes == 1 and plan.block_shards == 0)
+    whole = sum(plan.shard_sizes)
+    shards, rows = plan.locate(epoch, np.arange(plan.n_batches * plan.global_batch))
+    order = plan.arrange(epoch, 0, whole, np.random.default_rng(epoch))
+    labels = np.concatenate([tables[shard] for shard in stream_order(plan, epoch)])[order]
+    _, often = np.unique(labels, return_counts=True)
+    assert len(order) == whole
+    assert often.max() - often.min() <= 1
+    for label in np.unique(labels):
+        members = np.flatnonzero(np.concatenate([tables[shard] for shard in stream_order(plan, epoch)]) == label)
+        times = np.bincount(order[np.isin(order, members)], minlength=whole)[members]
+        assert times.max() - times.min() <= 1
+    assert all(0 <= row < plan.shard_sizes[shard] for shard, row in zip(shards, rows, strict=True))
+
+
+def stream_order(plan, epoch) -> list[int]:
+    """Shards in the order of an epoch's stream."""
+    return plan_module._shards_of_epoch(plan, epoch)[0].tolist()
+
+
+@given(balanced_plans(), st.integers(0, 3), st.sampled_from([1, 2, 3]), st.randoms())
+def test_a_balanced_stream_is_the_same_however_it_is_looked_up(drawn, epoch, world, random):
+    plan, _ = drawn
+    assume(world <= plan.global_batch)
+    whole, found = stream(plan, epoch), {}
+    spans = [(n, rank) for n in range(plan.n_batches) for rank in range(world)]
+    random.shuffle(spans)
+    for number, rank in spans:
+        start, stop = share(plan.global_batch, rank, world)
+        positions = np.arange(number * plan.global_batch + start, number * plan.global_batch + stop)
+        shards, rows = plan.locate(epoch, positions)
+        found |= dict(zip(positions.tolist(), zip(shards.tolist(), rows.tolist(), strict=True), strict=True))
+    assert [found[place] for place in sorted(found)] == whole
+
+
+def test_a_balanced_plan_without_rare_classes_still_changes_from_epoch_to_epoch():
+    tables = [np.array([0] * 9 + [1]), np.array([0] * 8 + [1, 2])]
+    plan = BalancedPlan((10, 10), 6, 3, labels=lambda shard: tables[shard])
+    epochs = [stream(plan, epoch) for epoch in range(4)]
+    assert len({tuple(found) for found in epochs}) == 4
+    rare = [(1, 9)]
+    assert all(4 <= found.count(rare[0]) <= 7 for found in epochs)  # a third of 18, less what is left out
