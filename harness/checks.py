@@ -19,7 +19,7 @@ import torchvision
 from harness.checkpoint import room_needed
 from harness.config import Config
 from harness.hardware import check_wheel, decode_threads, own_cores
-from harness.model import TIMM, build_model
+from harness.model import TIMM, outline
 from harness.world import World
 from shards.index import Dataset, load, verify
 
@@ -144,8 +144,7 @@ def look_at_cores(config: Config) -> list[Finding]:
 
 def look_at_disk(config: Config, n_classes: int) -> list[Finding]:
     """Room for the checkpoints of a run."""
-    with torch.device("meta"):
-        model = build_model(config.model.name, n_classes)
+    model = outline(config.model.name, n_classes)
     found = []
     for place in dict.fromkeys(filter(None, (config.run.folder, config.run.checkpoint_dir))):
         there = next(path for path in (Path(place).absolute(), *Path(place).absolute().parents) if path.is_dir())

@@ -48,16 +48,25 @@ def _build_timm(name: str, n_classes: int) -> nn.Module:
     return timm.create_model(name, pretrained=False, num_classes=n_classes)
 
 
+def outline(name: str, n_classes: int) -> nn.Module:
+    """A model to ask for shapes and sizes: on torch's meta device, without memory, where the model allows it."""
+    try:
+        with torch.device("meta"):
+            return build_model(name, n_classes)
+    except NotImplementedError:  # RegNets compute their widths with tensors
+        return build_model(name, n_classes)
+
+
 def check_model(name: str, n_classes: int, size: int) -> None:
     """Refuse a model that cannot take (B, 3, size, size) pictures; costs no memory.
 
     Raises:
         ValueError: naming both.
     """
-    with torch.device("meta"), torch.no_grad():
-        model = build_model(name, n_classes).eval()
+    model = outline(name, n_classes).eval()
+    with torch.device(next(model.parameters()).device), torch.no_grad():
         try:
-            model(torch.empty(2, 3, size, size))
+            model(torch.zeros(2, 3, size, size))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ValueError(
                 f"The model {name} cannot take pictures of {size} pixels ('data.image_size'): {error}. "

@@ -10,7 +10,18 @@ import torch
 from conftest import command, launch, start
 from test_failures import ended
 
-from harness.checks import look_at_data, look_at_disk, look_at_gpu, look_at_sameness, look_at_weights, named_gpu, refuse
+from harness.checks import (
+    look_at_data,
+    look_at_disk,
+    look_at_gpu,
+    look_at_recipe,
+    look_at_sameness,
+    look_at_weights,
+    named_gpu,
+    refuse,
+)
+from harness.config import Config, Data, Optim
+from harness.model import outline
 from launch.doctor import main
 from shards.index import load
 
@@ -123,3 +134,18 @@ def test_a_process_that_meets_nobody_ends_in_time_with_one_sentence(tiny, tmp_pa
     seconds, errors = ended(start(words, MEETING_S="3", **alone), 60)
     assert seconds < 50
     assert re.search(r"error: Process 1 of 2 on .* did not meet the others at localhost:29655", errors), errors
+
+
+def recipe(batch: int, ranks: int, n_batches: int = 100, model: str = "resnet18", **optim) -> list[str]:
+    config = Config(data=Data(batch_size=batch), optim=Optim(**optim))
+    return [f.text + "; " + f.cure for f in look_at_recipe(config, outline(model, 7), n_batches, ranks)]
+
+
+def test_few_images_on_each_process_and_few_steps_are_warned_of_with_what_to_do():
+    assert recipe(64, 4) == []
+    (text,) = recipe(64, 8)
+    assert "sees 8 images at a time (64 over 8 processes)" in text
+    assert "--data.batch_size" in text
+    assert "sees 8 images" in recipe(64, 1, micro_batch=8)[0]
+    assert recipe(64, 8, model="convnext_tiny") == []  # no batch normalisation
+    assert "an epoch has 9 steps" in recipe(640, 8, n_batches=9)[0]

@@ -1,7 +1,9 @@
 """Weights fit or are refused by name; whatever cannot be downloaded says where to place it."""
 
 import hashlib
+import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 
@@ -9,7 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from harness.config import Config, Optim
+from harness.epoch import optimizer_step
 from harness.model import build_model, check_model, fetch, find_head, load_weights
+from harness.optim import Loss, Truth, build_optimizer
+from harness.world import World
 
 SMALL = "shufflenet_v2_x0_5"
 
@@ -27,6 +33,54 @@ def test_the_head_of_each_family_is_replaced(name, head):
     model = build_model(name, 7)
     assert find_head(model) == head
     assert model.get_submodule(head).out_features == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("resnet18", 32), ("resnext50_32x4d", 32), ("wide_resnet50_2", 32), ("densenet121", 32), ("vgg11_bn", 32)),
+        *(("mobilenet_v3_small", 32), ("efficientnet_v2_s", 32), ("convnext_tiny", 32), ("regnet_y_400mf", 32)),
+        *(("shufflenet_v2_x0_5", 32), ("mnasnet0_5", 32), ("swin_t", 32), ("vit_b_32", 224), ("maxvit_t", 224)),
+    ],
+)
+def test_each_family_of_torchvision_trains_a_step_and_evaluates(name, size):
+    check_model(name, 7, size)
+    one_step(build_model(name, 7), size)
+
+
+def one_step(model, size):
+    """A training step lowers the loss of its own batch, and the model judges one picture as well as four."""
+    pictures, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 6])
+    optimizer, config = build_optimizer(model, Optim(lr=1e-4)), Config()
+    loss = Loss(Optim(), dict.fromkeys("abcdefg", 1), torch.device("cpu"))
+    before = [weight.detach().clone() for weight in model.parameters()]
+    config = replace(config, data=replace(config.data, batch_size=4))
+    sums, _ = optimizer_step(config, World("fp32"), model.train(), optimizer, pictures, Truth(labels), loss, 1e-4)
+    assert 0.5 < sums[0] / 4 < 10
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    with torch.inference_mode():
+        together = model.eval()(pictures)
+        assert together.shape == (4, 7)
+        torch.testing.assert_close(model(pictures[:1]), together[:1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_of_timm_is_built_trained_and_takes_timms_weights(tmp_path):
+    timm = pytest.importorskip("timm", reason='needs pip install -e ".[timm]"')
+    model = build_model("timm/resnet18d", 7)
+    one_step(model, 32)
+    torch.save(timm.create_model("resnet18d", pretrained=False).state_dict(), tmp_path / "weights.pth")
+    assert "tensors matched, a new head" in load_weights(model, "timm/resnet18d", str(tmp_path / "weights.pth"))
+    with pytest.raises(ValueError, match="timm has no model 'resnet18z'"):
+        build_model("timm/resnet18z", 7)
+    with pytest.raises(ValueError, match=r"are torchvision's, and 'model\.name' is timm/resnet18d"):
+        load_weights(model, "timm/resnet18d", "imagenet1k_v2")
+
+
+def test_a_model_of_timm_without_timm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"pip install -e \"\.\[timm\]\""):
+        build_model("timm/resnet18d", 7)
 
 
 @pytest.mark.parametrize("name", ["resnet51", "inception_v3", "fcn_resnet50"])
