@@ -53,7 +53,10 @@ class Session:
     @property
     def judged(self) -> nn.Module:
         """The model that is validated, and whose best weights are kept."""
-        return self.average.model if self.average else self.model
+        if self.average is None:
+            return self.model
+        self.average.take_buffers(self.model)
+        return self.average.model
 
 
 @dataclass(frozen=True)
@@ -197,18 +200,17 @@ def save(session: Session, progress: Progress) -> None:
     """
     world, log, optimizer = session.world, session.log, session.optimizer
     world.broadcast_buffers(session.model)
-    if session.average:
-        world.broadcast_buffers(session.average.model)
 
     def write() -> None:
         session.lock.check()
         refuse_not_finite(session.model, progress)
+        judged = session.judged
         log.flush()
         session.copies.finish()
         keep, origin, place = session.config.run.keep, session.origin, session.copies.place()
         if progress.best_step == progress.step and not progress.samples_seen:
-            checkpoint.save_best(place, progress, origin, session.judged)
-        average = session.average and session.average.model
+            checkpoint.save_best(place, progress, origin, judged)
+        average = judged if session.average else None
         checkpoint.save_step(place, progress, origin, session.model, optimizer, world.scaler, keep, average)
         session.copies.begin()
         write_state(session.folder, "running", progress)

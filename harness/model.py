@@ -31,7 +31,11 @@ def build_model(name: str, n_classes: int) -> nn.Module:
     head = find_head(model)
     parent, _, attribute = head.rpartition(".")
     old = model.get_submodule(head)
-    setattr(model.get_submodule(parent), attribute, nn.Linear(old.in_features, n_classes))
+    if isinstance(old, nn.Conv2d):  # SqueezeNet
+        new = nn.Conv2d(old.in_channels, n_classes, old.kernel_size)
+    else:
+        new = nn.Linear(old.in_features, n_classes)
+    setattr(model.get_submodule(parent), attribute, new)
     return model
 
 
@@ -75,13 +79,21 @@ def check_model(name: str, n_classes: int, size: int) -> None:
 
 
 def find_head(model: nn.Module) -> str:
-    """Dotted name of the classifier's last linear layer."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError(
-            f"{type(model).__name__} ends in no linear layer, so its head cannot be replaced. Use another model."
-        )
-    return linear[-1]
+    """Dotted name of the classifier's last layer: a linear one, or (SqueezeNet) a convolution where there is none.
+
+    timm's models say it themselves.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(named := getattr(model, "default_cfg", {}).get("classifier"), str):
+        return named
+    for kind in (nn.Linear, nn.Conv2d):
+        if layers := [name for name, module in model.named_modules() if isinstance(module, kind)]:
+            return layers[-1]
+    raise ValueError(
+        f"{type(model).__name__} ends in no linear layer, so its head cannot be replaced. Use another model."
+    )
 
 
 def load_weights(model: nn.Module, name: str, weights: str) -> str:
@@ -93,7 +105,7 @@ def load_weights(model: nn.Module, name: str, weights: str) -> str:
             model's own naming: torchvision's, timm's, or a checkpoint's `model.safetensors`.
 
     Returns:
-        one sentence that says what was loaded.
+        one line that says how many tensors matched, are missing, and were not expected, with the first names.
 
     Raises:
         ValueError: weights that do not fit, with the names; weights that torchvision does not have.
@@ -160,24 +172,35 @@ def _fill(model: nn.Module, path: Path) -> str:
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError(f"{path} is no state dict (names with tensors). Save `model.state_dict()` and give that.")
     wanted, head = model.state_dict(), find_head(model)
-    names = {name for name in wanted if not name.startswith(f"{head}.")}
-    fresh = any(name not in found or found[name].shape != wanted[name].shape for name in set(wanted) - names)
-    wrong = sorted(name for name in names if name not in found or found[name].shape != wanted[name].shape)
-    wrong = [name for name in wrong if not name.endswith("num_batches_tracked")]
+    chosen = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
+    names = [name for name in wanted if not name.startswith(f"{head}.")]  # another number of classes has a new head
+    wrong = [
+        name for name in names if name not in chosen and not name.endswith("num_batches_tracked")
+    ]  # old files lack it
     if wrong:
-        shown = ", ".join(wrong[:3])
+        shapes = [
+            f"{name} is {tuple(found[name].shape)} in place of {tuple(wanted[name].shape)}" if name in found else name
+            for name in wrong
+        ]
         raise ValueError(
             f"The weights file {path} does not fit {type(model).__name__}: {len(wrong)} of {len(names)} tensors are missing "
-            f"or of another shape ({shown}, ...). Give weights of the same model."
+            f"or of another shape: {_first(shapes)}. Give weights of the same model."
         )
-    chosen = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
     model.load_state_dict(chosen, strict=False)
-    unexpected = sorted(set(found) - set(wanted))
+    missing, unexpected = [name for name in wanted if name not in chosen], sorted(set(found) - set(wanted))
+    fresh = any(name.startswith(f"{head}.") for name in missing)
     return (
-        f"weights: {path}, {len(chosen)} of {len(wanted)} tensors matched"
-        + (", a new head" if fresh else "")
-        + (f", {len(unexpected)} unexpected and not used ({', '.join(unexpected[:3])})" if unexpected else "")
+        f"weights: {path}, {len(chosen)} tensors matched, {len(missing)} missing{_listed(missing)}, "
+        f"{len(unexpected)} unexpected{_listed(unexpected)}" + ("; a new head" if fresh else "")
     )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _listed(names: list[str]) -> str:
+    return f" ({_first(names)})" if names else ""
 
 
 def _near(name: str, known: list[str]) -> str:

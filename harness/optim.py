@@ -4,6 +4,7 @@ In: the `Optim` settings. Out: an optimizer, and functions of a step. What stays
 are functions of the step number, so resuming needs no scheduler state.
 """
 
+import copy
 from dataclasses import dataclass
 from math import cos, pi
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from harness.config import Optim
 
@@ -117,29 +118,28 @@ def effective_prior(optim: Optim, counts: dict[str, int]) -> np.ndarray:
 
 
 class Average:
-    """Exponential moving average of weights (torch.optim.swa_utils); buffers are copied.
+    """Exponential moving average of weights, by torch.optim.swa_utils.
 
-    The decay of step t is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten.
+    The decay of step t is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten. Not
+    `AveragedModel`: that one asks the device for a counter in each step, and waits for the answer.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         """Copy a model that is not wrapped yet; its weights are taken over at the first update."""
-        self._decay, self._now = decay, 0.0
-        self._averaged = AveragedModel(model, multi_avg_fn=self._mix)
+        self.model, self._decay, self._fresh = copy.deepcopy(model), decay, True
 
-    @property
-    def model(self) -> nn.Module:
-        """The model with the averaged weights."""
-        return self._averaged.module
-
+    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after a step, counted from 1."""
-        self._now = min(self._decay, (1 + step) / (10 + step))
-        self._averaged.update_parameters(model)
+        decay = 0.0 if self._fresh else min(self._decay, (1 + step) / (10 + step))
+        self._fresh = False
+        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), None)
+
+    def take_buffers(self, model: nn.Module) -> None:
+        """Copy the model's buffers (statistics of batch normalisation), before the average is judged or saved."""
+        for averaged, current in zip(self.model.buffers(), model.buffers(), strict=True):
+            averaged.copy_(current)
 
     def go_on(self) -> None:
         """The weights have been restored: the next update mixes into them."""
-        self._averaged.n_averaged.fill_(1)
-
-    def _mix(self, averaged: list[torch.Tensor], current: list[torch.Tensor], _) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - self._now)
+        self._fresh = False

@@ -41,7 +41,14 @@ def test_the_head_of_each_family_is_replaced(name, head):
     [
         *(("resnet18", 32), ("resnext50_32x4d", 32), ("wide_resnet50_2", 32), ("densenet121", 32), ("vgg11_bn", 32)),
         *(("mobilenet_v3_small", 32), ("efficientnet_v2_s", 32), ("convnext_tiny", 32), ("regnet_y_400mf", 32)),
-        *(("shufflenet_v2_x0_5", 32), ("mnasnet0_5", 32), ("swin_t", 32), ("vit_b_32", 224), ("maxvit_t", 224)),
+        *(
+            ("shufflenet_v2_x0_5", 32),
+            ("squeezenet1_1", 32),
+            ("mnasnet0_5", 32),
+            ("swin_t", 32),
+            ("vit_b_32", 224),
+            ("maxvit_t", 224),
+        ),
     ],
 )
 def test_each_family_of_torchvision_trains_a_step_and_evaluates(name, size):
@@ -65,12 +72,15 @@ def one_step(model, size):
         torch.testing.assert_close(model(pictures[:1]), together[:1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow  # .ci/run installs timm for these
 def test_a_model_of_timm_is_built_trained_and_takes_timms_weights(tmp_path):
     timm = pytest.importorskip("timm", reason='needs pip install -e ".[timm]"')
     model = build_model("timm/resnet18d", 7)
     one_step(model, 32)
     torch.save(timm.create_model("resnet18d", pretrained=False).state_dict(), tmp_path / "weights.pth")
-    assert "tensors matched, a new head" in load_weights(model, "timm/resnet18d", str(tmp_path / "weights.pth"))
+    assert "tensors matched, 2 missing (fc.weight, fc.bias), 0 unexpected; a new head" in load_weights(
+        model, "timm/resnet18d", str(tmp_path / "weights.pth")
+    )
     with pytest.raises(ValueError, match="timm has no model 'resnet18z'"):
         build_model("timm/resnet18z", 7)
     with pytest.raises(ValueError, match=r"are torchvision's, and 'model\.name' is timm/resnet18d"):
@@ -118,6 +128,14 @@ def test_weights_of_another_model_are_refused_with_names(tmp_path):
     torch.save(build_model("resnet18", 7).state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"does not fit ShuffleNetV2.*conv1\.0\.weight"):
         load_weights(build_model(SMALL, 7), SMALL, str(tmp_path / "other.pth"))
+
+
+def test_weights_of_another_shape_are_refused_with_both_shapes(tmp_path):
+    found = build_model(SMALL, 7).state_dict()
+    found["conv1.0.weight"] = torch.zeros(24, 1, 3, 3)
+    torch.save(found, tmp_path / "grey.pth")
+    with pytest.raises(ValueError, match=r"1 of .* conv1\.0\.weight is \(24, 1, 3, 3\) in place of \(24, 3, 3, 3\)"):
+        load_weights(build_model(SMALL, 7), SMALL, str(tmp_path / "grey.pth"))
 
 
 def test_a_file_that_runs_code_when_unpickled_is_not_run(tmp_path):

@@ -91,7 +91,7 @@ def test_a_pair_with_a_picture_that_could_not_be_decoded_counts_for_nothing():
     assert (truth.main() >= 0).tolist() == [False, False, True, True]
 
 
-def test_the_average_of_weights_equals_the_formula_and_copies_buffers():
+def test_the_average_of_weights_equals_the_formula_and_takes_buffers():
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.BatchNorm1d(2))
     average, expected = Average(model, 0.5), None
     for step in range(1, 12):
@@ -103,7 +103,9 @@ def test_the_average_of_weights_equals_the_formula_and_copies_buffers():
         weight = model[0].weight.detach().clone()
         expected = weight if expected is None else decay * expected + (1 - decay) * weight
         assert torch.allclose(average.model[0].weight, expected, atol=1e-6)
-        assert torch.equal(average.model[1].running_mean, model[1].running_mean)
+    assert not torch.equal(average.model[1].running_mean, model[1].running_mean)
+    average.take_buffers(model)
+    assert torch.equal(average.model[1].running_mean, model[1].running_mean)
 
 
 def test_an_average_goes_on_from_restored_weights():
