@@ -167,9 +167,10 @@ def evaluate(
             **judge(found, reference, table, trained.prior, origin.classes, config.eval),
         }
         out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.json").unlink(missing_ok=True)  # written last: where it is, all of these results are
         write_atomically(out / "predictions.csv", rows.to_csv(index=False).encode())
-        write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
         save_pictures(out, rows, store)
+        write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
         return metrics
 
     return world.on_main(write)
