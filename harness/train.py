@@ -88,7 +88,7 @@ def train(config: Config, world: World) -> str:
                 world.print(f"continuing {folder} at epoch {progress.epoch + 1}, step {progress.step}")
             world.print(
                 f"{sum(plan.shard_sizes)} training images, {plan.n_batches} batches of {plan.global_batch} an epoch "
-                f"({plan.n_left_out} left for other epochs); {sum(validation.shard_sizes)} validation images; "
+                f"({plan.note}); {sum(validation.shard_sizes)} validation images; "
                 f"dataset {dataset.fingerprint[:12]}"
             )
             for warning in dataset.description.warnings:

@@ -61,6 +61,11 @@ class Plan:
         """Samples that one epoch does not reach (others in each epoch)."""
         return sum(self.shard_sizes) - self.n_batches * self.global_batch
 
+    @property
+    def note(self) -> str:
+        """What one epoch does not show, for people."""
+        return f"{self.n_left_out} left for other epochs"
+
     def locate(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find samples by position in the epoch's stream of batches (batch k holds positions kB to (k+1)B - 1).
 
@@ -157,6 +162,11 @@ class BalancedPlan(Plan):
     """
 
     labels: Callable[[int], np.ndarray] = None
+
+    @property
+    def note(self) -> str:
+        """What one epoch shows, for people."""
+        return "each class equally often"
 
     def arrange(self, epoch: int, low: int, high: int, draw: np.random.Generator) -> np.ndarray:
         """As in `Plan`, but with repetitions."""
