@@ -80,14 +80,25 @@ def bootstrap(
     ]
 
 
-def gains(before: np.ndarray, after: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], groups) -> dict:
-    """What `after` has more than `before`, with paired intervals: {figure: {gain, interval}} for the overall figures."""
+def gains(
+    before: np.ndarray,
+    after: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    groups: np.ndarray,
+    figures: tuple[str, ...] = OVERALL,
+) -> dict:
+    """What `after` has more than `before`, with paired intervals: {figure: {gain, interval}}.
+
+    Args:
+        figures: names as `bootstrap` returns them.
+    """
     once = np.ones((1, len(labels)), np.float32)
     low, high = (_figures(found, labels, classes, once) for found in (before, after))
     old, new = bootstrap([before, after], labels, classes, groups)
     return {
         name: {"gain": _plain(high[name][0] - low[name][0]), "interval": interval(new[name] - old[name])}
-        for name in OVERALL
+        for name in figures
     }
 
 

@@ -83,10 +83,13 @@ def difference(first: Path, second: Path, results: dict[str, dict]) -> str:
     classes = tuple(results[str(first)]["tta"]["per_class"])
     labels = one["label"].map({name: number for number, name in enumerate(classes)}).to_numpy()
     columns = [f"p_{name}" for name in classes]
-    found = gains(one[columns].to_numpy(), other[columns].to_numpy(), labels, classes, one["group"].to_numpy())
+    figures = (*OVERALL, *(f"recall of {name}" for name in classes))
+    found = gains(one[columns].to_numpy(), other[columns].to_numpy(), labels, classes, one["group"].to_numpy(), figures)
     lines = [f"{second} minus {first} (95 % intervals of the paired difference):"]
     for name, gain in found.items():
         sure = gain["interval"] and (gain["interval"][0] > 0 or gain["interval"][1] < 0)
+        if gain["gain"] is None:
+            continue  # a class that the split lacks
         text = shown(gain["gain"], gain["interval"], "+.3f")
         lines.append(f"{name.replace('_', ' '):<20}{text}" + ("" if sure else "  may be none"))
     return "\n".join(lines)
