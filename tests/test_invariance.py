@@ -84,7 +84,7 @@ RECIPE = [
 ]
 
 
-def test_a_recipe_of_many_parts_stopped_on_4_processes_goes_on_with_3_as_on_one(finished_run, tmp_path):
+def test_a_recipe_of_many_parts_stopped_in_an_epoch_on_4_processes_ends_on_3_as_on_one(finished_run, tmp_path):
     config, whole, run = finished_run.parent / "tiny.yaml", tmp_path / "whole", tmp_path / "run"
     done = run_on(1, config, whole, *RECIPE)
     assert done.returncode == 0, done.stderr

@@ -50,4 +50,4 @@ def test_every_setting_that_the_readme_names_exists():
     from harness.config import Config, flat
 
     named = set(re.findall(r"\b(?:data|augment|model|optim|run|eval)\.[a-z_]+\b", (ROOT / "README.md").read_text()))
-    assert {name for name in named if not name.endswith(".py")} <= set(flat(Config()))
+    assert {name for name in named if not name.endswith((".py", ".safetensors"))} <= set(flat(Config()))
