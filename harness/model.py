@@ -61,8 +61,11 @@ def outline(name: str, n_classes: int) -> nn.Module:
         return build_model(name, n_classes)
 
 
-def check_model(name: str, n_classes: int, size: int) -> None:
+def check_model(name: str, n_classes: int, size: int, setting: str = "data.image_size") -> None:
     """Refuse a model that cannot take (B, 3, size, size) pictures; costs no memory.
+
+    Args:
+        setting: where the size comes from.
 
     Raises:
         ValueError: naming both.
@@ -73,8 +76,7 @@ def check_model(name: str, n_classes: int, size: int) -> None:
             model(torch.zeros(2, 3, size, size))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ValueError(
-                f"The model {name} cannot take pictures of {size} pixels ('data.image_size'): {error}. "
-                "Most take 224 and up."
+                f"The model {name} cannot take pictures of {size} pixels ('{setting}'): {error}. Most take 224 and up."
             ) from error
 
 

@@ -195,8 +195,9 @@ def _check(config: Config, n_ranks: int, device: str) -> None:
     check_classes(flat(config), dataset.description.counts["train"])
     if not config.data.allow_leak:
         refuse_leak(dataset)
-    for size in {config.data.image_size, config.eval.image_size or config.data.image_size}:
-        check_model(config.model.name, len(dataset.classes), size)
+    check_model(config.model.name, len(dataset.classes), config.data.image_size)
+    if config.eval.image_size:
+        check_model(config.model.name, len(dataset.classes), config.eval.image_size, "eval.image_size")
     refuse(look_at_disk(config, len(dataset.classes)))
 
 

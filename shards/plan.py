@@ -177,14 +177,15 @@ class BalancedPlan(Plan):
             for n in np.flatnonzero((starts < high) & (ends > low))
         ]
         labels = np.concatenate(parts)
-        present = draw.permutation(np.unique(labels))  # the first of them get one more, where the classes do not divide
-        length = high - low
-        quotas = [length // len(present) + (place < length % len(present)) for place in range(len(present))]
-        picked = [
-            np.concatenate([draw.permutation(members) for _ in range(-(-quota // len(members)))])[:quota]
-            for quota, members in zip(quotas, (np.flatnonzero(labels == label) for label in present), strict=True)
-        ]
-        return draw.permutation(np.concatenate(picked))
+        present, length = np.unique(labels), high - low
+        # Rounds of all classes, each in another order: neighbours are seldom alike, and any stretch is balanced.
+        rounds = np.tile(present, (-(-length // len(present)), 1))
+        classes, places = draw.permuted(rounds, axis=1).ravel()[:length], np.empty(length, dtype=np.int64)
+        for label in present:
+            members, here = np.flatnonzero(labels == label), np.flatnonzero(classes == label)
+            passes = [draw.permutation(members) for _ in range(-(-len(here) // len(members)))]
+            places[here] = np.concatenate([*passes, members[:0]])[: len(here)]
+        return places
 
 
 def _block_order(plan: Plan, epoch: int, lane: int, block: int, low: int, high: int) -> np.ndarray:

@@ -163,6 +163,8 @@ def test_a_balanced_epoch_draws_classes_equally_often_and_their_samples_too(draw
     _, often = np.unique(labels, return_counts=True)
     assert len(order) == whole
     assert often.max() - often.min() <= 1
+    start = [np.bincount(labels[: n + 1], minlength=5)[np.unique(labels)] for n in range(len(labels))]
+    assert all(counts.max() - counts.min() <= 1 for counts in start)  # and in any stretch from the start
     for label in np.unique(labels):
         members = np.flatnonzero(np.concatenate([tables[shard] for shard in stream_order(plan, epoch)]) == label)
         times = np.bincount(order[np.isin(order, members)], minlength=whole)[members]
