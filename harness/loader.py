@@ -7,13 +7,13 @@ decoded is named and fails the batch (or, where asked, counts for nothing); leav
 
 import time
 import weakref
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Thread
 
 import numpy as np
 import torch
@@ -142,17 +142,19 @@ class _Pool:
     """Threads that work on tasks in the order given.
 
     Made of `SimpleQueue`s alone: they are written in C, so an interrupt (Ctrl-C) cannot come between taking a lock and
-    noting that it is held. Inside the conditions of `concurrent.futures` it can, and closing then waits for ever.
+    noting that it is held. Inside the conditions of `concurrent.futures` it can, and closing then waits for ever. For the
+    same reason the threads are bare ones: a `Thread` runs Python when it is forgotten, and an interrupt there is swallowed.
     """
 
     def __init__(self, threads: int, device: torch.device):
         """Start this many threads."""
-        self._tasks, self._ended = SimpleQueue(), SimpleQueue()
-        self._threads = [
-            Thread(target=self._work, args=(device,), name=f"decode-{number}", daemon=True) for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._tasks, self._ended, self._threads = SimpleQueue(), SimpleQueue(), threads
+        try:
+            for _ in range(threads):
+                start_new_thread(self._work, (device,))
+        except BaseException:
+            self._dismiss()
+            raise
 
     def submit(self, task: Callable) -> SimpleQueue:
         """A queue that will hold one item: what the task returns and None, or None and the error that it raised."""
@@ -165,10 +167,13 @@ class _Pool:
         with suppress(Empty):
             while True:
                 self._tasks.get_nowait()
-        for _ in self._threads:
-            self._tasks.put(None)
-        for _ in self._threads:
+        self._dismiss()
+        for _ in range(self._threads):
             self._ended.get()
+
+    def _dismiss(self) -> None:
+        for _ in range(self._threads):
+            self._tasks.put(None)
 
     def _work(self, device: torch.device) -> None:
         use_device(device)

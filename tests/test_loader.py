@@ -1,10 +1,11 @@
 """The loader gives what was asked for, in order, bounded, and leaves nothing behind."""
 
+import _thread
 import resource
 import shutil
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +72,20 @@ def test_evaluation_covers_the_split_in_order_once(dataset):
     assert max(map(len, keys)) == 4
 
 
-def decoders() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
+def assert_threads_end(before: int) -> None:
+    """A thread that has said that it is done still takes a moment to be gone."""
+    deadline = time.monotonic() + 5
+    while _thread._count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_leaving_early_leaves_no_thread_behind(dataset):
-    store = Store(dataset, "train")
+    store, before = Store(dataset, "train"), _thread._count()
     for _ in training_batches(store, plan_of(store, 4), 0, 0, 0, 1, READING):
-        assert decoders()
+        assert _thread._count() == before + READING.threads
         break
-    assert decoders() == []
+    assert_threads_end(before)
 
 
 def spoiled(packed, tmp_path, spoil):
@@ -108,11 +113,12 @@ def not_even_a_picture(data, offset, size):
 @pytest.mark.parametrize("spoil", [zero_the_middle, not_even_a_picture])
 def test_a_damaged_sample_fails_its_batch_with_key_shard_and_offset(packed, tmp_path, spoil):
     dataset, key, shard, offset = spoiled(packed, tmp_path, spoil)
+    before = _thread._count()
     with pytest.raises(ValueError, match="damaged after packing") as caught:
         batches(dataset)
     for word in (key, shard, f"byte {offset}", "shards verify"):
         assert word in str(caught.value)
-    assert decoders() == []
+    assert_threads_end(before)
 
 
 def test_a_missing_shard_is_named(packed, tmp_path):
