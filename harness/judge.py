@@ -60,7 +60,7 @@ def judge(
     parts = {
         "plain": score(found.plain, found.labels, classes, groups),
         "tta": score(found.mean, found.labels, classes, groups),
-        "gain": gains(found.plain, found.mean, found.labels, classes, groups),
+        "gain": gains([found.plain], [found.mean], found.labels, classes, groups),
     }
     if found.spins is not None:  # as the 2021 notebook counted: each view is a prediction of its own
         views = found.spins.shape[1]

@@ -81,8 +81,8 @@ def bootstrap(
 
 
 def gains(
-    before: np.ndarray,
-    after: np.ndarray,
+    before: list[np.ndarray],
+    after: list[np.ndarray],
     labels: np.ndarray,
     classes: tuple[str, ...],
     groups: np.ndarray,
@@ -91,15 +91,19 @@ def gains(
     """What `after` has more than `before`, with paired intervals: {figure: {gain, interval}}.
 
     Args:
+        before: one or several (N, C); of several (seeds of one recipe), the mean of their figures counts. The interval is
+            over the images that might have been drawn; the spread over seeds is not in it. after: likewise.
         figures: names as `bootstrap` returns them.
     """
     once = np.ones((1, len(labels)), np.float32)
-    low, high = (_figures(found, labels, classes, once) for found in (before, after))
-    old, new = bootstrap([before, after], labels, classes, groups)
-    return {
-        name: {"gain": _plain(high[name][0] - low[name][0]), "interval": interval(new[name] - old[name])}
-        for name in figures
-    }
+    plain = [_figures(found, labels, classes, once) for found in (*before, *after)]
+    drawn = bootstrap([*before, *after], labels, classes, groups)
+
+    def gain(found: list[dict], name: str) -> np.ndarray:
+        low, high = ([one[name] for one in part] for part in (found[: len(before)], found[len(before) :]))
+        return np.mean(high, axis=0) - np.mean(low, axis=0)
+
+    return {name: {"gain": _plain(gain(plain, name)[0]), "interval": interval(gain(drawn, name))} for name in figures}
 
 
 def interval(values: np.ndarray) -> list[float] | None:

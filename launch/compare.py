@@ -1,7 +1,8 @@
 """Runs side by side: `python launch/compare.py runs/seed0 runs/seed1 runs/seed2`.
 
 Each folder is a run, or a result of `launch/evaluate.py`. Prints the figures of each, their mean and spread, and for two
-of the same images the paired difference with its interval.
+of the same images the paired difference with its interval. `--against` compares two settings of several seeds each:
+`python launch/compare.py runs/old-0 runs/old-1 --against runs/new-0 runs/new-1`.
 """
 
 import argparse
@@ -19,10 +20,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run; the exit code is 0, or 1 after an error."""
     options = _parser().parse_args(arguments)
     try:
-        results = {str(folder): read(folder) for folder in options.folders}
-        print(compare(results, options.figures.split(",")))
-        if len(results) == 2:
-            print("\n" + difference(*options.folders, results))
+        figures = options.figures.split(",")
+        folders = [*options.folders, *options.against]
+        results = {str(folder): read(folder) for folder in folders}
+        print(compare({str(folder): results[str(folder)] for folder in options.folders}, figures))
+        if options.against:
+            print("\nagainst\n" + compare({str(folder): results[str(folder)] for folder in options.against}, figures))
+            print("\n" + difference(options.folders, options.against))
+        elif len(folders) == 2:
+            print("\n" + difference(folders[:1], folders[1:]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -74,25 +80,33 @@ def compare(results: dict[str, dict], figures: list[str]) -> str:
     return "\n".join(lines)
 
 
-def difference(first: Path, second: Path, results: dict[str, dict]) -> str:
-    """What the second of two results has more than the first, on the same images, by paired resampling of lesions."""
-    one, other = (pd.read_csv(folder / "predictions.csv", dtype={"group": str}) for folder in (first, second))
+def difference(first: list[Path], second: list[Path]) -> str:
+    """What the second results have more than the first in the mean, on the same images, by paired resampling of lesions."""
+    rows = [pd.read_csv(folder / "predictions.csv", dtype={"group": str}) for folder in (*first, *second)]
     same = ["image_id", "group", "label"]
-    if not one[same].equals(other[same]):
+    columns = [name for name in rows[0] if name.startswith("p_")]
+    if not all(rows[0][same].equals(other[same]) and columns == [c for c in other if c in columns] for other in rows):
         return "no paired difference: they were evaluated on different images"
-    classes = tuple(results[str(first)]["tta"]["per_class"])
-    labels = one["label"].map({name: number for number, name in enumerate(classes)}).to_numpy()
-    columns = [f"p_{name}" for name in classes]
+    classes = tuple(name.removeprefix("p_") for name in columns)
+    labels = rows[0]["label"].map({name: number for number, name in enumerate(classes)}).to_numpy()
     figures = (*OVERALL, *(f"recall of {name}" for name in classes))
-    found = gains(one[columns].to_numpy(), other[columns].to_numpy(), labels, classes, one["group"].to_numpy(), figures)
-    lines = [f"{second} minus {first} (95 % intervals of the paired difference):"]
-    for name, gain in found.items():
+    found = [row[columns].to_numpy() for row in rows]
+    groups = rows[0]["group"].to_numpy()
+    gained = gains(found[: len(first)], found[len(first) :], labels, classes, groups, figures)
+    lines = [f"{_named(second)} minus {_named(first)} (95 % intervals of the paired difference):"]
+    for name, gain in gained.items():
         sure = gain["interval"] and (gain["interval"][0] > 0 or gain["interval"][1] < 0)
         if gain["gain"] is None:
             continue  # a class that the split lacks
         text = shown(gain["gain"], gain["interval"], "+.3f")
         lines.append(f"{name.replace('_', ' '):<20}{text}" + ("" if sure else "  may be none"))
+    if len(rows) > 2:
+        lines.append("the intervals are over the images; the spread over runs stands above")
     return "\n".join(lines)
+
+
+def _named(folders: list[Path]) -> str:
+    return str(folders[0]) if len(folders) == 1 else f"the mean of {len(folders)} runs ({folders[0]} ...)"
 
 
 def _number(value: float) -> str:
@@ -102,6 +116,13 @@ def _number(value: float) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/compare.py", description="Compare finished runs.")
     parser.add_argument("folders", nargs="+", type=Path, help="runs, or results of launch/evaluate.py")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="runs of another setting; the difference is theirs minus these",
+    )
     parser.add_argument(
         "--figures", default="accuracy,balanced_accuracy,macro_f1,macro_auc,loss", help=f"of: {', '.join(OVERALL)}"
     )

@@ -42,6 +42,20 @@ def test_a_result_compared_with_itself_differs_in_nothing(finished_run, tmp_path
     assert "recall of mel       +0.000" in shown
 
 
+def test_two_settings_of_several_seeds_are_compared_by_their_means(finished_run, better, tmp_path, capsys):
+    one, other = (["--figures", "loss", str(finished_run)], [str(better)])
+
+    def gain_in_loss(*words):
+        assert main(list(words)) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("loss  "))
+
+    single = gain_in_loss(*one, *other)
+    assert gain_in_loss(*one, "--against", *other) == single
+    assert gain_in_loss(*one, *other, "--against", *other, str(finished_run)).split()[1] == "+0.000"
+    half = float(gain_in_loss(*one, str(finished_run), "--against", str(finished_run), *other).split()[1])
+    assert half == pytest.approx(float(single.split()[1]) / 2, abs=0.0011)
+
+
 def test_results_on_different_images_are_not_paired(finished_run, better, capsys):
     rows = pd.read_csv(better / "predictions.csv")
     rows.iloc[1:].to_csv(better / "predictions.csv", index=False)

@@ -139,7 +139,7 @@ def test_paired_gains_are_surer_than_two_intervals():
     labels = generator.integers(0, 3, 400)
     after = 0.95 * before + 0.05 * np.eye(3)[labels]
     names, groups = ("a", "b", "c"), np.arange(400)
-    gain = gains(before, after, labels, names, groups)["loss"]
+    gain = gains([before], [after], labels, names, groups)["loss"]
     assert gain["interval"][1] < 0  # surely better
     one, other = (score(p, labels, names, groups)["intervals"]["loss"] for p in (before, after))
     assert gain["interval"][1] - gain["interval"][0] < one[1] - one[0]
