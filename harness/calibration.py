@@ -4,8 +4,11 @@ In: probabilities and labels of the validation split. Out: a temperature, thresh
 the split that is judged; what was chosen on validation is applied to it as it is.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from harness.config import Optim
 from harness.metrics import interval, resampled
 
 TINY = np.finfo(np.float32).tiny
@@ -39,17 +42,41 @@ def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarra
     return powers / powers.sum(1, keepdims=True)
 
 
-def with_prior(probabilities: np.ndarray, prior: np.ndarray, strength: float) -> np.ndarray:
-    """Probabilities as they would be if all classes were equally frequent: logit adjustment (Menon et al., 2021).
+@dataclass(frozen=True)
+class Prior:
+    """How frequent a model takes the classes for, and how frequent its second reading does.
+
+    assumed: (C,) shares that its probabilities take for granted. other: (C,) shares of the second reading.
+    to: what the second reading's are called, `equal` or `training`.
+    """
+
+    assumed: np.ndarray
+    other: np.ndarray
+    to: str
+
+
+def prior_of(optim: Optim, counts: dict[str, int]) -> Prior:
+    """What a model takes for granted: the frequencies of its training images, or equal ones if they were made up for.
 
     Args:
-        probabilities: (N, C). prior: (C,) shares of the classes that the probabilities take for granted; a class of
-            share 0 keeps its probability. strength: 0 changes nothing, 1 removes the prior.
+        counts: training images by class; a class without any has the share 0 in both readings.
+    """
+    images = np.array(list(counts.values()), float)
+    training, equal = images / images.sum(), (images > 0) / (images > 0).sum()
+    return Prior(training, equal, "equal") if optim.balance == "none" else Prior(equal, training, "training")
+
+
+def with_prior(probabilities: np.ndarray, prior: Prior, strength: float = 1.0) -> np.ndarray:
+    """Probabilities as they would be at the other frequencies: logit adjustment (Menon et al., 2021), or its way back.
+
+    Args:
+        probabilities: (N, C); a class of share 0 keeps its own. strength: 0 changes nothing, 1 goes all the way.
 
     Returns:
         (N, C) float64.
     """
-    factors = np.where(prior > 0, prior, 1.0) ** -strength
+    known = prior.assumed > 0
+    factors = np.where(known, prior.other / np.where(known, prior.assumed, 1.0), 1.0) ** strength
     moved = probabilities.astype(np.float64) * factors
     return moved / moved.sum(1, keepdims=True)
 

@@ -165,7 +165,7 @@ class Eval:
     sensitivity: float = 0.9
     """share of the positives that a threshold shall find"""
     logit_adjust: float = 1.0
-    """strength of a second reading as if all classes were equally frequent: 1 removes the prior, 0 leaves it out"""
+    """strength of a second reading at equal class frequencies (at those of training after optim.balance): 1 full, 0 none"""
     breakdown: tuple[str, ...] = ("sex", "age", "localization", "dx_type")
     """columns of the source that the results are broken down by; those that a dataset lacks are left out"""
 

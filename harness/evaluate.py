@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from harness.augment import evaluation_views, parse_views, plain_view
+from harness.calibration import Prior
 from harness.checkpoint import Checkpoint, Origin, write_atomically
 from harness.config import Config
 from harness.hardware import decode_threads, use_device
@@ -35,13 +36,13 @@ class Trained:
     """How the weights that are evaluated came about.
 
     weights: where they come from. changed: settings that changed in the middle of their training.
-    prior: (C,) share of each class that the model's probabilities take for granted.
+    prior: class frequencies that the model's probabilities take for granted, and those of the second reading.
     validation: split that the temperature and the thresholds are chosen on; None for neither.
     """
 
     weights: Checkpoint
     changed: list[str]
-    prior: np.ndarray
+    prior: Prior
     validation: Store | None
 
 
@@ -150,9 +151,10 @@ def evaluate(
         table = pd.concat([load_table(store.dataset, shard) for shard in shards]).sort_values("key", ignore_index=True)
         rows = _prediction_rows(found, table, origin.classes)
         metrics = {
-            "format": 2,
+            "format": 3,
             "split": split,
             "views": views,
+            "image_size": config.eval.image_size or config.data.image_size,
             "dataset": store.dataset.fingerprint,
             "protocol": description.protocol,
             "warnings": [

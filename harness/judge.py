@@ -9,12 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from harness.calibration import at_threshold, fit_temperature, threshold_for, with_prior, with_temperature
+from harness.calibration import Prior, at_threshold, fit_temperature, threshold_for, with_prior, with_temperature
 from harness.config import Eval
 from harness.metrics import gains, score, shown, table
 
 CALIBRATION = ("loss", "brier", "calibration_error")
 OF_A_CELL = ("accuracy", "balanced_accuracy", "macro_auc")
+OTHERWISE = ("accuracy", "balanced_accuracy", "macro_auc", "loss")
+FREQUENCIES = {
+    "equal": "if all classes were equally frequent",
+    "training": "if classes were as frequent as in training",
+}
 SMALL = 30  # images below which a breakdown's figure says little
 BANDS = 6  # most bands of a column of numbers
 
@@ -40,7 +45,7 @@ def judge(
     found: Predictions,
     validation: Predictions | None,
     facts: pd.DataFrame,
-    prior: np.ndarray,
+    prior: Prior,
     classes: tuple[str, ...],
     settings: Eval,
 ) -> dict:
@@ -49,7 +54,7 @@ def judge(
     Args:
         validation: predictions of the split that temperature and thresholds are chosen on; None for neither.
         facts: (N) rows in the order of the predictions: `group` and what else the source told of an image, as text.
-        prior: (C,) share of each class that the model's probabilities take for granted.
+        prior: class frequencies that the model's probabilities take for granted, and those of the second reading.
         classes: C names.
 
     Returns:
@@ -68,8 +73,9 @@ def judge(
         parts["pooled"] = score(found.spins.reshape(-1, len(classes)), next(pooled), classes, next(pooled))
     if settings.logit_adjust:
         moved = with_prior(found.mean, prior, settings.logit_adjust)
-        strength = {"strength": settings.logit_adjust, "prior": [float(share) for share in prior]}
-        parts["adjusted"] = strength | score(moved, found.labels, classes, groups)
+        way = {"to": prior.to, "strength": settings.logit_adjust}
+        shares = {"assumed": prior.assumed.tolist(), "other": prior.other.tolist()}
+        parts["adjusted"] = way | shares | score(moved, found.labels, classes, groups)
     if validation is not None:
         parts["calibration"] = _calibrated(found, validation, classes, groups)
         parts["operating_points"] = _operating_points(found, validation, classes, groups, settings)
@@ -94,11 +100,9 @@ def summary(metrics: dict) -> str:
             f"{shown(pooled['balanced_accuracy'])}, macro f1 {shown(pooled['macro_f1'])}"
         )
     if adjusted := metrics.get("adjusted"):
-        edges = adjusted["intervals"]["balanced_accuracy"]
-        lines.append(
-            f"if all classes were equally frequent (logit adjustment): balanced accuracy "
-            f"{shown(adjusted['balanced_accuracy'], edges)}, accuracy {shown(adjusted['accuracy'])}"
-        )
+        intervals = adjusted["intervals"]
+        figures = [f"{name.replace('_', ' ')} {shown(adjusted[name], intervals[name])}" for name in OTHERWISE]
+        lines.append(f"{FREQUENCIES[adjusted['to']]} (logit adjustment): {', '.join(figures)}")
     if calibration := metrics.get("calibration"):
         before, after = scores["calibration_error"], calibration["calibration_error"]
         lines.append(

@@ -8,7 +8,6 @@ import copy
 from dataclasses import dataclass
 from math import cos, pi
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -105,16 +104,6 @@ class Loss:
     def _one(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         found = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1, label_smoothing=self._smoothing)
         return found if self._weights is None else found * self._weights[labels.clamp(min=0)]
-
-
-def effective_prior(optim: Optim, counts: dict[str, int]) -> np.ndarray:
-    """Share of each class that a trained model's probabilities take for granted, (C,).
-
-    As frequent as in training; equal for all classes that were trained on, where training was balanced.
-    """
-    images = np.array(list(counts.values()), float)
-    found = images if optim.balance == "none" else (images > 0).astype(float)
-    return found / found.sum()
 
 
 class Average:

@@ -37,6 +37,10 @@ figcaption{font-size:.8rem;overflow-wrap:anywhere}.small{opacity:.55}.wide+.wide
 @media(max-width:40rem){dl{grid-template-columns:1fr}dt{font-weight:600;margin-top:.3rem}}
 @media print{body{max-width:none}h2{break-after:avoid}img,table{break-inside:avoid}}
 """
+READINGS = {
+    "equal": "Equal frequencies: probabilities divided by how frequent each class was in training.",
+    "training": "Training frequencies: the training made up for them; here the probabilities are multiplied by them again.",
+}
 LIMITS = (
     "For research on image classification. Not a medical device: do not use it for a diagnosis. The figures hold for images "
     "of the same kind, from the same clinics and cameras; another population may do worse. Intervals tell what chance did to "
@@ -129,7 +133,7 @@ def _gain(metrics: dict) -> str:
     if "pooled" in metrics:
         readings["each view by itself"] = metrics["pooled"]
     if "adjusted" in metrics:
-        readings["equal frequencies"] = metrics["adjusted"]
+        readings[f"{metrics['adjusted']['to']} frequencies"] = metrics["adjusted"]
     if len(readings) == 1:
         return ""
     gains = "<th>gain of the views (paired)</th>" if metrics["views"] != "none" else ""
@@ -144,7 +148,7 @@ def _gain(metrics: dict) -> str:
     if "pooled" in metrics:
         notes.append("Each view by itself: as many predictions as there are views, none averaged.")
     if "adjusted" in metrics:
-        notes.append("Equal frequencies: probabilities divided by how frequent each class was in training.")
+        notes.append(READINGS[metrics["adjusted"]["to"]])
     return (
         f"<h2>Other readings of the same predictions</h2><div class=wide><table>{head}{''.join(lines)}</table></div>"
         f"<p class=note>{' '.join(notes)}</p>"

@@ -11,6 +11,7 @@ import torch
 
 from harness import checkpoint
 from harness.augment import parse_views
+from harness.calibration import prior_of
 from harness.checks import look_at_device, look_at_disk, look_at_recipe, look_at_sameness, refuse, versions
 from harness.config import Config, flat
 from harness.copies import Copies
@@ -23,7 +24,7 @@ from harness.lock import RunLock
 from harness.log import RESULT, Log, verdict
 from harness.metrics import HIGHER_IS_BETTER
 from harness.model import build_model, check_model, load_weights
-from harness.optim import Average, Loss, build_optimizer, effective_prior
+from harness.optim import Average, Loss, build_optimizer
 from harness.progress import Progress, advance, should_stop
 from harness.run_folder import changes, failure_noted, find_start, finished_metrics, note_start, open_run, write_state
 from harness.signals import StopRequest
@@ -114,7 +115,7 @@ def train(config: Config, world: World) -> str:
                 )
                 best = checkpoint.best(folder, progress)
                 checkpoint.load_model(best, model)
-                trained = Trained(best, changes(folder), effective_prior(config.optim, counts), validation)
+                trained = Trained(best, changes(folder), prior_of(config.optim, counts), validation)
                 metrics = evaluate(model, final, config.eval.split, config, world, folder, trained, stop.asked)
                 if metrics is None:
                     return _stopped(session, progress)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from harness.calibration import Prior, with_prior
 from harness.metrics import OVERALL, gains, shown
 
 
@@ -23,12 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
         figures = options.figures.split(",")
         folders = [*options.folders, *options.against]
         results = {str(folder): read(folder) for folder in folders}
-        print(compare({str(folder): results[str(folder)] for folder in options.folders}, figures))
+        print(compare({str(folder): results[str(folder)] for folder in options.folders}, figures, options.frequencies))
         if options.against:
-            print("\nagainst\n" + compare({str(folder): results[str(folder)] for folder in options.against}, figures))
-            print("\n" + difference(options.folders, options.against))
+            others = {str(folder): results[str(folder)] for folder in options.against}
+            print("\nagainst\n" + compare(others, figures, options.frequencies))
+            print("\n" + difference(options.folders, options.against, results, options.frequencies))
         elif len(folders) == 2:
-            print("\n" + difference(folders[:1], folders[1:]))
+            print("\n" + difference(folders[:1], folders[1:], results, options.frequencies))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -48,14 +50,32 @@ def read(folder: Path) -> dict:
             f"{folder} has no metrics.json. Give a finished run, or a result of launch/evaluate.py."
         )
     metrics = json.loads(path.read_text())
-    if metrics["format"] != 2:
+    if metrics["format"] != 3:
         raise ValueError(
-            f"{path} has format {metrics['format']}, this version reads 2. Run launch/evaluate.py on the run."
+            f"{path} has format {metrics['format']}, this version reads 3. Run launch/evaluate.py on the run."
         )
     return metrics
 
 
-def compare(results: dict[str, dict], figures: list[str]) -> str:
+def read_otherwise(result: dict, frequencies: str) -> Prior | None:
+    """What turns a result's probabilities into those at the class frequencies asked for; None if they are read as they are.
+
+    Raises:
+        ValueError: the result was evaluated without its second reading.
+    """
+    if frequencies == "own":
+        return None
+    adjusted = result.get("adjusted")
+    if adjusted is None or adjusted["strength"] != 1:
+        raise ValueError(
+            "A result has no second reading at full strength. Run launch/evaluate.py RUN --logit-adjust 1."
+        )
+    if adjusted["to"] != frequencies:
+        return None
+    return Prior(np.array(adjusted["assumed"]), np.array(adjusted["other"]), frequencies)
+
+
+def compare(results: dict[str, dict], figures: list[str], frequencies: str = "own") -> str:
     """One row a result, then the mean and the standard deviation over them.
 
     Raises:
@@ -66,21 +86,22 @@ def compare(results: dict[str, dict], figures: list[str]) -> str:
         raise ValueError(f"Unknown figure {', '.join(unknown)}. There are: {', '.join(OVERALL)}.")
     width = max(20, *(len(name) + 2 for name in results))
     lines = [f"{'':<{width}}" + "".join(f"{name.replace('_', ' '):>20}" for name in figures)]
-    values = np.array([[result["tta"][name] for name in figures] for result in results.values()], float)
+    read = [result["adjusted" if read_otherwise(result, frequencies) else "tta"] for result in results.values()]
+    values = np.array([[scores[name] for name in figures] for scores in read], float)
     for name, row in zip(results, values, strict=True):
         lines.append(f"{name:<{width}}" + "".join(f"{_number(value):>20}" for value in row))
     if len(results) > 1:
         middle, spread = values.mean(0), values.std(0, ddof=1)
         cells = [f"{_number(m)} +- {_number(s)}" for m, s in zip(middle, spread, strict=True)]
         lines.append(f"{'mean +- deviation':<{width}}" + "".join(f"{cell:>20}" for cell in cells))
-    for what in ("dataset", "split", "views"):
+    for what in ("dataset", "split", "views", "image_size"):
         found = {str(result[what])[:12] for result in results.values()}
         if len(found) > 1:
-            lines.append(f"note: they differ in the {what} ({', '.join(sorted(found))})")
+            lines.append(f"note: they differ in the {what.replace('_', ' ')} ({', '.join(sorted(found))})")
     return "\n".join(lines)
 
 
-def difference(first: list[Path], second: list[Path]) -> str:
+def difference(first: list[Path], second: list[Path], results: dict[str, dict], frequencies: str = "own") -> str:
     """What the second results have more than the first in the mean, on the same images, by paired resampling of lesions."""
     rows = [pd.read_csv(folder / "predictions.csv", dtype={"group": str}) for folder in (*first, *second)]
     same = ["image_id", "group", "label"]
@@ -91,6 +112,9 @@ def difference(first: list[Path], second: list[Path]) -> str:
     labels = rows[0]["label"].map({name: number for number, name in enumerate(classes)}).to_numpy()
     figures = (*OVERALL, *(f"recall of {name}" for name in classes))
     found = [row[columns].to_numpy() for row in rows]
+    for number, folder in enumerate((*first, *second)):
+        if prior := read_otherwise(results[str(folder)], frequencies):
+            found[number] = with_prior(found[number], prior)
     groups = rows[0]["group"].to_numpy()
     gained = gains(found[: len(first)], found[len(first) :], labels, classes, groups, figures)
     lines = [f"{_named(second)} minus {_named(first)} (95 % intervals of the paired difference):"]
@@ -122,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=[],
         help="runs of another setting; the difference is theirs minus these",
+    )
+    parser.add_argument(
+        "--frequencies",
+        choices=("own", "equal", "training"),
+        default="own",
+        help="read each run's probabilities as it was trained (own), or all of them at one frequency of the classes",
     )
     parser.add_argument(
         "--figures", default="accuracy,balanced_accuracy,macro_f1,macro_auc,loss", help=f"of: {', '.join(OVERALL)}"

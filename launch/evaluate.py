@@ -9,15 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from harness import checkpoint
 from harness.augment import parse_views
-from harness.config import Config, load_config
+from harness.calibration import Prior, prior_of
+from harness.config import Config, flat, load_config
 from harness.evaluate import Trained, evaluate, leak_warnings
 from harness.judge import summary
+from harness.limits import check
 from harness.model import build_model
-from harness.optim import effective_prior
 from harness.report import draw_results
 from harness.run_folder import changes
 from harness.world import World
@@ -35,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         store = Store(dataset, config.eval.split)
         check_classes(best, dataset)
         check_leak(best, dataset, config.eval.split, options.allow_leak)
-        out = options.out or options.run / f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}"
+        out = options.out or options.run / _folder_name(config)
         if out.resolve() == options.run.resolve():
             raise ValueError(f"--out {out} is the run's folder, whose results are those of its training. Name another.")
         world = World(config.run.precision, config.run.channels_last)
@@ -64,10 +63,10 @@ def own_validation(run: Path, best: checkpoint.Checkpoint) -> Store | None:
     return Store(dataset, "val") if dataset.fingerprint == best.origin.dataset else None
 
 
-def own_prior(run: Path) -> np.ndarray:
-    """Share of each class that a run's probabilities take for granted, (C,)."""
+def own_prior(run: Path) -> Prior:
+    """Class frequencies that a run's probabilities take for granted, and those of its second reading."""
     counts = json.loads((run / "dataset.json").read_text())["counts"]["train"]
-    return effective_prior(load_config(run / "config.yaml").optim, counts)
+    return prior_of(load_config(run / "config.yaml").optim, counts)
 
 
 def check_classes(best: checkpoint.Checkpoint, dataset: Dataset) -> None:
@@ -98,9 +97,20 @@ def _settings(options: argparse.Namespace) -> Config:
     if not saved.is_file():
         raise FileNotFoundError(f"{options.run} holds no run (no config.yaml). Give the --run.folder of a training.")
     config = load_config(saved)
-    changed = replace(config.eval, split=options.split or config.eval.split, views=options.views or config.eval.views)
-    run = replace(config.run, precision=options.precision or config.run.precision)
-    return replace(config, eval=changed, run=run, data=replace(config.data, path=str(options.data or config.data.path)))
+    asked = {name: getattr(options, name) for name in ("split", "views", "image_size", "logit_adjust")}
+    config = replace(
+        config,
+        eval=replace(config.eval, **{name: value for name, value in asked.items() if value is not None}),
+        run=replace(config.run, precision=options.precision or config.run.precision),
+        data=replace(config.data, path=str(options.data or config.data.path)),
+    )
+    check(flat(config))
+    return config
+
+
+def _folder_name(config: Config) -> str:
+    size = f"-{config.eval.image_size}px" if config.eval.image_size else ""
+    return f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}{size}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,11 +119,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", help="split to evaluate (default: the run's eval.split)")
     parser.add_argument("--views", help="none, flips, dihedral8 or spins:N (default: the run's eval.views)")
     parser.add_argument("--data", type=Path, help="packed folder (default: the run's data.path)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the model's input (default: the run's eval.image_size)",
+    )
+    parser.add_argument(
+        "--logit-adjust",
+        type=float,
+        metavar="STRENGTH",
+        help="of the second reading (default: the run's eval.logit_adjust)",
+    )
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the run's)")
     parser.add_argument(
         "--allow-leak", action="store_true", help="evaluate on training lesions too; the results say so"
     )
-    parser.add_argument("--out", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-SIZEpx])"
+    )
     return parser
 
 

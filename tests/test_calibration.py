@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss
 
-from harness.calibration import at_threshold, fit_temperature, threshold_for, with_temperature
+from harness.calibration import (
+    Prior,
+    at_threshold,
+    fit_temperature,
+    prior_of,
+    threshold_for,
+    with_prior,
+    with_temperature,
+)
+from harness.config import Optim
 from harness.metrics import score
 
 
@@ -83,3 +92,25 @@ def test_rates_that_are_not_defined_are_none():
     assert found["sensitivity"] == {"value": None, "interval": None}
     assert found["positive_predictive_value"]["value"] is None
     assert found["specificity"]["value"] == 1.0
+
+
+def test_the_frequencies_that_a_model_takes_for_granted_are_those_of_its_training_unless_they_were_made_up_for():
+    counts = {"mel": 10, "nv": 80, "bcc": 10, "df": 0}
+    training, equal = [0.1, 0.8, 0.1, 0], pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    plain = prior_of(Optim(), counts)
+    assert (plain.assumed.tolist(), plain.other.tolist(), plain.to) == (training, equal, "equal")
+    for balance in ("weights", "logit-adjust", "sampler"):
+        balanced = prior_of(Optim(balance=balance), counts)
+        assert (balanced.assumed.tolist(), balanced.other.tolist(), balanced.to) == (equal, training, "training")
+
+
+def test_changing_the_class_frequencies_is_bayes_rule_and_has_a_way_back():
+    training, equal = np.array([0.1, 0.8, 0.1, 0]), np.array([1 / 3, 1 / 3, 1 / 3, 0])
+    draw = np.random.default_rng(0)
+    likelihoods = draw.random((50, 4))
+    posterior = likelihoods * np.array([0.1, 0.8, 0.1, 0.0])
+    posterior /= posterior.sum(1, keepdims=True)
+    flat = with_prior(posterior, Prior(training, equal, "equal"))
+    assert flat[:, :3] == pytest.approx(likelihoods[:, :3] / likelihoods[:, :3].sum(1, keepdims=True))
+    assert with_prior(flat, Prior(equal, training, "training")) == pytest.approx(posterior)
+    assert with_prior(posterior, Prior(training, equal, "equal"), 0.0) == pytest.approx(posterior)

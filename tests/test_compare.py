@@ -1,11 +1,14 @@
 """Runs side by side: their figures, their spread, and the paired difference of two."""
 
 import json
+import re
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from harness.calibration import Prior, with_prior
 from launch.compare import main
 
 
@@ -54,6 +57,38 @@ def test_two_settings_of_several_seeds_are_compared_by_their_means(finished_run,
     assert gain_in_loss(*one, *other, "--against", *other, str(finished_run)).split()[1] == "+0.000"
     half = float(gain_in_loss(*one, str(finished_run), "--against", str(finished_run), *other).split()[1])
     assert half == pytest.approx(float(single.split()[1]) / 2, abs=0.0011)
+
+
+def test_runs_trained_in_different_ways_are_compared_at_one_frequency_of_the_classes(finished_run, tmp_path, capsys):
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    rows = pd.read_csv(finished_run / "predictions.csv")
+    columns = [f"p_{name}" for name in metrics["tta"]["per_class"]]
+    adjusted = metrics["adjusted"]
+    there = Prior(np.array(adjusted["assumed"]), np.array(adjusted["other"]), "equal")
+    back = {"to": "training", "strength": 1.0, "assumed": adjusted["other"], "other": adjusted["assumed"]}
+    balanced = tmp_path / "balanced"  # the same knowledge, told as if all classes were equally frequent
+    balanced.mkdir()
+    rows[columns] = with_prior(rows[columns].to_numpy(), there)
+    rows.to_csv(balanced / "predictions.csv", index=False)
+    told = metrics | {"tta": adjusted, "adjusted": metrics["tta"] | back}
+    (balanced / "metrics.json").write_text(json.dumps(told))
+    losses = {}
+    for frequencies in ("own", "equal", "training"):
+        assert main(["--frequencies", frequencies, "--figures", "loss", str(finished_run), str(balanced)]) == 0
+        shown = capsys.readouterr().out
+        losses[frequencies] = [float(x) for x in re.findall(rf"^(?:{balanced}|loss) +([+-]?\d+\.\d+)", shown, re.M)]
+    plain, moved = metrics["tta"]["loss"], adjusted["loss"]
+    assert losses["own"] == pytest.approx([moved, moved - plain], abs=6e-4)
+    assert losses["equal"] == pytest.approx([moved, 0], abs=6e-4)
+    assert losses["training"] == pytest.approx([plain, 0], abs=6e-4)
+
+
+def test_a_result_without_its_second_reading_is_not_read_at_other_frequencies(better, capsys):
+    metrics = json.loads((better / "metrics.json").read_text())
+    metrics["adjusted"]["strength"] = 0.5
+    (better / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["--frequencies", "equal", str(better)]) == 1
+    assert "--logit-adjust 1" in capsys.readouterr().err
 
 
 def test_results_on_different_images_are_not_paired(finished_run, better, capsys):

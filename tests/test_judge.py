@@ -4,11 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harness.config import Eval
+from harness.calibration import prior_of
+from harness.config import Eval, Optim
 from harness.judge import Predictions, bands, judge, summary
 from harness.metrics import score
 
 CLASSES = ("mel", "nv", "bcc")
+HEAD = {"split": "test", "views": "spins:3", "warnings": ["a leak"]}
 
 
 @pytest.fixture
@@ -31,9 +33,10 @@ def facts() -> pd.DataFrame:
     return pd.DataFrame({"group": [f"L{n % 80}" for n in range(120)], "sex": sexes, "age": ages})
 
 
-def judged(found, facts, settings=None, prior=(0.2, 0.7, 0.1), validation=None) -> dict:
+def judged(found, facts, settings=None, prior=(0.2, 0.7, 0.1), validation=None, balance="none") -> dict:
     settings = settings or Eval(breakdown=("sex", "age", "camera"), positives=("mel", "mel+akiec"))
-    return judge(found, validation, facts, np.array(prior), CLASSES, settings)
+    counts = dict(zip(CLASSES, (round(100 * share) for share in prior), strict=True))
+    return judge(found, validation, facts, prior_of(Optim(balance=balance), counts), CLASSES, settings)
 
 
 def test_pooled_views_count_each_view_as_a_prediction_of_its_own(found, facts):
@@ -53,9 +56,19 @@ def test_logit_adjustment_divides_by_the_prior(found, facts):
     by_hand = score(moved / moved.sum(1, keepdims=True), found.labels, CLASSES)
     assert parts["adjusted"]["balanced_accuracy"] == pytest.approx(by_hand["balanced_accuracy"])
     assert parts["adjusted"]["loss"] == pytest.approx(by_hand["loss"])
-    equal = judged(found, facts, prior=(1 / 3, 1 / 3, 1 / 3))
-    assert equal["adjusted"]["loss"] == pytest.approx(parts["tta"]["loss"])
+    assert parts["adjusted"]["to"] == "equal"
+    assert "if all classes were equally frequent" in summary(HEAD | parts)
     assert "adjusted" not in judged(found, facts, Eval(logit_adjust=0))
+
+
+def test_after_balanced_training_the_second_reading_is_at_the_frequencies_of_training(found, facts):
+    parts = judged(found, facts, prior=(0.25, 0.5, 0.25), balance="sampler")
+    moved = found.mean * np.array([0.25, 0.5, 0.25])
+    by_hand = score(moved / moved.sum(1, keepdims=True), found.labels, CLASSES)
+    assert parts["adjusted"]["accuracy"] == pytest.approx(by_hand["accuracy"])
+    assert parts["adjusted"]["loss"] == pytest.approx(by_hand["loss"])
+    assert parts["adjusted"]["to"] == "training"
+    assert "if classes were as frequent as in training" in summary(HEAD | parts)
 
 
 def test_a_class_that_training_lacked_keeps_its_probability_under_adjustment(found, facts):
@@ -115,8 +128,7 @@ def test_probabilities_that_are_none_are_refused(found, facts):
 
 
 def test_the_words_tell_every_reading(found, facts):
-    told = {"split": "test", "views": "spins:3", "warnings": ["a leak"]} | judged(found, facts, validation=found)
-    words = summary(told)
+    words = summary(HEAD | judged(found, facts, validation=found))
     for part in ("each view as a prediction of its own", "equally frequent", "temperature", "mel at the threshold"):
         assert part in words
     assert words.endswith("warning: a leak")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from harness.config import Optim
-from harness.optim import Average, Loss, Truth, build_optimizer, effective_prior, lr_at, mixed_truth
+from harness.optim import Average, Loss, Truth, build_optimizer, lr_at, mixed_truth
 
 
 def test_golden_values_of_the_cosine_with_warm_up():
@@ -64,12 +64,6 @@ def test_adjusted_logits_at_the_prior_are_as_sure_as_the_class_is_frequent():
     found = loss("logit-adjust")(equal, Truth(torch.tensor([0, 1, -1])))
     assert (-found).exp()[:2].tolist() == pytest.approx([10 / 101, 80 / 101], rel=1e-5)  # the absent class counts as 1
     assert found[2] == 0
-
-
-def test_the_prior_that_a_model_takes_for_granted_is_that_of_its_training():
-    assert effective_prior(Optim(), COUNTS).tolist() == [0.1, 0.8, 0.1, 0]
-    for balance in ("weights", "logit-adjust", "sampler"):
-        assert effective_prior(Optim(balance=balance), COUNTS).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
 
 
 def test_the_loss_of_a_mixed_picture_is_shared_between_its_labels():

@@ -87,6 +87,20 @@ def test_an_outside_set_may_have_some_of_the_classes_and_the_result_says_so(fini
     shutil.rmtree(finished_run / "evaluation-test-spins2")
 
 
+def test_weights_are_evaluated_at_another_size_beside_the_runs_own_results(finished_run):
+    done = launch("evaluate", finished_run, "--image-size", "36", "--logit-adjust", "0", "--views", "none")
+    assert done.returncode == 0, done.stderr
+    out = finished_run / "evaluation-test-none-36px"
+    own, found = (json.loads((folder / "metrics.json").read_text()) for folder in (finished_run, out))
+    assert (own["image_size"], found["image_size"]) == (32, 36)
+    assert "adjusted" not in found
+    assert found["tta"]["loss"] != own["tta"]["loss"]
+    shutil.rmtree(out)
+    refused = launch("evaluate", finished_run, "--image-size", "8")
+    assert refused.returncode == 1
+    assert "'eval.image_size' setting must be 0 or at least 16" in refused.stderr
+
+
 def test_an_outside_set_with_unknown_classes_is_refused_by_their_names(finished_run, source, tmp_path):
     images = read_ham10000(source).images
     images["label"] = images["label"].replace({"df": "wart"})
