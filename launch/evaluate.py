@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         store = Store(dataset, config.eval.split)
         check_classes(best, dataset)
         check_leak(best, dataset, config.eval.split, options.allow_leak)
-        out = options.out or options.run / _folder_name(config)
+        out = options.out or options.run / _folder_name(config, best, dataset)
         if out.resolve() == options.run.resolve():
             raise ValueError(f"--out {out} is the run's folder, whose results are those of its training. Name another.")
         world = World(config.run.precision, config.run.channels_last)
@@ -108,9 +108,14 @@ def _settings(options: argparse.Namespace) -> Config:
     return config
 
 
-def _folder_name(config: Config) -> str:
-    size = f"-{config.eval.image_size}px" if config.eval.image_size else ""
-    return f"evaluation-{config.eval.split}-{config.eval.views.replace(':', '')}{size}"
+def _folder_name(config: Config, best: checkpoint.Checkpoint, dataset: Dataset) -> str:
+    """Another name for each dataset, split, views and size, so that no result replaces another."""
+    words = ["evaluation", config.eval.split, config.eval.views.replace(":", "")]
+    if config.eval.image_size:
+        words.append(f"{config.eval.image_size}px")
+    if dataset.fingerprint != best.origin.dataset:
+        words += [dataset.folder.resolve().name, dataset.fingerprint[:6]]
+    return "-".join(words)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-leak", action="store_true", help="evaluate on training lesions too; the results say so"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-SIZEpx])"
+        "--out", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-SIZEpx][-DATASET])"
     )
     return parser
 

@@ -12,13 +12,17 @@ from shards.image import FITS
 from shards.pack import Packing, pack_several
 from shards.sheet import dataset_rows, draw_sheet
 
-PLAIN = {"lesion": split.lesion, "image": split.image, "seed": split.seed, "seed-leaky": split.seed_leaky}
+PLAIN = {
+    **{"lesion": split.lesion, "image": split.image, "seed": split.seed, "seed-leaky": split.seed_leaky},
+    "test": split.outside,
+}
 PROTOCOLS = """\
 protocols:
   lesion       groups (lesions) of each class, .70/.15/.15; the default. With --folds: cross-validation
   seed         the 2021 notebook's without its leak: one image a lesion, 80/20; validation doubles as test
   isic2018     train and validation from HAM10000, test from the challenge's images in --test-source
   column:NAME  the source says train, val or test in that column
+  test         every image is test: a set of another origin, to evaluate a trained model on
 for studies, marked as leaking:
   image        images of each class, .70/.15/.15, wherever their lesions land
   seed-leaky   the notebook's, with its leak: every validation image is a training image
@@ -86,14 +90,14 @@ def _read_source(options) -> catalogue.Catalogue:
 
 def _choose_split(options, images) -> split.Split:
     name, seed = options.protocol, options.seed
-    own_test = name == "isic2018" or name.startswith("column:")
+    own_test = name in ("isic2018", "test") or name.startswith("column:")
     if options.folds and name != "lesion":
         raise ValueError(f"--folds goes with --protocol lesion. Got --protocol {name}.")
     if own_test and options.holdout:
         raise ValueError(f"--holdout does not go with --protocol {name}, which has a test split of its own.")
     if name == "isic2018":
         return split.isic2018(images, seed)
-    if own_test:
+    if name.startswith("column:"):
         return split.column(images, name.removeprefix("column:"), seed)
     if name not in PLAIN:
         raise ValueError(
@@ -195,7 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--test-source", type=Path, help="folder of the ISIC 2018 test images and their ground truth")
     command.add_argument("--image-column", help="of a CSV or Parquet file: paths of the images, from the file's folder")
     command.add_argument("--label-column", help="of a CSV or Parquet file: class names")
-    command.add_argument("--group-column", help="of a CSV or Parquet file: lesion or patient, never cut by a split")
+    command.add_argument(
+        "--group-column", help="of a CSV or Parquet file: lesion, whose images have one label; never cut by a split"
+    )
     command.add_argument("--seed", type=int, default=0, help="another seed gives another split (default 0)")
     command.add_argument(
         "--size", type=_size, default=(341, 256), help="stored WIDTHxHEIGHT in pixels (default 341x256)"

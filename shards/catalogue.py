@@ -194,7 +194,7 @@ def checked(catalogue: Catalogue) -> Catalogue:
     if len(torn):
         raise ValueError(
             f"Group {torn.index[0]} of {name} has the labels {', '.join(sorted(torn.iloc[0]))}; {len(torn)} such group(s). "
-            "A group (lesion) has one label: correct the metadata."
+            "A group (lesion) has one label: correct the metadata, or give a --group-column of lesions instead of patients."
         )
     for path in images["path"]:
         if not Path(path).is_file():

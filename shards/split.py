@@ -159,6 +159,11 @@ def column(images: pd.DataFrame, name: str, seed: int = 0) -> Split:
     return Split({"name": f"column:{name}", "seed": seed}, rows, {}, alias, (DOUBLES,) if alias else ())
 
 
+def outside(images: pd.DataFrame, seed: int = 0) -> Split:
+    """Every image is test: a set of another origin, to evaluate models on that were trained elsewhere."""
+    return Split({"name": "test", "seed": seed}, {"test": _stored(images, images["label"].notna(), seed)})
+
+
 def hold_out(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.DataFrame], Split]) -> Split:
     """Cut a common test set of groups first, then apply a protocol (that leaves no test split) to the others.
 
@@ -195,7 +200,7 @@ def check_split(images: pd.DataFrame, split: Split) -> None:
     placed = np.concatenate([*split.rows.values(), np.fromiter(split.left_out, dtype=np.int64)])
     if not np.array_equal(np.unique(placed), np.arange(len(images))):
         raise ValueError("A split must place each image or say why it is left out; this one does not.")
-    trained = set(images["label"].iloc[split.rows["train"]])
+    trained = set(images["label"].iloc[split.rows["train"]]) if "train" in split.rows else set(images["label"])
     for name, rows in split.rows.items():
         if unknown := sorted(set(images["label"].iloc[rows]) - trained):
             raise ValueError(

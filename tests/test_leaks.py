@@ -83,6 +83,23 @@ def test_evaluating_on_trained_lesions_is_refused_or_marked(finished_run, source
     assert "warning:" in done.stdout
 
 
+def test_an_outside_set_is_evaluated_whole_and_never_trained_on(finished_run, tiny, tmp_path):
+    assert cli.main(["demo", str(tmp_path / "drawn"), "--images", "42", "--seed", "9"]) == 0
+    table = pd.read_csv(tmp_path / "drawn" / "HAM10000_metadata.csv").astype({"lesion_id": str})
+    table.assign(lesion_id="other-" + table["lesion_id"]).to_csv(
+        tmp_path / "drawn" / "HAM10000_metadata.csv", index=False
+    )
+    other = pack_small(tmp_path / "drawn", tmp_path / "other", "--protocol", "test")
+    done = launch("evaluate", finished_run, "--data", other, "--views", "none")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(next(finished_run.glob("evaluation-test-none-other-*/metrics.json")).read_text())
+    assert metrics["plain"]["images"] == len(table)  # also where a lesion has several
+    assert metrics["warnings"] == []
+    refused = launch("train", "--config", tiny, "--data.path", other)
+    assert refused.returncode == 1
+    assert "has no split 'val'. It has: test" in refused.stderr
+
+
 def test_the_runs_own_test_split_is_no_leak(finished_run):
     assert json.loads((finished_run / "metrics.json").read_text())["warnings"] == []
 

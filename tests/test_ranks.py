@@ -11,6 +11,7 @@ from conftest import ROOT, command, environment, launch
 from safetensors.torch import load_file
 
 from shards.catalogue import Catalogue, read_ham10000
+from shards.index import load
 from shards.pack import Packing, pack
 from shards.split import lesion
 
@@ -80,11 +81,12 @@ def test_an_outside_set_may_have_some_of_the_classes_and_the_result_says_so(fini
     done = launch("evaluate", finished_run, "--data", folder, "--views", "spins:2", "--allow-leak")
     assert done.returncode == 0, done.stderr
     assert "has 2 of the model's 7 classes" in done.stdout
-    metrics = json.loads((finished_run / "evaluation-test-spins2" / "metrics.json").read_text())
+    out = finished_run / f"evaluation-test-spins2-data-{load(folder).fingerprint[:6]}"
+    metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["tta"]["per_class"]["bcc"]["recall"] is None  # not defined, not zero
     assert metrics["pooled"]["images"] == 2 * metrics["tta"]["images"]
     assert (finished_run / "metrics.json").read_bytes() == before
-    shutil.rmtree(finished_run / "evaluation-test-spins2")
+    shutil.rmtree(out)
 
 
 def test_weights_are_evaluated_at_another_size_beside_the_runs_own_results(finished_run):

@@ -195,6 +195,7 @@ def test_a_bad_ground_truth_is_named(source, challenge, change, words):
         (["--protocol", "lesions"], "must be one of lesion, image, seed, seed-leaky"),
         (["--protocol", "seed", "--folds", "5"], "--folds goes with --protocol lesion"),
         (["--protocol", "column:sex", "--holdout", "0.2"], "a test split of its own"),
+        (["--protocol", "test", "--holdout", "0.2"], "a test split of its own"),
         (["--holdout", "2"], "'--holdout' must be a share"),
         (["--folds", "2"], "'--folds' must be at least 3"),
     ],

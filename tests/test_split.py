@@ -17,6 +17,7 @@ from shards.split import (
     image,
     isic2018,
     lesion,
+    outside,
     seed,
     seed_leaky,
 )
@@ -216,6 +217,13 @@ def test_a_column_that_says_train_val_or_test_is_followed():
     without = column(said(["train", "val", "val"]), "part")
     assert without.aliases == {"test": "val"}
     assert without.warnings == (DOUBLES,)
+
+
+@given(catalogues())
+def test_an_outside_set_is_all_test(table):
+    split = outside(table)
+    check(table, split)
+    assert list(split.rows) == ["test"]
 
 
 def test_a_column_that_says_something_else_is_refused():
