@@ -4,6 +4,7 @@ In: settings, a `World`, or only the name of a GPU. Out: `Finding`s, each with w
 looks and changes nothing; what differs between ranks is told by the rank that differs.
 """
 
+import math
 import platform
 import re
 import time
@@ -162,8 +163,10 @@ def _room(place: str, model: torch.nn.Module, config: Config) -> int:
     return room_needed(Path(place), model, config.optim.name, config.run.keep, config.optim.ema > 0)
 
 
-def look_at_recipe(config: Config, model: torch.nn.Module, n_batches: int, n_ranks: int) -> list[Finding]:
-    """What the number of processes and of images makes of the settings."""
+def look_at_recipe(
+    config: Config, model: torch.nn.Module, n_batches: int, n_ranks: int, stored: list[int]
+) -> list[Finding]:
+    """What the number of processes and the images, stored at (width, height), make of the settings."""
     found, images = [], config.data.batch_size // n_ranks
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     synced = all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
@@ -175,6 +178,10 @@ def look_at_recipe(config: Config, model: torch.nn.Module, n_batches: int, n_ran
     if n_batches < FEW_STEPS:
         text = f"an epoch has {n_batches} steps, each of {config.data.batch_size} images"
         found.append(Finding("warning", "recipe", text, "lower --data.batch_size, or train for more epochs"))
+    if (size := max(config.data.image_size, config.eval.image_size)) > min(stored):
+        text = f"pictures are stored at {stored[0]}x{stored[1]} and enlarged to {size} pixels"
+        cure = f"pack them larger: python -m shards pack SOURCE OUT --size {math.ceil(size * 4 / 3)}x{size}"
+        found.append(Finding("warning", "recipe", text, cure))
     return found
 
 

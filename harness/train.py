@@ -94,7 +94,7 @@ def train(config: Config, world: World) -> str:
             )
             for warning in dataset.description.warnings:
                 world.print(f"warning: {warning}")
-            for finding in look_at_recipe(config, model, plan.n_batches, world.size):
+            for finding in look_at_recipe(config, model, plan.n_batches, world.size, dataset.description.size):
                 world.print(f"warning: {finding.text}. To mend it: {finding.cure}.")
 
             world.begin_trackers(config.run.trackers, folder, flat(config))

@@ -136,9 +136,11 @@ def test_a_process_that_meets_nobody_ends_in_time_with_one_sentence(tiny, tmp_pa
     assert re.search(r"error: Process 1 of 2 on .* did not meet the others at localhost:29655", errors), errors
 
 
-def recipe(batch: int, ranks: int, n_batches: int = 100, model: str = "resnet18", **optim) -> list[str]:
+def recipe(
+    batch: int, ranks: int, n_batches: int = 100, model: str = "resnet18", stored=(341, 256), **optim
+) -> list[str]:
     config = Config(data=Data(batch_size=batch), optim=Optim(**optim))
-    return [f.text + "; " + f.cure for f in look_at_recipe(config, outline(model, 7), n_batches, ranks)]
+    return [f.text + "; " + f.cure for f in look_at_recipe(config, outline(model, 7), n_batches, ranks, stored)]
 
 
 def test_few_images_on_each_process_and_few_steps_are_warned_of_with_what_to_do():
@@ -149,3 +151,10 @@ def test_few_images_on_each_process_and_few_steps_are_warned_of_with_what_to_do(
     assert "sees 8 images" in recipe(64, 1, micro_batch=8)[0]
     assert recipe(64, 8, model="convnext_tiny") == []  # no batch normalisation
     assert "an epoch has 9 steps" in recipe(640, 8, n_batches=9)[0]
+
+
+def test_pictures_that_would_be_enlarged_are_warned_of_with_the_size_to_pack():
+    assert recipe(64, 4, stored=(299, 224)) == []
+    (text,) = recipe(64, 4, stored=(160, 120))
+    assert "stored at 160x120 and enlarged to 224 pixels" in text
+    assert "--size 299x224" in text
