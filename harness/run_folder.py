@@ -40,6 +40,11 @@ def open_run(folder: Path, config: Config, dataset: Dataset, lock: RunLock) -> N
             )
     if saved.is_file():
         changed = _changed(saved, config)
+        if changed and finished_metrics(folder):
+            raise ValueError(
+                f"{folder} is finished, with other settings ({'; '.join(changed)}). Name another --run.folder; to train "
+                "on from its weights, give it --model.weights with the best-N/model.safetensors of this one."
+            )
         if changed and config.run.resume != "force":
             raise ValueError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). Give these settings again to continue "

@@ -139,6 +139,11 @@ def test_another_rate_continues_by_force_and_the_results_say_so(finished_run, tm
     assert "changed during training: optim.lr: 0.001 is now 0.0005" in said
     again = launch("evaluate", run, "--out", tmp_path / "again")
     assert "changed during training: optim.lr" in again.stdout
+    before = (run / "config.yaml").read_bytes(), (run / "changes.json").read_bytes()
+    longer = launch("train", *words, "--run.epochs", "9", "--run.resume", "force")
+    assert longer.returncode == 1
+    assert "is finished, with other settings" in longer.stderr
+    assert ((run / "config.yaml").read_bytes(), (run / "changes.json").read_bytes()) == before
 
 
 def test_batch_normalisation_over_ranks_needs_gpus(tiny_config):
