@@ -223,6 +223,16 @@ def test_a_job_that_fails_is_not_requeued(cluster, config, tmp_path, capsys):
     say(capsys, f"job {number}: {found['JobState']}, restarts {found['Restarts']}")
 
 
+def test_the_doctor_looks_at_the_nodes_of_a_job(cluster, config, tmp_path, capsys):
+    looking = cluster | {"program": "launch/doctor.py"}
+    number = submit(looking, tmp_path, "many_nodes.sh", arguments=f"(--config {config})")
+    assert ended(cluster, number)["JobState"] == "COMPLETED", log(tmp_path, number)
+    assert "2 processes on CPU" in log(tmp_path, number)
+    assert "nothing is in the way of a run" in log(tmp_path, number)
+    assert "the run is" not in log(tmp_path, number)
+    say(capsys, f"job {number}: the doctor found nothing in the way")
+
+
 def test_a_stop_by_hand_ends_the_job_and_the_next_one_finishes(cluster, config, two_ranks, tmp_path, capsys):
     slow = cluster | {"program": "tests/driven.py", "DISTURB": "slow@1"}
     number = submit(slow, tmp_path, "many_nodes.sh", arguments=arguments(config))

@@ -17,8 +17,11 @@ config=configs/ham10000.yaml                       # settings of the runs
 run=runs/ham10000-seed$SLURM_ARRAY_TASK_ID         # a folder for each run
 processes=1                                        # on each node
 arguments=(--config "$config" --run.seed "$SLURM_ARRAY_TASK_ID")
-# For folds: pack each with `python -m shards pack ... data/fold$K --protocol lesion --folds 5 --fold $K`, then
+# For folds: pack each with `python -m shards pack PATH/TO/HAM10000 data/fold$K --folds 5 --fold $K`, then
+# run=runs/ham10000-fold$SLURM_ARRAY_TASK_ID
 # arguments=(--config "$config" --data.path "data/fold$SLURM_ARRAY_TASK_ID")
 
-# source venv/bin/activate      # or run the job in a container: srun --container-image=... (pyxis), apptainer exec ...
+# source venv/bin/activate      # where python and accelerate are installed
+# In a container: --container-image=IMAGE (pyxis) at the srun of run.sh, or `apptainer exec --nv IMAGE` after its exec. The
+# node itself needs a python, too.
 source launch/slurm/run.sh

@@ -13,12 +13,14 @@
 ##SBATCH --partition=NAME
 ##SBATCH --account=NAME
 
-config=configs/ham10000.yaml    # settings of the run; data.batch_size is that of all GPUs together
+config=configs/8gpu.yaml        # settings of the run: batches of 512 over all GPUs together, here 32 images on each
 run=runs/ham10000-many          # its folder, on a disk that all nodes see
 processes=8                     # on each node: one for each GPU (as --gpus-per-node)
-arguments=(--config "$config" --data.batch_size 1024)
+arguments=(--config "$config")  # another batch wants another rate: --data.batch_size 1024 --optim.lr 1.2e-3
 
 # export NCCL_SOCKET_IFNAME=ib0 # only where NCCL picks a network that does not reach the other nodes ("connection refused")
 # export NCCL_DEBUG=INFO        # what NCCL chose, for the cluster's support
-# source venv/bin/activate      # or run the job in a container: srun --container-image=... (pyxis), apptainer exec ...
+# source venv/bin/activate      # where python and accelerate are installed
+# In a container: --container-image=IMAGE (pyxis) at the srun of run.sh, or `apptainer exec --nv IMAGE` after its exec. The
+# node itself needs a python, too.
 source launch/slurm/run.sh

@@ -15,7 +15,9 @@
 config=configs/ham10000.yaml    # settings of the run
 run=runs/ham10000               # its folder, on a disk that all nodes see
 processes=1                     # on each node: one for each GPU (as --gpus-per-node)
-arguments=(--config "$config")  # and single settings, as --data.batch_size 256
+arguments=(--config "$config")  # and single settings, as --run.epochs 60. For 8 GPUs: config=configs/8gpu.yaml
 
-# source venv/bin/activate      # or run the job in a container: srun --container-image=... (pyxis), apptainer exec ...
+# source venv/bin/activate      # where python and accelerate are installed
+# In a container: --container-image=IMAGE (pyxis) at the srun of run.sh, or `apptainer exec --nv IMAGE` after its exec. The
+# node itself needs a python, too.
 source launch/slurm/run.sh

@@ -13,6 +13,7 @@ if [ $((SLURM_JOB_NUM_NODES * processes)) -gt 1 ]; then
 fi
 program=${program:-launch/train.py}
 asked=no
+code=0
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
@@ -45,7 +46,9 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM
 launched=$!
 while kill -0 $launched 2>/dev/null; do
   wait $launched # a trap ends it early
+  code=$?
 done
+[ "$program" = launch/doctor.py ] && exit "$code" # it looks at the nodes, and there is no run
 
 read -r status step samples reason <<<"$(state)"
 say "the run is $status at step $step"
