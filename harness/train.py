@@ -17,7 +17,7 @@ from harness.config import Config, flat
 from harness.copies import Copies
 from harness.epoch import Pace, Session, neighbours, refuse_not_finite, save, train_epoch
 from harness.evaluate import Trained, evaluate, validate
-from harness.hardware import decode_threads, own_cores
+from harness.hardware import check_compile, decode_threads, own_cores
 from harness.judge import summary
 from harness.limits import check_classes
 from harness.lock import RunLock
@@ -48,7 +48,7 @@ def train(config: Config, world: World) -> str:
         FloatingPointError: the loss is no number any more.
     """
     folder = Path(config.run.folder)
-    world.on_main(_check, config, world.size, world.device.type)  # what is wrong is said once, not by each rank
+    world.on_main(_check, config, world.size, world.device)  # what is wrong is said once, not by each rank
     dataset = load(config.data.path)
     refuse(look_at_device())
     world.on_main(refuse, look_at_sameness(world, dataset))
@@ -78,7 +78,7 @@ def train(config: Config, world: World) -> str:
                 model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
             model.to(world.device, memory_format=world.memory_format)
             average = Average(model, config.optim.ema) if config.optim.ema else None  # copied before it is wrapped
-            wrapped, optimizer = world.prepare(model, build_optimizer(model, config.optim))
+            wrapped, optimizer = world.prepare(model, build_optimizer(model, config.optim), config.run.compile)
             origin = _origin(config, dataset)
             progress = Progress()
             if start is not None:
@@ -183,10 +183,12 @@ def _continue(start: checkpoint.Checkpoint, origin: checkpoint.Origin, world: Wo
     return replace(start.progress, samples_seen=0, loss=0.0, correct=0.0, images=0.0)
 
 
-def _check(config: Config, n_ranks: int, device: str) -> None:
+def _check(config: Config, n_ranks: int, device: torch.device) -> None:
     """Refuse what cannot be trained, before anything is written."""
-    if config.model.sync_batchnorm and device != "cuda":
+    if config.model.sync_batchnorm and device.type != "cuda":
         raise ValueError("'model.sync_batchnorm' needs GPUs: torch has it for no other device. Set it to false.")
+    if config.run.compile:
+        check_compile(device)
     dataset = load(config.data.path)
     for name in ("val", config.eval.split):
         dataset.split(name)

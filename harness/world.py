@@ -145,9 +145,15 @@ class World:
         watch.start()
         return watch
 
-    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's."""
-        return self._accelerator.prepare(model, optimizer)
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False):
+        """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's.
+
+        Args:
+            compiled: the training step's passes become kernels made for this model and these shapes (torch.compile). The model
+                itself stays as it is, so that what is evaluated does not depend on it.
+        """
+        wrapped, optimizer = self._accelerator.prepare(model, optimizer)
+        return (torch.compile(wrapped, dynamic=False) if compiled else wrapped), optimizer
 
     @contextmanager
     def reproducible_threads(self) -> Iterator[int]:

@@ -30,7 +30,9 @@ class Trial:
         self.model.to(self.world.device, memory_format=self.world.memory_format)
         counts = self.store.dataset.description.counts["train"]
         self.loss = Loss(config.optim, counts, self.world.device)
-        self.wrapped, self.optimizer = self.world.prepare(self.model, build_optimizer(self.model, config.optim))
+        self.wrapped, self.optimizer = self.world.prepare(
+            self.model, build_optimizer(self.model, config.optim), config.run.compile
+        )
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """An epoch's batches on the device."""
@@ -48,7 +50,10 @@ class Trial:
     def describe(self) -> str:
         """The setting, for people."""
         data = self.config.data
-        return f"{self.config.model.name}, {data.image_size} px, batch {data.batch_size}, {self.world.precision}"
+        compiled = ", compiled" if self.config.run.compile else ""
+        return (
+            f"{self.config.model.name}, {data.image_size} px, batch {data.batch_size}, {self.world.precision}{compiled}"
+        )
 
 
 def training_input(config: Config, world: World | None = None) -> tuple[Store, Plan, Reading]:

@@ -149,8 +149,19 @@ def test_another_rate_continues_by_force_and_the_results_say_so(finished_run, tm
 def test_batch_normalisation_over_ranks_needs_gpus(tiny_config):
     synchronised = replace(tiny_config, model=replace(tiny_config.model, sync_batchnorm=True))
     with pytest.raises(ValueError, match=r"'model.sync_batchnorm' needs GPUs"):
-        _check(synchronised, 2, "cpu")
-    _check(synchronised, 2, "cuda")
+        _check(synchronised, 2, torch.device("cpu"))
+    _check(synchronised, 2, torch.device("cuda"))
+
+
+def test_compiling_is_refused_on_old_gpus_and_without_a_compiler(tiny_config, monkeypatch):
+    compiled = replace(tiny_config, run=replace(tiny_config.run, compile=True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
+    with pytest.raises(ValueError, match=r"'run.compile' needs a V100.*sm_60"):
+        _check(compiled, 1, torch.device("cuda"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"'run.compile' needs a compiler \(g\+\+"):
+        _check(compiled, 1, torch.device("cpu"))
 
 
 def test_batch_normalisation_over_ranks_keeps_the_names_of_the_weights():

@@ -20,10 +20,8 @@ FREE_OF_NORMS = [
 ]
 
 
-def run_on(ranks: int, config, folder, *words, disturb: str = ""):
-    return launch(
-        "driven", "--config", config, "--run.folder", folder, *FREE_OF_NORMS, *words, ranks=ranks, disturb=disturb
-    )
+def run_on(ranks: int, config, folder, *words, **more):
+    return launch("driven", "--config", config, "--run.folder", folder, *FREE_OF_NORMS, *words, ranks=ranks, **more)
 
 
 def training(run) -> list[tuple]:
@@ -61,6 +59,13 @@ def alone(finished_run, tmp_path_factory):
 def test_samples_losses_and_weights_are_those_of_one_process(alone, finished_run, tmp_path, ranks, micro_batch):
     run = tmp_path / "run"
     done = run_on(ranks, finished_run.parent / "tiny.yaml", run, "--optim.micro_batch", micro_batch)
+    assert done.returncode == 0, done.stderr
+    assert_the_same_run(run, alone)
+
+
+def test_a_compiled_step_learns_the_same_on_two_processes(alone, finished_run, tmp_path):
+    config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
+    done = run_on(2, config, run, "--run.compile", "true", timeout=300)
     assert done.returncode == 0, done.stderr
     assert_the_same_run(run, alone)
 
