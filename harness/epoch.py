@@ -117,7 +117,7 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         loss, correct, images, samples, stop_asked, save_asked = world.sum(torch.cat([sums, asked])).tolist()
         if not abs(loss) < float("inf"):  # also when it is no number
             raise FloatingPointError(_not_finite(session, progress, interval, lr))
-        if progress.step == 0 and time.perf_counter() - met > 20:
+        if progress.step == 0 and time.perf_counter() - met > 20 and not config.run.compile:  # compiling is slow, once
             world.print(
                 f"note: {steps} steps take {time.perf_counter() - met:.0f} s, and requests to stop are noticed as rarely: "
                 "lower run.log_every"
