@@ -134,7 +134,8 @@ def bench_train(options) -> dict:
             found[name].append(seconds_of(lambda loop=loop, epoch=epoch: loop(epoch), trial.world))
     best = {name: n * len(batch.keys) / min(seconds) for name, seconds in found.items()}
 
-    def ratio(name: str) -> float:  # within each round: on a shared machine, the best of each are from different minutes
+    def ratio(name: str) -> float:
+        # Within each round: on a shared machine, the best of each are from different minutes.
         return float(np.median(np.divide(found["step"], found[name])))
 
     return {f"{name}_images_per_s": rate for name, rate in best.items()} | {

@@ -1,6 +1,7 @@
 """A score can only come from lesions that were not trained on, or it says so."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -90,9 +91,10 @@ def test_an_outside_set_is_evaluated_whole_and_never_trained_on(finished_run, ti
         tmp_path / "drawn" / "HAM10000_metadata.csv", index=False
     )
     other = pack_small(tmp_path / "drawn", tmp_path / "other", "--protocol", "test")
-    done = launch("evaluate", finished_run, "--data", other, "--views", "none")
+    run = shutil.copytree(finished_run, tmp_path / "copy")
+    done = launch("evaluate", run, "--data", other, "--views", "none")
     assert done.returncode == 0, done.stderr
-    metrics = json.loads(next(finished_run.glob("evaluation-test-none-other-*/metrics.json")).read_text())
+    metrics = json.loads(next(run.glob("evaluation-test-none-other-*/metrics.json")).read_text())
     assert metrics["plain"]["images"] == len(table)  # also where a lesion has several
     assert metrics["warnings"] == []
     refused = launch("train", "--config", tiny, "--data.path", other)
