@@ -230,15 +230,8 @@ def bench_pack(options) -> dict:
     """Pack every image of a source in a process of its own, and some of them with a plain Pillow loop."""
     images = read_ham10000(options.source).images
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        words = [
-            "pack",
-            str(options.source),
-            f"{scratch}/packed",
-            "--protocol",
-            "image",
-            "--threads",
-            str(options.threads),
-        ]
+        words = ["pack", str(options.source), f"{scratch}/packed"]
+        words += ["--protocol", "image", "--threads", str(options.threads)]
         began = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "shards", *words], capture_output=True, text=True)
         seconds = time.perf_counter() - began
