@@ -50,7 +50,7 @@ def open_run(folder: Path, config: Config, dataset: Dataset, lock: RunLock) -> N
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). Give these settings again to continue "
                 "it, name another --run.folder, or continue it with the new settings by --run.resume force."
             )
-    elif folder.is_dir() and any(not path.name.endswith((".tmp", "lock.json")) for path in folder.iterdir()):
+    elif folder.is_dir() and any(not path.name.endswith((".tmp", "lock.json", "stop")) for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no run (no config.yaml). Name another --run.folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)

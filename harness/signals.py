@@ -24,13 +24,17 @@ class StopRequest:
     """Listens while its block runs."""
 
     def __init__(self, folder: Path, max_minutes: float = 0.0):
-        """`touch FOLDER/stop` asks as a signal does, and so does the clock `max_minutes` after the process's start."""
+        """`touch FOLDER/stop` asks as a signal does, and so does the clock `max_minutes` after the process's start.
+
+        A job script that may touch it before its processes are there says in JOB_BEGAN when it began (seconds since 1970).
+        """
         self.file = Path(folder) / "stop"
         self.reason = ""  # why `asked` said so
         self._first, self._signal = 0.0, ""
         self._previous: dict = {}
         self._began = psutil.Process().create_time()
         self._end = time.monotonic() - (time.time() - self._began) + 60 * max_minutes if max_minutes else float("inf")
+        self._file_counts_from = min(self._began, float(os.environ.get("JOB_BEGAN", "inf")))
         self._looked, self._longest = None, 0.0
 
     def asked(self) -> bool:
@@ -51,9 +55,9 @@ class StopRequest:
         return bool(self.reason)
 
     def forget_old_file(self) -> None:
-        """Remove a file that asked a run before this process to stop; one that came since is for this run."""
+        """Remove a file that asked a run before this one to stop; one that came since the job or process began is for it."""
         with suppress(FileNotFoundError):
-            if self.file.stat().st_mtime < self._began:
+            if self.file.stat().st_mtime < self._file_counts_from:
                 self.file.unlink()
 
     def __enter__(self) -> "StopRequest":

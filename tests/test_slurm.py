@@ -131,7 +131,8 @@ def ended(cluster, number: str, seconds: float = 240) -> dict:
 
 
 def log(tmp_path, number: str) -> str:
-    return (tmp_path / f"job-{number}.log").read_text()
+    path = tmp_path / f"job-{number}.log"
+    return path.read_text() if path.is_file() else ""
 
 
 def say(capsys, *words) -> None:
@@ -189,11 +190,26 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed
     )
 
 
+def test_a_job_that_is_preempted_while_its_processes_start_is_requeued(cluster, config, two_ranks, tmp_path, capsys):
+    number = submit(cluster, tmp_path, "many_nodes.sh", "--partition=low", arguments=arguments(config))
+    wait_for(lambda: "restart 0" in log(tmp_path, number), 30)
+    urgent = slurm(cluster, "sbatch", "--parsable", "-p", "high", "-N2", "-o", "/dev/null", "--wrap", "srun sleep 1")
+    assert ended(cluster, urgent, 120)["JobState"] == "COMPLETED"
+    assert job(cluster, number)["Restarts"] == "1", log(tmp_path, number)
+    stopped = state(tmp_path / "run")
+    assert stopped.get("step", 0) == 0
+    assert ended(cluster, number)["JobState"] == "COMPLETED", log(tmp_path, number)
+    assert_equal_weights(weights(tmp_path / "run"), weights(two_ranks))
+    assert "preempted: requeued, to go on from step 0" in log(tmp_path, number)
+    say(capsys, f"job {number}: preempted by {urgent} at its start, {stopped.get('status')}, COMPLETED, weights equal")
+
+
 def test_a_job_at_its_time_limit_requeues_itself_and_continues_until_it_is_cancelled(cluster, config, tmp_path, capsys):
     slow = cluster | {"program": "tests/driven.py", "DISTURB": "slow@1"}
-    long = ("--run.epochs", "40", "--run.patience", "40")
-    number = submit(slow, tmp_path, "one_node.sh", "--signal=B:USR1@30", minutes=1, arguments=arguments(config, *long))
-    wait_for(lambda: job(cluster, number)["Restarts"] == "1", 120)
+    long = ("--run.epochs", "80", "--run.patience", "80")
+    # SLURM looks twice a minute which jobs are due a signal before its next look: this one is, after 45 to 75 s.
+    number = submit(slow, tmp_path, "one_node.sh", "--signal=B:USR1@45", minutes=2, arguments=arguments(config, *long))
+    wait_for(lambda: job(cluster, number)["Restarts"] == "1", 150)
     assert state(tmp_path / "run")["status"] == "stopped", log(tmp_path, number)
     first = state(tmp_path / "run")["step"]
     assert first > 0

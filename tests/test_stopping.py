@@ -169,6 +169,18 @@ def test_a_file_that_asked_an_earlier_run_is_forgotten_and_one_that_asks_a_start
     assert not StopRequest(tmp_path).asked()
 
 
+def test_a_file_that_asks_a_job_before_its_processes_are_there_is_for_its_run(tmp_path, monkeypatch):
+    now = int(time.time())
+    (tmp_path / "stop").touch()
+    os.utime(tmp_path / "stop", (now - 100, now - 100))  # this process began later
+    monkeypatch.setenv("JOB_BEGAN", str(now - 200))
+    StopRequest(tmp_path).forget_old_file()
+    assert StopRequest(tmp_path).asked()
+    monkeypatch.setenv("JOB_BEGAN", str(now - 50))
+    StopRequest(tmp_path).forget_old_file()
+    assert not StopRequest(tmp_path).asked()
+
+
 def test_a_shell_is_no_launcher(tmp_path):
     """A run that was started in the background goes on when its shell ends."""
     code = "import harness.signals as s; s.follow_launcher(); import time; print('up', flush=True); time.sleep(20)"

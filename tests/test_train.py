@@ -59,6 +59,23 @@ def begin(config, folder, *words):
     return start(command("train", "--config", config, "--run.folder", folder, *words))
 
 
+def test_a_new_run_that_is_asked_to_stop_while_it_starts_stops_at_once_and_continues(
+    finished_run, tmp_path, monkeypatch
+):
+    config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
+    run.mkdir()
+    (run / "stop").touch()  # as a job script does when its nodes are wanted
+    monkeypatch.setenv("JOB_BEGAN", "0")
+    asked = launch("train", "--config", config, "--run.folder", run)
+    monkeypatch.delenv("JOB_BEGAN")
+    assert asked.returncode == 75, asked.stderr
+    assert (state(run)["status"], state(run)["step"]) == ("stopped", 0)
+    done = launch("train", "--config", config, "--run.folder", run)
+    assert done.returncode == 0, done.stderr
+    assert_equal_weights(weights(run), weights(finished_run))
+    assert (run / "metrics.json").read_bytes() == (finished_run / "metrics.json").read_bytes()
+
+
 def test_a_killed_run_continues_and_ends_with_the_same_bits(finished_run, tmp_path):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
     for step in (0, 1, 9):  # before the first checkpoint, at it, and later

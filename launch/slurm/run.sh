@@ -1,9 +1,21 @@
 # Sourced by the job scripts: start one launcher on each node, pass requests to stop on, and requeue what is not done.
 #
 # In: run (the run folder), processes (on each node), arguments, and program (launch/train.py if none is named). What
-# stays true: a job is requeued only if its run stopped because its time was over or another job needed the nodes, and it
+# stays true: a job whose nodes another one needs is requeued, however far it got; one whose time is over is requeued if it
 # got further than it was; one that failed, was cancelled, or was stopped by hand ends.
 set -uo pipefail
+
+say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
+
+asked=no
+ask_to_stop() {
+  say "asked to stop: the run will save and end"
+  asked=yes
+  mkdir -p "$run" && touch "$run/stop"
+}
+trap ask_to_stop USR1 TERM
+JOB_BEGAN=$(date +%s) # a stop file from now on is for this job, even if it is there before its processes are
+export JOB_BEGAN
 
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
@@ -12,10 +24,7 @@ if [ $((SLURM_JOB_NUM_NODES * processes)) -gt 1 ]; then
   many="--multi_gpu --rdzv_conf timeout=300,read_timeout=300" # seconds that nodes wait for each other
 fi
 program=${program:-launch/train.py}
-asked=no
 code=0
-
-say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
 # "status step samples_seen reason" of the run, as it is in its folder.
 state() {
@@ -26,13 +35,6 @@ except (OSError, ValueError):
     state = {}
 print(state.get("status", "none"), state.get("step", 0), state.get("samples_seen", 0), state.get("reason", "none").split()[0])' "$run"
 }
-
-ask_to_stop() {
-  say "asked to stop: the run will save and end"
-  asked=yes
-  mkdir -p "$run" && touch "$run/stop"
-}
-trap ask_to_stop USR1 TERM
 
 read -r _ step_before samples_before _ <<<"$(state)"
 say "$SLURM_JOB_NUM_NODES node(s), $processes process(es) on each, restart ${SLURM_RESTART_COUNT:-0}, run $run at step $step_before"
@@ -52,20 +54,25 @@ done
 
 read -r status step samples reason <<<"$(state)"
 say "the run is $status at step $step"
+[ "$status" = finished ] && exit 0
+if [ "$status" = stopped ] && [ "$reason" = file ] && [ $asked = no ]; then
+  say "somebody touched $run/stop: not requeued"
+  exit 0
+fi
+job=$(scontrol show job -o "$SLURM_JOB_ID")
+if [[ $job != *" JobState=RUNNING "* ]]; then # after scancel it is COMPLETING here
+  say "cancelled: not requeued. The same command continues"
+  exit 0
+fi
+if [[ $job == *" PreemptTime=2"* ]]; then # a year, not None: the run may have been ended before it could say anything
+  say "preempted: requeued, to go on from step $step"
+  exec scontrol requeue "$SLURM_JOB_ID"
+fi
 case $status in
-  finished) exit 0 ;;
   stopped)
-    if [ "$reason" = file ] && [ $asked = no ]; then
-      say "somebody touched $run/stop: not requeued"
-      exit 0
-    fi
     if [ "$step" = "$step_before" ] && [ "$samples" = "$samples_before" ]; then
       say "it got no further than before: not requeued. Give the job more time, or lower run.log_every"
       exit 1
-    fi
-    if ! scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then # after scancel it is COMPLETING here
-      say "cancelled: not requeued. The same command continues"
-      exit 0
     fi
     say "requeued, to go on from step $step"
     scontrol requeue "$SLURM_JOB_ID"
