@@ -172,7 +172,7 @@ def test_a_job_on_two_nodes_trains_with_a_world_of_two(cluster, config, two_rank
 def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed_run(
     cluster, config, two_ranks, tmp_path, capsys
 ):
-    slow = cluster | {"program": "tests/driven.py", "DISTURB": "slow@1"}
+    slow = cluster | {"program": "tests/driven.py", "DISTURB": "slow@1", "SLOW_S": "1"}
     number = submit(slow, tmp_path, "many_nodes.sh", "--partition=low", arguments=arguments(config))
     wait_for(lambda: state(tmp_path / "run").get("step", 0) >= 2, 90)
     urgent = slurm(cluster, "sbatch", "--parsable", "-p", "high", "-N2", "-o", "/dev/null", "--wrap", "srun sleep 1")

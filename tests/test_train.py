@@ -59,9 +59,7 @@ def begin(config, folder, *words):
     return start(command("train", "--config", config, "--run.folder", folder, *words))
 
 
-def test_a_new_run_that_is_asked_to_stop_while_it_starts_stops_at_once_and_continues(
-    finished_run, tmp_path, monkeypatch
-):
+def test_a_new_run_asked_to_stop_while_it_starts_stops_at_once_and_continues(finished_run, tmp_path, monkeypatch):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
     run.mkdir()
     (run / "stop").touch()  # as a job script does when its nodes are wanted
