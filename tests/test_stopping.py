@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import (
     SAVING,
@@ -170,13 +171,13 @@ def test_a_file_that_asked_an_earlier_run_is_forgotten_and_one_that_asks_a_start
 
 
 def test_a_file_that_asks_a_job_before_its_processes_are_there_is_for_its_run(tmp_path, monkeypatch):
-    now = int(time.time())
+    began = int(psutil.Process().create_time())
     (tmp_path / "stop").touch()
-    os.utime(tmp_path / "stop", (now - 100, now - 100))  # this process began later
-    monkeypatch.setenv("JOB_BEGAN", str(now - 200))
+    os.utime(tmp_path / "stop", (began - 100, began - 100))
+    monkeypatch.setenv("JOB_BEGAN", str(began - 200))
     StopRequest(tmp_path).forget_old_file()
     assert StopRequest(tmp_path).asked()
-    monkeypatch.setenv("JOB_BEGAN", str(now - 50))
+    monkeypatch.setenv("JOB_BEGAN", str(began - 50))
     StopRequest(tmp_path).forget_old_file()
     assert not StopRequest(tmp_path).asked()
 
