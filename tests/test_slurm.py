@@ -278,3 +278,22 @@ def test_an_array_trains_one_run_for_each_seed(cluster, config, tmp_path, capsys
     results = [json.loads((tmp_path / f"run-{seed}" / "metrics.json").read_text()) for seed in (0, 1)]
     assert results[0]["plain"]["loss"] != results[1]["plain"]["loss"]
     say(capsys, f"array {number}: 2 runs, COMPLETED")
+
+
+def test_a_preempted_task_of_an_array_is_requeued_alone(cluster, config, tmp_path, capsys):
+    slow = cluster | {"program": "tests/driven.py", "DISTURB": "slow@1", "SLOW_S": "1"}
+    options = ("--partition=low", "--array=0-1")
+    number = submit(slow, tmp_path, "array.sh", *options, run="run-$SLURM_ARRAY_TASK_ID", arguments=arguments(config))
+    for task in (0, 1):
+        wait_for(lambda task=task: state(tmp_path / f"run-{task}").get("step", 0) >= 2, 90)
+    tasks = {task: job(cluster, f"{number}_{task}") for task in (0, 1)}
+    last = next(task for task, found in tasks.items() if found["JobId"] == number)  # has the number of the whole array
+    node = tasks[last]["NodeList"]
+    urgent = slurm(cluster, "sbatch", "--parsable", "-p", "high", "-w", node, "-o", "/dev/null", "--wrap", "sleep 1")
+    assert ended(cluster, urgent, 120)["JobState"] == "COMPLETED"
+    found = {task: ended(cluster, f"{number}_{task}") for task in (0, 1)}
+    assert {task: (job["JobState"], job["Restarts"]) for task, job in found.items()} == {
+        last: ("COMPLETED", "1"),
+        1 - last: ("COMPLETED", "0"),
+    }
+    say(capsys, f"array {number}: task {last} preempted by {urgent} and requeued, the other undisturbed")

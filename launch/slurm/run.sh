@@ -59,14 +59,18 @@ if [ "$status" = stopped ] && [ "$reason" = file ] && [ $asked = no ]; then
   say "somebody touched $run/stop: not requeued"
   exit 0
 fi
-job=$(scontrol show job -o "$SLURM_JOB_ID")
-if [[ $job != *" JobState=RUNNING "* ]]; then # after scancel it is COMPLETING here
+job=$SLURM_JOB_ID
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the last task's own number is that of the whole array
+fi
+found=$(scontrol show job -o "$job")
+if [[ $found != *" JobState=RUNNING "* ]]; then # after scancel it is COMPLETING here
   say "cancelled: not requeued. The same command continues"
   exit 0
 fi
-if [[ $job == *" PreemptTime=2"* ]]; then # a year, not None: the run may have been ended before it could say anything
+if [[ $found == *" PreemptTime=2"* ]]; then # a year, not None: the run may have been ended before it could say anything
   say "preempted: requeued, to go on from step $step"
-  exec scontrol requeue "$SLURM_JOB_ID"
+  exec scontrol requeue "$job"
 fi
 case $status in
   stopped)
@@ -75,7 +79,7 @@ case $status in
       exit 1
     fi
     say "requeued, to go on from step $step"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
     ;;
   failed)
     say "not requeued; see $run/state.json and $run/errors"
