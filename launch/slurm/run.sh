@@ -55,10 +55,6 @@ done
 read -r status step samples reason <<<"$(state)"
 say "the run is $status at step $step"
 [ "$status" = finished ] && exit 0
-if [ "$status" = stopped ] && [ "$reason" = file ] && [ $asked = no ]; then
-  say "somebody touched $run/stop: not requeued"
-  exit 0
-fi
 job=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
   job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the last task's own number is that of the whole array
@@ -74,6 +70,10 @@ if [[ $found == *" PreemptTime=2"* ]]; then # a year, not None: the run may have
 fi
 case $status in
   stopped)
+    if [ "$reason" = file ] && [ $asked = no ]; then
+      say "somebody touched $run/stop: not requeued"
+      exit 0
+    fi
     if [ "$step" = "$step_before" ] && [ "$samples" = "$samples_before" ]; then
       say "it got no further than before: not requeued. Give the job more time, or lower run.log_every"
       exit 1
