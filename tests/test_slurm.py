@@ -2,47 +2,14 @@
 
 import json
 import os
-import re
 import shutil
-import signal
-import socket
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAVING, assert_equal_weights, environment, launch, state, weights
+from cluster import PROGRAMS, ended, job, log, slurm, submit, two_nodes, wait_for, wait_for_job
+from conftest import SAVING, assert_equal_weights, launch, state, weights
 
 pytestmark = pytest.mark.slurm
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-CONF = """
-ClusterName=test
-SlurmctldHost=HOST(127.0.0.1)
-SlurmctldPort=16817
-AuthType=auth/munge
-AuthInfo=socket=DIR/munge.socket
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SlurmUser=root
-StateSaveLocation=DIR/state
-SlurmdSpoolDir=DIR/spool-%n
-SlurmctldPidFile=DIR/slurmctld.pid
-SlurmdPidFile=DIR/slurmd-%n.pid
-SlurmctldLogFile=DIR/slurmctld.log
-SlurmdLogFile=DIR/slurmd-%n.log
-ReturnToService=2
-MpiDefault=none
-KillWait=10
-SchedulerParameters=sched_interval=1,bf_interval=1
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-NodeName=n1 NodeHostname=HOST NodeAddr=127.0.0.1 Port=17001 CPUs=1 State=UNKNOWN
-NodeName=n2 NodeHostname=HOST NodeAddr=127.0.0.1 Port=17002 CPUs=1 State=UNKNOWN
-PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
-"""
 
 
 @pytest.fixture(scope="module")
@@ -51,88 +18,8 @@ def cluster(tmp_path_factory):
     missing = [name for name in PROGRAMS if not shutil.which(name)]
     if missing or os.geteuid():
         pytest.skip(f"needs root and SLURM (apt-get install slurm-wlm munge); missing: {', '.join(missing) or 'root'}")
-    folder = tmp_path_factory.mktemp("slurm")
-    (folder / "state").mkdir()
-    for path in (folder, *folder.parents[:-1]):
-        path.chmod(0o755)  # munge accepts no socket in a folder that only its owner can enter
-    conf, key = folder / "slurm.conf", folder / "munge.key"
-    conf.write_text(CONF.replace("DIR", str(folder)).replace("HOST", socket.gethostname()))
-    key.write_bytes(os.urandom(1024))
-    key.chmod(0o600)
-    hosts = Path("/etc/hosts").read_text()
-    Path("/etc/hosts").write_text(f"{hosts}\n127.0.0.1 n1 n2\n")  # names of nodes must resolve
-    variables = environment(SLURM_CONF=str(conf), ACCELERATE_USE_CPU="true")
-    munge = [f"--{name}={folder / f'munge{end}'}" for name, end in (("key-file", ".key"), ("socket", ".socket"))]
-    munge += [f"--{name}={folder / f'munged.{name[:3]}'}" for name in ("pid-file", "log-file", "seed-file")]
-    try:
-        for words in (["munged", "--force", *munge], ["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"]):
-            subprocess.run(words, env=variables, check=True, capture_output=True)
-        wait_for(lambda: slurm(variables, "sinfo", "-h", "-o", "%D %T", "-p", "low") == "2 idle", 30)
+    with two_nodes(tmp_path_factory.mktemp("slurm")) as variables:
         yield variables
-    finally:
-        for pid in [*folder.glob("*.pid"), folder / "munged.pid"]:
-            if pid.is_file():
-                os.kill(int(pid.read_text()), signal.SIGTERM)
-        Path("/etc/hosts").write_text(hosts)
-
-
-def slurm(variables, *words) -> str:
-    done = subprocess.run(list(map(str, words)), env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def wait_for(condition, seconds: float):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return found
-
-
-def submit(cluster, tmp_path, script: str, *options, minutes: int = 10, run="run", **settings) -> str:
-    """Submit one of launch/slurm's scripts with the settings at its top changed; the job's number."""
-    text = (ROOT / "launch" / "slurm" / script).read_text()
-    text = re.sub(r"^#SBATCH --(gpus|cpus).*\n", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^#SBATCH --time=.*", f"#SBATCH --time={minutes}", text, flags=re.MULTILINE)
-    text = re.sub(r"^#SBATCH --output=.*", f"#SBATCH --output={tmp_path}/job-%j.log", text, flags=re.MULTILINE)
-    for name, value in ({"run": tmp_path / run, "processes": 1} | settings).items():
-        text, changed = re.subn(rf"^{name}=.*", f"{name}={value}", text, flags=re.MULTILINE)
-        assert changed == 1, name
-    path = tmp_path / script
-    path.write_text(text)
-    return slurm(cluster, "sbatch", "--parsable", "--chdir", ROOT, *options, path)
-
-
-def job(cluster, number: str) -> dict:
-    words = slurm(cluster, "scontrol", "show", "job", "-o", number).split()
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def hurried(cluster, number: str) -> dict:
-    """A job, which starts at once if it waits for its time: one that was requeued would wait for two minutes.
-
-    SLURM sets that time when the requeued job has ended, so it may have to be said more than once.
-    """
-    found = job(cluster, number)
-    if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-        slurm(cluster, "scontrol", "update", f"JobId={number}", "StartTime=now")
-    return found
-
-
-def ended(cluster, number: str, seconds: float = 240) -> dict:
-    """Wait for a job's end."""
-
-    def over():
-        found = hurried(cluster, number)
-        return found if found["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED") else None
-
-    return wait_for(over, seconds)
-
-
-def log(tmp_path, number: str) -> str:
-    path = tmp_path / f"job-{number}.log"
-    return path.read_text() if path.is_file() else ""
 
 
 def say(capsys, *words) -> None:
@@ -174,7 +61,7 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed
 ):
     slow = cluster | {"program": "tests/driven.py", "DISTURB": "slow@1", "SLOW_S": "1"}
     number = submit(slow, tmp_path, "many_nodes.sh", "--partition=low", arguments=arguments(config))
-    wait_for(lambda: state(tmp_path / "run").get("step", 0) >= 2, 90)
+    wait_for_job(cluster, number, lambda _: state(tmp_path / "run").get("step", 0) >= 2, 90)
     urgent = slurm(cluster, "sbatch", "--parsable", "-p", "high", "-N2", "-o", "/dev/null", "--wrap", "srun sleep 1")
     assert ended(cluster, urgent, 120)["JobState"] == "COMPLETED"
     assert job(cluster, number)["Restarts"] == "1", log(tmp_path, number)
@@ -192,7 +79,7 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed
 
 def test_a_job_that_is_preempted_while_its_processes_start_is_requeued(cluster, config, two_ranks, tmp_path, capsys):
     number = submit(cluster, tmp_path, "many_nodes.sh", "--partition=low", arguments=arguments(config))
-    wait_for(lambda: "restart 0" in log(tmp_path, number), 30)
+    wait_for_job(cluster, number, lambda _: "restart 0" in log(tmp_path, number), 30)
     urgent = slurm(cluster, "sbatch", "--parsable", "-p", "high", "-N2", "-o", "/dev/null", "--wrap", "srun sleep 1")
     assert ended(cluster, urgent, 120)["JobState"] == "COMPLETED"
     assert job(cluster, number)["Restarts"] == "1", log(tmp_path, number)
@@ -209,13 +96,13 @@ def test_a_job_at_its_time_limit_requeues_itself_and_continues_until_it_is_cance
     long = ("--run.epochs", "80", "--run.patience", "80")
     # SLURM looks twice a minute which jobs are due a signal before its next look: this one is, after 45 to 75 s.
     number = submit(slow, tmp_path, "one_node.sh", "--signal=B:USR1@45", minutes=2, arguments=arguments(config, *long))
-    wait_for(lambda: job(cluster, number)["Restarts"] == "1", 150)
+    wait_for_job(cluster, number, lambda found: found["Restarts"] == "1", 150)
     assert state(tmp_path / "run")["status"] == "stopped", log(tmp_path, number)
     first = state(tmp_path / "run")["step"]
     assert first > 0
-    wait_for(lambda: job(cluster, number)["JobState"] == "PENDING", 30)
+    wait_for_job(cluster, number, lambda found: found["JobState"] == "PENDING", 30)
     slurm(cluster, "scontrol", "update", f"JobId={number}", "TimeLimit=10")
-    wait_for(lambda: hurried(cluster, number) and state(tmp_path / "run")["step"] > first, 90)
+    wait_for_job(cluster, number, lambda _: state(tmp_path / "run")["step"] > first, 90)
     slurm(cluster, "scancel", number)
     wait_for(lambda: state(tmp_path / "run")["status"] == "stopped", 30)
     wait_for(lambda: "cancelled: not requeued" in log(tmp_path, number), 30)
@@ -252,7 +139,7 @@ def test_the_doctor_looks_at_the_nodes_of_a_job(cluster, config, tmp_path, capsy
 def test_a_stop_by_hand_ends_the_job_and_the_next_one_finishes(cluster, config, two_ranks, tmp_path, capsys):
     slow = cluster | {"program": "tests/driven.py", "DISTURB": "slow@1"}
     number = submit(slow, tmp_path, "many_nodes.sh", arguments=arguments(config))
-    wait_for(lambda: state(tmp_path / "run").get("step", 0) >= 1, 90)
+    wait_for_job(cluster, number, lambda _: state(tmp_path / "run").get("step", 0) >= 1, 90)
     (tmp_path / "run" / "stop").touch()
     found = ended(cluster, number)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "0"), log(tmp_path, number)
@@ -285,7 +172,8 @@ def test_a_preempted_task_of_an_array_is_requeued_alone(cluster, config, tmp_pat
     options = ("--partition=low", "--array=0-1")
     number = submit(slow, tmp_path, "array.sh", *options, run="run-$SLURM_ARRAY_TASK_ID", arguments=arguments(config))
     for task in (0, 1):
-        wait_for(lambda task=task: state(tmp_path / f"run-{task}").get("step", 0) >= 2, 90)
+        run = tmp_path / f"run-{task}"
+        wait_for_job(cluster, f"{number}_{task}", lambda _, run=run: state(run).get("step", 0) >= 2, 90)
     tasks = {task: job(cluster, f"{number}_{task}") for task in (0, 1)}
     last = next(task for task, found in tasks.items() if found["JobId"] == number)  # has the number of the whole array
     node = tasks[last]["NodeList"]
