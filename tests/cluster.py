@@ -85,8 +85,8 @@ def wait_for(condition, seconds: float):
     return found
 
 
-def submit(cluster, tmp_path, script: str, *options, minutes: int = 10, run="run", **settings) -> str:
-    """Submit one of launch/slurm's scripts with the settings at its top changed; the job's number."""
+def submit(cluster, tmp_path, script: str, *options, minutes=10, run="run", before="", **settings) -> str:
+    """Submit one of launch/slurm's scripts with its settings changed and a command before run.sh; the job's number."""
     text = (ROOT / "launch" / "slurm" / script).read_text()
     text = re.sub(r"^#SBATCH --(gpus|cpus).*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"^#SBATCH --time=.*", f"#SBATCH --time={minutes}", text, flags=re.MULTILINE)
@@ -94,6 +94,7 @@ def submit(cluster, tmp_path, script: str, *options, minutes: int = 10, run="run
     for name, value in ({"run": tmp_path / run, "processes": 1} | settings).items():
         text, changed = re.subn(rf"^{name}=.*", f"{name}={value}", text, flags=re.MULTILINE)
         assert changed == 1, name
+    text = text.replace("\nsource launch/slurm/run.sh", f"\n{before}\nsource launch/slurm/run.sh")
     path = tmp_path / script
     path.write_text(text)
     return slurm(cluster, "sbatch", "--parsable", "--chdir", ROOT, *options, path)

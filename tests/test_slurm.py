@@ -115,6 +115,19 @@ def test_a_job_at_its_time_limit_requeues_itself_and_continues_until_it_is_cance
     )
 
 
+def test_a_request_to_stop_that_comes_before_run_sh_listens_is_not_lost(cluster, config, tmp_path, capsys):
+    number = submit(cluster, tmp_path, "one_node.sh", before="echo loading; sleep 3", arguments=arguments(config))
+    wait_for_job(cluster, number, lambda _: "loading" in log(tmp_path, number), 30)
+    slurm(cluster, "scancel", "--batch", "--signal=USR1", number)
+    found = ended(cluster, number)
+    assert (found["JobState"], state(tmp_path / "run")["status"]) == ("FAILED", "stopped"), log(tmp_path, number)
+    assert "it got no further than before: not requeued" in log(tmp_path, number)
+    say(
+        capsys,
+        f"job {number}: asked to stop while it loaded modules, stopped at step {state(tmp_path / 'run')['step']}",
+    )
+
+
 def test_a_job_that_fails_is_not_requeued(cluster, config, tmp_path, capsys):
     failing = cluster | {"program": "tests/driven.py", "DISTURB": "raise@2:1"}
     number = submit(failing, tmp_path, "many_nodes.sh", arguments=arguments(config))
@@ -123,6 +136,10 @@ def test_a_job_that_fails_is_not_requeued(cluster, config, tmp_path, capsys):
     assert state(tmp_path / "run")["status"] == "failed"
     assert "a fault that was asked for" in log(tmp_path, number)
     assert "not requeued; see" in log(tmp_path, number)
+    (tmp_path / "run" / "state.json").write_text('{"status": "stopped", "reason": "file", "step": 1}')
+    silent = submit(cluster | {"program": "/dev/null/none"}, tmp_path, "one_node.sh", arguments=arguments(config))
+    assert ended(cluster, silent)["JobState"] == "FAILED", log(tmp_path, silent)  # not as the state of before has it
+    assert "the processes ended without a word" in log(tmp_path, silent)
     say(capsys, f"job {number}: {found['JobState']}, restarts {found['Restarts']}")
 
 

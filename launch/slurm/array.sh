@@ -13,6 +13,7 @@
 ##SBATCH --partition=NAME
 ##SBATCH --account=NAME
 
+trap asked=yes USR1 TERM                           # a request to stop that comes before run.sh listens
 config=configs/ham10000.yaml                       # settings of the runs
 run=runs/ham10000-seed$SLURM_ARRAY_TASK_ID         # a folder for each run
 processes=1                                        # on each node

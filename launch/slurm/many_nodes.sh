@@ -13,6 +13,7 @@
 ##SBATCH --partition=NAME
 ##SBATCH --account=NAME
 
+trap asked=yes USR1 TERM        # a request to stop that comes before run.sh listens
 config=configs/8gpu.yaml        # settings of the run: batches of 512 over all GPUs together, here 32 images on each
 run=runs/ham10000-many          # its folder, on a disk that all nodes see
 processes=8                     # on each node: one for each GPU (as --gpus-per-node)

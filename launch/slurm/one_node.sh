@@ -12,6 +12,7 @@
 ##SBATCH --partition=NAME
 ##SBATCH --account=NAME
 
+trap asked=yes USR1 TERM        # a request to stop that comes before run.sh listens
 config=configs/ham10000.yaml    # settings of the run
 run=runs/ham10000               # its folder, on a disk that all nodes see
 processes=1                     # on each node: one for each GPU (as --gpus-per-node)

@@ -7,7 +7,7 @@ set -uo pipefail
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
-asked=no
+asked=${asked:-no}
 ask_to_stop() {
   say "asked to stop: the run will save and end"
   asked=yes
@@ -16,6 +16,7 @@ ask_to_stop() {
 trap ask_to_stop USR1 TERM
 JOB_BEGAN=$(date +%s) # a stop file from now on is for this job, even if it is there before its processes are
 export JOB_BEGAN
+[ "$asked" = yes ] && ask_to_stop # while the job script got here
 
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
@@ -26,7 +27,8 @@ fi
 program=${program:-launch/train.py}
 code=0
 
-# "status step samples_seen reason" of the run, as it is in its folder.
+# When the run last wrote its state; "status step samples_seen reason" of it.
+written() { stat -c '%i %y' "$run/state.json" 2>/dev/null; }
 state() {
   python -c 'import json, sys
 try:
@@ -36,6 +38,7 @@ except (OSError, ValueError):
 print(state.get("status", "none"), state.get("step", 0), state.get("samples_seen", 0), state.get("reason", "none").split()[0])' "$run"
 }
 
+said_before=$(written)
 read -r _ step_before samples_before _ <<<"$(state)"
 say "$SLURM_JOB_NUM_NODES node(s), $processes process(es) on each, restart ${SLURM_RESTART_COUNT:-0}, run $run at step $step_before"
 
@@ -53,6 +56,7 @@ done
 [ "$program" = launch/doctor.py ] && exit "$code" # it looks at the nodes, and there is no run
 
 read -r status step samples reason <<<"$(state)"
+[ "$status" != finished ] && [ "$(written)" = "$said_before" ] && status=silent # the state is that of the job before
 say "the run is $status at step $step"
 [ "$status" = finished ] && exit 0
 job=$SLURM_JOB_ID
