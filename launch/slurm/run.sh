@@ -90,7 +90,7 @@ case $status in
     exit 1
     ;;
   *)
-    say "the processes ended without a word (killed, or out of memory): not requeued. The same command continues"
+    say "the processes ended without a word in $run (an error above, killed, or out of memory): not requeued. The same command continues"
     exit 1
     ;;
 esac
