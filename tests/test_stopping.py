@@ -128,7 +128,7 @@ def test_a_stop_in_an_evaluation_by_one_of_two_ranks_stops_both(finished_run, tm
 @pytest.mark.slow
 def test_the_time_limit_stops_before_the_first_step_and_the_run_goes_on_later(finished_run, tmp_path):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
-    done = launch("train", "--config", config, "--run.folder", run, "--run.max_minutes", "0.01")
+    done = launch("train", "--config", config, "--run.folder", run, "--run.max_minutes", "1e-6")  # over before it began
     assert done.returncode == 75, done.stderr
     assert "stopped as asked (run.max_minutes) at step 0" in done.stdout
     assert_it_continues_undisturbed(finished_run, run)
