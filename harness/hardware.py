@@ -119,8 +119,11 @@ def check_compile(device: torch.device) -> None:
 
 
 def use_device(device: torch.device) -> None:
-    """For a new thread: without it, CUDA calls in it open a context on GPU 0, whichever GPU the process has."""
-    if device.type == "cuda":
+    """For a new thread: without it, CUDA calls in it open a context on GPU 0, whichever GPU the process has.
+
+    A device without a number is the thread's own one, and stays so: `set_device` refuses it.
+    """
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 

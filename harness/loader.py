@@ -176,10 +176,13 @@ class _Pool:
             self._tasks.put(None)
 
     def _work(self, device: torch.device) -> None:
-        use_device(device)
+        ready = False
         while (entry := self._tasks.get()) is not None:
             task, done = entry
             try:
+                if not ready:  # here, where an error reaches who waits for the task: a thread that dies answers nobody
+                    use_device(device)
+                    ready = True
                 done.put((task(), None))
             except BaseException as error:
                 done.put((None, error))

@@ -106,7 +106,8 @@ class World:
             )
         self.rank = self._accelerator.process_index
         self.size = self._accelerator.num_processes
-        self.device = self._accelerator.device
+        # Accelerate's device has no number where there is one process.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else self._accelerator.device
         self.memory_format = choose_memory_format(channels_last, self.device)
         self.is_main = self.rank == 0
         self.who = f"{socket.gethostname()}, process {os.getpid()}"

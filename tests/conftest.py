@@ -35,6 +35,12 @@ eval: {views: flips, unit: 8}
 """
 
 
+def pytest_configure(config) -> None:
+    """All tests but `pytest -m gpu` run on the CPU, also where there is a GPU: many of them start several processes."""
+    if config.getoption("-m") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """84 drawn lesions in HAM10000's layout."""

@@ -121,6 +121,15 @@ def test_a_damaged_sample_fails_its_batch_with_key_shard_and_offset(packed, tmp_
     assert_threads_end(before)
 
 
+def test_a_thread_that_cannot_use_the_device_fails_the_batch(dataset, monkeypatch):
+    def broken(device):
+        raise ValueError(f"no {device} for this thread")
+
+    monkeypatch.setattr("harness.loader.use_device", broken)
+    with pytest.raises(ValueError, match="no cpu for this thread"):
+        batches(dataset)
+
+
 def test_a_missing_shard_is_named(packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "copy")
     (folder / "train-000001.tar").unlink()
