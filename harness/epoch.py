@@ -61,13 +61,22 @@ class Session:
 
 @dataclass(frozen=True)
 class Pace:
-    """How an epoch went: last learning rate, images/s, share of its seconds waiting for data, and whether to stop."""
+    """How an epoch went: last learning rate, images/s, its seconds, those waiting for data, and whether to stop.
+
+    waited_first_s: the part of `waited_s` for the first batch, which one thread decodes whatever their number.
+    """
 
     lr: float
     images_per_s: float
-    waited: float
     seconds: float
+    waited_s: float
+    waited_first_s: float
     stop_asked: bool
+
+    @property
+    def waited(self) -> float:
+        """Share of the seconds that the loop stood still for data."""
+        return self.waited_s / self.seconds
 
 
 def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
@@ -80,7 +89,7 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
     config, world, plan, log = session.config, session.world, session.plan, session.log
     seed, size = config.run.seed, config.data.image_size
     began = saved = met = time.perf_counter()
-    trained, waited, steps, stop_asked, interval = 0.0, 0.0, 0, False, []
+    trained, waited, waited_first, steps, stop_asked, interval = 0.0, 0.0, 0.0, 0, False, []
     lr = lr_at(max(0, progress.step - 1), config.optim, plan.n_batches, config.run.epochs)
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, correct, images, samples since the last log
     first = progress.samples_seen // plan.global_batch
@@ -108,6 +117,7 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         sums[3] += stream_checksum(batch.keys, batch.positions)
         interval.append((batch.keys, of_images))
         steps, waited = steps + 1, waited + batch.waited
+        waited_first = waited if number == first else waited_first
         is_last = number + 1 == plan.n_batches
         if steps < config.run.log_every and not is_last:
             continue
@@ -143,7 +153,7 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         print(
             f"warning: rank {world.rank} skipped {len(skipped)} samples that cannot be decoded, keys {keys}", flush=True
         )
-    return progress, Pace(lr, trained / seconds, waited / seconds, seconds, bool(stop_asked))
+    return progress, Pace(lr, trained / seconds, seconds, waited, waited_first, bool(stop_asked))
 
 
 def neighbours(config: Config) -> int:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -79,16 +79,18 @@ def evaluation_batches(store: Store, unit: int, rank: int, world: int, reading: 
 def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading: Reading) -> Iterator[Batch]:
     """Batches in order; on a GPU the next one is copied while the loop works on this one."""
     device, cuda = reading.device, reading.device.type == "cuda"
-    stream = torch.cuda.Stream(device) if cuda else None
+    stream = _copy_stream(device) if cuda else None
     wanted, decoding, copying, buffers = iter(wanted), deque(), deque(), _Buffers()
     pool = _Pool(reading.threads, device)
     try:
         while True:
             while len(decoding) < max(reading.ahead, reading.threads) and (places := next(wanted, None)) is not None:
                 decoding.append(pool.submit(partial(_decode, store, locate, places, reading.skip, buffers, cuda)))
-            began = time.perf_counter()
+            waited = 0.0
             while decoding and (not copying or (cuda and len(copying) < 2 and not decoding[0].empty())):
+                began = time.perf_counter()
                 loaded, error = decoding.popleft().get()
+                waited += time.perf_counter() - began
                 if error is not None:
                     raise error
                 with torch.cuda.stream(stream):  # does nothing without a GPU
@@ -101,9 +103,16 @@ def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading:
                 torch.cuda.current_stream(device).wait_event(copied)
                 for tensor in (images, *numbers):
                     tensor.record_stream(torch.cuda.current_stream(device))
-            yield Batch(images.permute(0, 3, 1, 2), *numbers, time.perf_counter() - began)
+            yield Batch(images.permute(0, 3, 1, 2), *numbers, waited)
     finally:
         pool.close()
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for copies to this GPU: torch keeps the memory of each stream apart, so a new one for each epoch took
+    another 100 MB each time (batches of 64, 341x256), up to the 32 streams that torch hands out in turn."""
+    return torch.cuda.Stream(device)
 
 
 def _decode(

@@ -96,15 +96,17 @@ class Log:
             self._bar = None
 
 
-def verdict(waited: float, threads: int, cores: int) -> str:
+def verdict(waited: float, first: float, threads: int, cores: int) -> str:
     """What limits a run, and what to change.
 
     Args:
         waited: share of the training time that the loop stood still for data, 0 to 1.
+        first: the part of it that was for the first batch of each epoch, which more threads would not decode sooner.
         threads: decoding threads of the process. cores: cores that it may use.
     """
-    if waited < 0.02:
-        return f"compute-bound: {waited:.1%} of the time waiting for data; more decoding would not help"
+    if waited - first < 0.02:
+        for_first = f" ({first:.1%} for the first batch of each epoch)" if waited >= 0.02 else ""
+        return f"compute-bound: {waited:.1%} of the time waiting for data{for_first}; more decoding would not help"
     more = f"raise data.threads to {cores}" if threads < cores else "give the process more cores"
     return (
         f"input-bound: {waited:.0%} of the time waiting for data; {more} or pack smaller (python -m shards pack --size)"

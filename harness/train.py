@@ -147,8 +147,8 @@ def _train(session: Session, progress: Progress) -> tuple[Progress, str | None]:
             break
     world.on_main(session.copies.finish)
     if seconds := sum(pace.seconds for pace in paces):
-        waited = sum(pace.waited * pace.seconds for pace in paces) / seconds
-        world.print(verdict(waited, decode_threads(config.data.threads), own_cores()))
+        waited, first = sum(pace.waited_s for pace in paces), sum(pace.waited_first_s for pace in paces)
+        world.print(verdict(waited / seconds, first / seconds, decode_threads(config.data.threads), own_cores()))
     return progress, over
 
 

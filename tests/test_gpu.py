@@ -50,6 +50,17 @@ def test_batches_on_the_gpu_are_those_of_the_cpu_while_it_is_busy(dataset, ahead
             assert torch.equal(keys.cpu(), batch.keys)
 
 
+def test_the_gpus_memory_does_not_grow_from_epoch_to_epoch(dataset):
+    store, reserved = Store(dataset, "train"), []
+    plan = Plan(store.shard_sizes, 60, seed=0)
+    for epoch in range(40):
+        for batch in training_batches(store, plan, epoch, 0, 0, 1, Reading(3, 4, torch.device("cuda"))):
+            batch.images.sum()
+        torch.cuda.synchronize()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] - reserved[4] < 8 * 2**20  # a stream of its own for each epoch would take 2 MB each
+
+
 def test_a_picture_is_varied_on_the_gpu_as_on_the_cpu():
     images, positions = pictures(64), torch.arange(1000, 1064)
     augment = Augment(cutout=0.3, mixup=0.4, cutmix=0.4)

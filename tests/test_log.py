@@ -54,11 +54,16 @@ def test_ranks_that_do_not_write_leave_no_file(tmp_path):
 
 
 def test_the_verdict_says_what_limits_the_run_and_what_to_change():
-    assert verdict(0.001, 2, 4).startswith("compute-bound: 0.1%")
-    assert verdict(0.38, 2, 4) == (
+    assert verdict(0.001, 0.0, 2, 4).startswith("compute-bound: 0.1%")
+    assert verdict(0.38, 0.01, 2, 4) == (
         "input-bound: 38% of the time waiting for data; raise data.threads to 4 or pack smaller (python -m shards pack --size)"
     )
-    assert "give the process more cores" in verdict(0.38, 4, 4)
+    assert "give the process more cores" in verdict(0.38, 0.01, 4, 4)
+    assert verdict(
+        0.043, 0.04, 16, 16
+    ) == (  # short epochs on a fast GPU: one thread decodes the first batch, however many
+        "compute-bound: 4.3% of the time waiting for data (4.0% for the first batch of each epoch); more decoding would not help"
+    )
 
 
 def test_trackers_get_what_the_log_gets_results_too(tmp_path):
