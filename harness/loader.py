@@ -1,8 +1,9 @@
 """Batches on the device, decoded by threads ahead of time.
 
 In: a `Store`, positions, and where each position is stored. Out: `Batch`es in the order asked for. What stays true: a
-whole batch is one task, so threads rarely meet; the number of batches in memory is bounded; a sample that cannot be
-decoded is named and fails the batch (or, where asked, counts for nothing); leaving the loop early, for whatever reason, leaves no thread behind.
+whole batch is one task (but for the first ones, which would come late), so threads rarely meet; the number of batches in
+memory is bounded; a sample that cannot be decoded is named and fails the batch (or, where asked, counts for nothing); leaving
+the loop early, for whatever reason, leaves no thread behind.
 """
 
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import pairwise
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -80,19 +82,24 @@ def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading:
     """Batches in order; on a GPU the next one is copied while the loop works on this one."""
     device, cuda = reading.device, reading.device.type == "cuda"
     stream = _copy_stream(device) if cuda else None
-    wanted, decoding, copying, buffers = iter(wanted), deque(), deque(), _Buffers()
+    under_way, copying, buffers = deque(), deque(), _Buffers()
+    wanted = enumerate(wanted, start=1)
+    decode = partial(_decode, store, locate, reading.skip is not None)
     pool = _Pool(reading.threads, device)
     try:
         while True:
-            while len(decoding) < max(reading.ahead, reading.threads) and (places := next(wanted, None)) is not None:
-                decoding.append(pool.submit(partial(_decode, store, locate, places, reading.skip, buffers, cuda)))
+            while len(under_way) < max(reading.ahead, reading.threads) and (entry := next(wanted, None)) is not None:
+                number, positions = entry
+                shape = (len(positions), store.dataset.height, store.dataset.width, 3)
+                images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if cuda else buffers.take(shape)
+                # All threads share the first batches, so that these come soon: a half of them the second, a third ...
+                parts = min(reading.threads // number, len(positions) // 8)
+                under_way.append(_begin(pool, decode, images, positions, max(1, parts)))
             waited = 0.0
-            while decoding and (not copying or (cuda and len(copying) < 2 and not decoding[0].empty())):
+            while under_way and (not copying or (cuda and len(copying) < 2 and under_way[0].is_decoded())):
                 began = time.perf_counter()
-                loaded, error = decoding.popleft().get()
+                loaded = _finish(under_way.popleft(), reading.skip)
                 waited += time.perf_counter() - began
-                if error is not None:
-                    raise error
                 with torch.cuda.stream(stream):  # does nothing without a GPU
                     moved = [tensor.to(device, non_blocking=True) for tensor in loaded]
                     copying.append((moved, stream.record_event() if cuda else None))
@@ -115,36 +122,64 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _decode(
-    store: Store, locate: Callable, positions: np.ndarray, skip: list | None, buffers: "_Buffers", pin: bool
-) -> tuple[torch.Tensor, ...]:
-    """Read and decode one batch: images (b, H, W, 3) uint8, labels, positions, keys.
+@dataclass(frozen=True)
+class _UnderWay:
+    """A batch that threads decode: images (b, H, W, 3) uint8, positions (b,), and what will tell of each part of it."""
+
+    images: torch.Tensor
+    positions: np.ndarray
+    parts: list[SimpleQueue]
+
+    def is_decoded(self) -> bool:
+        return not any(part.empty() for part in self.parts)
+
+
+def _begin(pool: "_Pool", decode: Callable, images: torch.Tensor, positions: np.ndarray, parts: int) -> _UnderWay:
+    """Have a batch decoded, in so many parts."""
+    edges, pictures = np.linspace(0, len(positions), parts + 1).astype(int), images.numpy()
+    tasks = [partial(decode, positions[start:stop], pictures[start:stop]) for start, stop in pairwise(edges)]
+    return _UnderWay(images, positions, [pool.submit(task) for task in tasks])
+
+
+def _finish(batch: _UnderWay, skip: list | None) -> tuple[torch.Tensor, ...]:
+    """Wait for a batch: images (b, H, W, 3) uint8, labels, positions, keys.
 
     A skipped sample keeps its place, with the label -1 and a copy of a good picture of the batch (black if there is
     none), so that shapes, positions and the batch's statistics stay what they should be.
     """
+    found = []
+    for part in batch.parts:
+        result, error = part.get()
+        if error is not None:
+            raise error
+        found.append(result)
+    labels, keys, is_bad = map(np.concatenate, zip(*found, strict=True))
+    if is_bad.any():
+        pictures = batch.images.numpy()
+        pictures[is_bad] = 0 if is_bad.all() else pictures[np.argmin(is_bad)]
+        labels[is_bad] = -1
+        skip.extend(keys[is_bad].tolist())
+    return batch.images, torch.from_numpy(labels), torch.from_numpy(batch.positions), torch.from_numpy(keys)
+
+
+def _decode(
+    store: Store, locate: Callable, skips: bool, positions: np.ndarray, pictures: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read and decode samples into `pictures`, (n, H, W, 3) uint8; their labels, keys, and which are bad, each (n,)."""
     shards, rows = locate(positions)
-    shape = (len(positions), store.dataset.height, store.dataset.width, 3)
-    images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pin else buffers.take(shape)
-    pictures = images.numpy()
-    bad = []
+    is_bad = np.zeros(len(positions), bool)
     for place, data in store.read(shards, rows):
         try:
             decode_into(data, pictures[place])
         except ValueError as error:
-            if skip is not None:
-                bad.append(place)
+            if skips:
+                is_bad[place] = True
                 continue
             raise ValueError(
                 f"Cannot decode {store.name(int(shards[place]), int(rows[place]))}: {error}. The shard was damaged after "
                 f"packing: `python -m shards verify {store.dataset.folder}` lists what to copy again."
             ) from error
-    labels, keys = store.numbers(shards, rows)
-    if bad:
-        good = np.setdiff1d(np.arange(len(positions)), bad)
-        pictures[bad], labels[bad] = pictures[good[0]] if len(good) else 0, -1
-        skip.extend(keys[bad].tolist())
-    return images, torch.from_numpy(labels), torch.from_numpy(positions), torch.from_numpy(keys)
+    return *store.numbers(shards, rows), is_bad
 
 
 class _Pool:

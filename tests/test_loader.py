@@ -175,6 +175,21 @@ def test_a_skipped_sample_counts_for_nothing_and_is_reported(packed, tmp_path):
     assert sum((batch.labels == -1).sum() for batch in whole) == 1
 
 
+@pytest.mark.parametrize("batch", [24, 60])
+def test_a_batch_that_threads_share_is_that_of_one_thread(packed, tmp_path, batch):
+    dataset, key, _, _ = spoiled(packed, tmp_path, zero_the_middle)
+    found = []
+    for threads in (1, 3, 8):
+        skipped = []
+        found.append(batches(dataset, batch=batch, reading=Reading(threads, 2, torch.device("cpu"), skipped)))
+        assert skipped == [int(key)]
+    for number, alone in enumerate(found[0]):
+        for shared in (found[1][number], found[2][number]):
+            assert torch.equal(shared.images, alone.images)
+            for name in ("labels", "positions", "keys"):
+                assert torch.equal(getattr(shared, name), getattr(alone, name))
+
+
 def test_evaluation_never_skips(packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "copy")
     shard = load(folder).split("val")[0]
