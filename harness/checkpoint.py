@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -248,12 +249,13 @@ def _json(content: dict) -> bytes:
 
 
 def _put(path: Path, data: bytes) -> str:
-    """Write a file to the disk itself; its SHA-256."""
-    with open(path, "wb") as file:
+    """Write a file to the disk itself; its SHA-256, which a second core computes meanwhile."""
+    with ThreadPoolExecutor(1) as pool, open(path, "wb") as file:
+        digest = pool.submit(hashlib.sha256, data)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest()
+        return digest.result().hexdigest()
 
 
 def problem_of(folder: Path) -> str | None:
