@@ -142,10 +142,15 @@ def uniforms(seed: int, stream: int, positions: torch.Tensor, n: int) -> torch.T
     Returns:
         (B, n) float32 in [0, 1), multiples of 2^-24: the same bits on every device.
     """
-    key = _mix(_mix(torch.tensor([seed])) + stream).item()  # on the CPU: making it on a GPU would wait for the GPU
-    state = _mix(positions + key)  # (B,)
+    state = _mix(positions + _key(seed, stream))  # (B,)
     draws = _mix(state[:, None] + _GOLDEN * torch.arange(1, n + 1, device=positions.device))
     return _shift(draws, 40).float() * 2.0**-24
+
+
+@lru_cache
+def _key(seed: int, stream: int) -> int:
+    """What the numbers of one epoch start from; on the CPU, as making it on a GPU would wait for the GPU."""
+    return _mix(_mix(torch.tensor([seed])) + stream).item()
 
 
 def stream_checksum(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
