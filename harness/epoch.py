@@ -63,7 +63,7 @@ class Session:
 class Pace:
     """How an epoch went: last learning rate, images/s, its seconds, those waiting for data, and whether to stop.
 
-    waited_first_s: the part of `waited_s` for the first batch, which one thread decodes whatever their number.
+    waited_first_s: the part of `waited_s` for the first batch, which nothing was done for before the epoch began.
     """
 
     lr: float

@@ -101,7 +101,7 @@ def verdict(waited: float, first: float, threads: int, cores: int) -> str:
 
     Args:
         waited: share of the training time that the loop stood still for data, 0 to 1.
-        first: the part of it that was for the first batch of each epoch, which more threads would not decode sooner.
+        first: the part of it for the first batch of each epoch, when nothing is decoded yet.
         threads: decoding threads of the process. cores: cores that it may use.
     """
     if waited - first < 0.02:

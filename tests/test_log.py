@@ -59,9 +59,7 @@ def test_the_verdict_says_what_limits_the_run_and_what_to_change():
         "input-bound: 38% of the time waiting for data; raise data.threads to 4 or pack smaller (python -m shards pack --size)"
     )
     assert "give the process more cores" in verdict(0.38, 0.01, 4, 4)
-    assert verdict(
-        0.043, 0.04, 16, 16
-    ) == (  # short epochs on a fast GPU: one thread decodes the first batch, however many
+    assert verdict(0.043, 0.04, 16, 16) == (  # short epochs on a fast GPU
         "compute-bound: 4.3% of the time waiting for data (4.0% for the first batch of each epoch); more decoding would not help"
     )
 
