@@ -249,7 +249,7 @@ def _json(content: dict) -> bytes:
 
 
 def _put(path: Path, data: bytes) -> str:
-    """Write a file to the disk itself; its SHA-256, which a second core computes meanwhile."""
+    """Write a file to the disk itself; its SHA-256, computed meanwhile by another thread."""
     with ThreadPoolExecutor(1) as pool, open(path, "wb") as file:
         digest = pool.submit(hashlib.sha256, data)
         file.write(data)

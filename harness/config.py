@@ -132,8 +132,8 @@ class Run:
     channels_last: Literal["auto", "on", "off"] = "auto"
     """pictures and weights with their channels last in memory; auto: everywhere but on GPUs older than a V100"""
     compile: bool = False
-    """compile the training step with torch.compile, which takes minutes at the start; for a V100 and newer (measure first: neither
-    a CPU nor an H200 with batches of 64 gained by it)"""
+    """compile the training step with torch.compile, which takes minutes at the start; for a V100 and newer (measure first: no
+    gain was seen on a CPU, nor on an H200 with batches of 64)"""
     log_every: int = 10
     """steps between entries of the log; stop requests and a loss that is no number are noticed as often"""
     save_every_minutes: float = 10.0
