@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from harness.calibration import Prior, with_prior
-from harness.metrics import OVERALL, gains, shown
+from harness.evaluation.calibration import Prior, with_prior
+from harness.evaluation.metrics import OVERALL, gains, shown
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,9 @@ import argparse
 import os
 import sys
 
-from harness.checks import (
+from harness.config import read_config
+from harness.distributed.world import World
+from harness.training.preflight import (
     Finding,
     look_at_cores,
     look_at_data,
@@ -20,8 +22,6 @@ from harness.checks import (
     named_gpu,
     versions,
 )
-from harness.config import read_config
-from harness.world import World
 from launch.train import DEMO
 from shards.index import load
 

@@ -9,19 +9,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from harness import checkpoint
-from harness.augment import parse_views
-from harness.calibration import Prior, prior_of
 from harness.config import Config, flat, load_config
-from harness.evaluate import Trained, evaluate, leak_warnings
-from harness.judge import summary
+from harness.data.augment import parse_views
+from harness.distributed.world import World
+from harness.evaluation.calibration import Prior, prior_of
+from harness.evaluation.evaluate import Trained, evaluate, leak_warnings
+from harness.evaluation.results import summary
 from harness.limits import check
-from harness.model import build_model
-from harness.report import draw_results
-from harness.run_folder import changes
-from harness.world import World
+from harness.model.build import build_model
+from harness.report.page import draw_results
+from harness.run import checkpoint
+from harness.run.folder import changes
 from shards.index import Dataset, load
-from shards.store import Store
+from shards.reader import Store
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,13 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.board import board_results
 from harness.config import Config, read_config
-from harness.pictures import save_augmented
-from harness.report import draw_results
-from harness.signals import STOPPED, follow_launcher
-from harness.train import train
-from harness.world import World
+from harness.distributed.world import World
+from harness.evaluation.gallery import save_augmented
+from harness.report.page import draw_results
+from harness.report.tensorboard import board_results
+from harness.run.stop import STOPPED, follow_launcher
+from harness.training.train import train
 from shards import demo
 from shards.catalogue import read_ham10000
 from shards.index import load

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from shards import catalogue, demo, index, split
+from shards.contact_sheet import dataset_rows, draw_sheet
 from shards.image import FITS
 from shards.pack import Packing, pack_several
-from shards.sheet import dataset_rows, draw_sheet
 
 PLAIN = {
     **{"lesion": split.lesion, "image": split.image, "seed": split.seed, "seed-leaky": split.seed_leaky},

@@ -1,0 +1,1 @@
+"""Ranks and devices: who takes part, what it runs on, who is alive."""

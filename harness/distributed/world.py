@@ -1,0 +1,277 @@
+"""The processes of a run and what they tell each other. The only file that knows of `Accelerator` and of ranks.
+
+In: the environment that a launcher made. Out: a `World`. What stays true: every method that is marked collective is
+called by all ranks at the same point, or all of them wait for ever.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    LoggerType,
+    broadcast,
+    broadcast_object_list,
+    gather,
+    gather_object,
+    reduce,
+)
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+
+from harness.distributed.hardware import check_wheel, choose_memory_format, choose_precision, own_cores
+from harness.distributed.heartbeat import Watch
+
+MEETING_S = 600.0  # how long processes wait for each other
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that are not to be had.
+
+    Raises:
+        ValueError: an unknown tracker, or one whose package is not installed.
+    """
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            raise ValueError(f"The 'run.trackers' setting knows {known}. Got {name!r} instead.")
+        if name in LoggerType.list() and name not in available:
+            raise ValueError(f"'run.trackers' names {name}, which is not installed: pip install {name}.")
+
+
+class World:
+    """All ranks of a run, seen from one of them."""
+
+    def __init__(self, precision: str, channels_last: str = "auto"):
+        """Join the world that the launcher announced.
+
+        Args:
+            precision: auto, fp32, bf16 or fp16; where it is auto, what `accelerate launch --mixed_precision` was given.
+            channels_last: auto, on or off.
+
+        Raises:
+            ValueError: a torch without kernels for this GPU, more processes than GPUs, ranks that do not see each other,
+                or a precision that the device does not have.
+            ConnectionError: the processes did not find each other in time.
+        """
+        cuda = torch.cuda.is_available()
+        if cuda:
+            number = int(os.environ.get("LOCAL_RANK", "0"))
+            if number >= torch.cuda.device_count():
+                raise ValueError(
+                    f"This machine has {torch.cuda.device_count()} GPU(s), and the launcher started a process for GPU "
+                    f"number {number + 1}. Start as many processes as there are GPUs."
+                )
+            device = torch.cuda.get_device_properties(number)
+            check_wheel((device.major, device.minor), torch.cuda.get_arch_list(), device.name)
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision == "auto" and launched in ("bf16", "fp16"):
+            precision = launched
+        self.precision, self.precision_reason = choose_precision(precision, torch.device("cuda" if cuda else "cpu"))
+        try:
+            self._accelerator = Accelerator(
+                cpu=not cuda,  # without it, ranks on a machine without CUDA each believe to be alone
+                mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    num_steps=1
+                ),  # the environment may say otherwise
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=MEETING_S)),
+                ],
+            )
+        except (DistStoreError, DistNetworkError) as error:
+            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise ConnectionError(
+                f"Process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} on {socket.gethostname()} did "
+                f"not meet the others at {place} ({str(error).splitlines()[0]}). Start all of them within "
+                f"{MEETING_S / 60:.0f} minutes, with the address of the first one's machine and an open port."
+            ) from error
+        if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
+            torch.set_num_threads(own_cores())
+        announced = int(os.environ.get("WORLD_SIZE", "1"))
+        if announced != self._accelerator.num_processes:
+            raise ValueError(
+                f"The launcher announced {announced} processes, and {self._accelerator.num_processes} see each other. "
+                "Start with `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc-per-node N`."
+            )
+        self.rank = self._accelerator.process_index
+        self.size = self._accelerator.num_processes
+        # Accelerate's device has no number where there is one process.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else self._accelerator.device
+        self.memory_format = choose_memory_format(channels_last, self.device)
+        self.is_main = self.rank == 0
+        self.who = f"{socket.gethostname()}, process {os.getpid()}"
+        self.watch = self._begin_watch() if self.size > 1 else None
+
+    def describe(self) -> str:
+        """One line: how many processes on what, in which precision, and why."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        count = "1 process" if self.size == 1 else f"{self.size} processes"
+        return f"{count} on {device}, {self.precision} ({self.precision_reason}), torch {torch.__version__}"
+
+    def begin_trackers(self, names: tuple[str, ...], folder: Path, settings: dict) -> None:
+        """Start experiment trackers by Accelerate's names, on rank 0; `tensorboard` is the log's own and left out.
+
+        Args:
+            settings: shown with the run.
+        """
+        if names := tuple(dict.fromkeys(name for name in names if name != "tensorboard")):
+            own = {"wandb": {"name": folder.name, "dir": str(folder)}, "mlflow": {"run_name": folder.name}}
+            self._accelerator.project_configuration.logging_dir = str(folder)
+            self._accelerator.log_with = filter_trackers(list(names), folder)
+            self._accelerator.init_trackers("dermharness", config=settings, init_kwargs=own)
+
+    def track(self, numbers: dict[str, float], step: int) -> None:
+        """Tell the trackers, if there are any."""
+        self._accelerator.log(numbers, step=step)
+
+    def _begin_watch(self) -> Watch:
+        """Collective: rank 0 serves a small store, in which every rank says that it lives."""
+        host, wait = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if self.is_main else None
+        (port,) = broadcast_object_list([store.port if store else 0])
+        store = store or TCPStore(host, port, is_master=False, timeout=wait)
+        watch = Watch(store, self.rank, range(1, self.size) if self.is_main else [0], self.who)
+        self.any(False)  # everyone has said who it is
+        watch.start()
+        return watch
+
+    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False):
+        """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's.
+
+        Args:
+            compiled: the training step's passes become kernels made for this model and these shapes (torch.compile). The model
+                itself stays as it is, so that what is evaluated does not depend on it.
+        """
+        wrapped, optimizer = self._accelerator.prepare(model, optimizer)
+        return (torch.compile(wrapped, dynamic=False) if compiled else wrapped), optimizer
+
+    @contextmanager
+    def reproducible_threads(self) -> Iterator[int]:
+        """Inside, arithmetic on a CPU is the same whatever the number of cores and processes.
+
+        Some kernels split a sum over the threads they are given, so each gets one. Yields how many forward passes may
+        run beside each other instead: one for each core, or one on a GPU.
+        """
+        if self.device.type != "cpu":
+            yield 1
+            return
+        torch.set_num_threads(1)
+        try:
+            yield own_cores()
+        finally:
+            torch.set_num_threads(own_cores())
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision for a model that is not wrapped."""
+        return self._accelerator.autocast()
+
+    def without_sync(self, model: torch.nn.Module) -> AbstractContextManager:
+        """Backward passes inside do not average gradients over ranks."""
+        return self._accelerator.no_sync(model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward pass, with the loss scaled where fp16 asks for it."""
+        self._accelerator.backward(loss)
+
+    def clip_gradients(self, model: torch.nn.Module, norm: float) -> None:
+        """Scale the gradients of a wrapped model down to this norm, where they are longer."""
+        self._accelerator.clip_grad_norm_(model.parameters(), norm)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of fp16, None otherwise."""
+        return self._accelerator.scaler
+
+    def on_main(self, action: Callable, *arguments):
+        """Collective: run on rank 0 alone; its result is everyone's, and its error ends every rank.
+
+        No rank goes on before rank 0 is done: what it wrote is there, and a launcher that kills the others when one
+        leaves finds nothing half-written.
+        Rank 0 raises what went wrong; the others leave with exit code 1 and no words of their own.
+        """
+        if self.size == 1:
+            return action(*arguments)
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action(*arguments)
+            except Exception as raised:
+                error = raised
+        result, failed = broadcast_object_list([result, error is not None], from_process=0)
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(1)
+        return result
+
+    def gather(self, value) -> list:
+        """Collective: every rank's value, by rank; any object that can be pickled."""
+        return [value] if self.size == 1 else gather_object([value])
+
+    def synchronize(self) -> None:
+        """Wait for the kernels of this rank's GPU, so that a clock can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def print(self, text: str = "") -> None:
+        """Print a line on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Collective: elementwise sum over ranks, on every rank."""
+        if self.size == 1:
+            return values
+        return reduce(values.to(self.device), reduction="sum")
+
+    def gather_rows(self, keys: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Collective: rows of all ranks, sorted by key, whatever number each rank has.
+
+        Args:
+            keys: (n,) int64, not negative.
+            rows: (n, ...), n differs from rank to rank.
+
+        Returns:
+            (N,) keys and (N, ...) rows on every rank, on the CPU.
+        """
+        if self.size > 1:
+            counts = gather(torch.tensor([len(keys)], device=self.device))
+            short = int(counts.max()) - len(keys)
+            keys = torch.cat([keys.to(self.device), keys.new_full((short,), -1).to(self.device)])
+            rows = torch.cat([rows.to(self.device), rows.new_zeros((short, *rows.shape[1:])).to(self.device)])
+            keys, rows = gather(keys), gather(rows)
+            keys, rows = keys[keys >= 0], rows[keys >= 0]
+        order = torch.argsort(keys, stable=True)
+        return keys[order].cpu(), rows[order].cpu()
+
+    def any(self, flag: bool) -> bool:
+        """Collective: whether the flag is set on any rank. (Device sync.)"""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag)])).item())
+
+    def broadcast_buffers(self, model: torch.nn.Module) -> None:
+        """Collective: rank 0's BatchNorm statistics become everyone's."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                buffer.copy_(broadcast(buffer))
+
+    def close(self) -> None:
+        """Collective: leave the world in good order."""
+        if self.watch:
+            self.watch.close()
+            # Rank 0 serves what the others watch by: it leaves when they are done. A barrier has no tensors: older gloo
+            # (torch 2.7) hangs if a thread of its own lets go of the last collective's tensors while the group is destroyed.
+            self._accelerator.wait_for_everyone()
+        self._accelerator.end_training()

@@ -1,0 +1,1 @@
+"""A finished run for people, from its files alone."""

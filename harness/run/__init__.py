@@ -1,0 +1,1 @@
+"""One run on disk: folder, lock, stop requests, progress, checkpoints, log."""

@@ -1,0 +1,296 @@
+"""Checkpoints that are whole or not there.
+
+In: tensors and a `Progress`. Out: folders `RUN/checkpoints/step-00000123` and `RUN/checkpoints/best-00000100`. What
+stays true: a folder takes its name only when every byte is on disk; its manifest holds the SHA-256 of each file;
+nothing is deleted before what replaces it is safe; a damaged checkpoint is named and the one before it is used.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from harness.run.progress import Progress
+from shards.index import sha256
+from shards.pack import sync
+
+FORMAT = 1
+MANIFEST, AVERAGE = "manifest.json", "ema.safetensors"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What weights were made of: model, classes in order, fingerprint of the dataset, hashes of its training groups.
+
+    order: what the order of samples followed from; where it differs, `samples_seen` says nothing.
+    """
+
+    model: str
+    classes: tuple[str, ...]
+    dataset: str
+    train_groups: np.ndarray  # as from shards.index.group_hashes
+    order: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A valid checkpoint on disk: its folder, how far it is, and where it comes from."""
+
+    folder: Path
+    progress: Progress
+    origin: Origin
+
+
+def save_step(
+    run: Path,
+    progress: Progress,
+    origin: Origin,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler,
+    keep: int,
+    average: nn.Module | None = None,
+) -> None:
+    """Save all that continues a run, then remove all but the newest `keep` checkpoints and the best weights.
+
+    Args:
+        average: with the moving average of the weights, if there is one.
+    """
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+    saved = run / "checkpoints" / f"step-{progress.step:08d}"
+    _save(saved, progress, origin, model, state, average)
+    steps = _newest_first(run, "step-")
+    later = steps.index(saved)  # damaged ones: this run continued from one before them
+    for folder in steps[:later] + steps[later + keep :]:
+        shutil.rmtree(folder)
+    # Each checkpoint that is kept may be the one to continue from: the best weights that it names stay, too.
+    named = {f"best-{_best_step(folder):08d}" for folder in _newest_first(run, "step-")}
+    for folder in _newest_first(run, "best-"):
+        if folder.name not in named:
+            shutil.rmtree(folder)
+    for leftover in (run / "checkpoints").glob(".*.tmp"):  # of a process that was killed while it saved
+        shutil.rmtree(leftover)
+
+
+def save_best(run: Path, progress: Progress, origin: Origin, model: nn.Module) -> None:
+    """Save the best weights so far; the ones before are removed by the next `save_step`, which points to these."""
+    _save(run / "checkpoints" / f"best-{progress.best_step:08d}", progress, origin, model)
+
+
+def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest valid checkpoint to continue from, or None; what is damaged is named.
+
+    Raises:
+        ValueError: checkpoints are there, and none is valid, or they are of a newer format.
+    """
+    folders = _newest_first(run, "step-")
+    for folder in folders:
+        problem = problem_of(folder)
+        if problem is None:
+            return _read(folder)
+        say(f"checkpoint {folder} is damaged ({problem}): using the one before it")
+    if folders:
+        raise ValueError(
+            f"No checkpoint in {run / 'checkpoints'} is whole. Remove {run} to start over, or restore a copy."
+        )
+    return None
+
+
+def mend_best(run: Path, progress: Progress, say: Callable[[str], None] = print) -> None:
+    """Make sure that the best weights named by a checkpoint are whole, from the checkpoint of their step if need be.
+
+    Raises:
+        ValueError: they are damaged, and no checkpoint of their step is kept.
+    """
+    name = f"{progress.best_step:08d}"
+    folder, same = run / "checkpoints" / f"best-{name}", run / "checkpoints" / f"step-{name}"
+    problem = problem_of(folder) if progress.best_step else None
+    if not problem:
+        return
+    if problem_of(same):
+        raise ValueError(
+            f"The best weights {folder} are damaged ({problem}). Restore a copy, or remove {run} to start over."
+        )
+    say(f"the best weights {folder} are damaged ({problem}): made again from {same}")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(same, folder, ignore=shutil.ignore_patterns("optimizer.pt", MANIFEST))
+    if (folder / AVERAGE).is_file():  # the best weights are those that were judged
+        os.replace(folder / AVERAGE, folder / "model.safetensors")
+    _put(folder / MANIFEST, _json({path.name: sha256(path) for path in sorted(folder.iterdir())}))
+
+
+def best(run: Path, progress: Progress | None = None) -> Checkpoint:
+    """The best weights of a run.
+
+    Args:
+        run: its folder. progress: names the step of the best weights; without it, the newest there are.
+
+    Raises:
+        FileNotFoundError: there are none yet.
+        ValueError: they are damaged.
+    """
+    folders = _newest_first(run, "best-")
+    if progress is not None:
+        folders = [folder for folder in folders if folder.name == f"best-{progress.best_step:08d}"]
+    if not folders:
+        raise FileNotFoundError(f"No best weights in {run / 'checkpoints'}. Train first: the first epoch saves them.")
+    problem = problem_of(folders[0])
+    if problem:
+        raise ValueError(f"The best weights {folders[0]} are damaged ({problem}). Restore a copy, or train again.")
+    return _read(folders[0])
+
+
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scaler, average: nn.Module | None = None
+) -> None:
+    """Load weights, optimizer, loss scaler and average in place, on every rank.
+
+    An average that was not kept (the run went on with another `optim.ema`) starts from the weights.
+    """
+    load_model(checkpoint, model)
+    if average is not None:
+        kept = checkpoint.folder / AVERAGE
+        average.load_state_dict(load_file(kept) if kept.is_file() else model.state_dict())
+    state = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
+def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Load weights in place; every tensor must be there."""
+    model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
+
+
+def room_needed(run: Path, model: nn.Module, optimizer: str, keep: int, averaged: bool = False) -> int:
+    """Bytes that the run's checkpoints will need beside what is there already.
+
+    Args:
+        model: built, also on the meta device. optimizer: its name; Adam keeps two numbers for each weight, SGD one.
+        averaged: whether an average of the weights is kept, too. keep: newest checkpoints kept. Beside them stand one that is being written and two sets of best weights.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    whole = weights * ((2 if optimizer == "sgd" else 3) + averaged)
+    there = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    return max((keep + 1) * whole + 2 * weights - there, whole + weights)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file so that readers, and a crash, see the old or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _put(temporary, data)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def _save(
+    folder: Path,
+    progress: Progress,
+    origin: Origin,
+    model: nn.Module,
+    state: dict | None = None,
+    average: nn.Module | None = None,
+) -> None:
+    """Write a checkpoint beside its place and then give it its name.
+
+    Raises:
+        OSError: the disk is full, or away; what was there before is untouched.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        files = _files(progress, origin, model, state, average)
+        manifest = {name: _put(temporary / name, data) for name, data in files}
+        _put(temporary / MANIFEST, _json(manifest))
+        sync(temporary)
+        if folder.exists():  # from before a crash: the same step again, so nothing is lost if this one replaces it
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"Cannot save the checkpoint {folder} ({error.strerror or error}). Those before it are whole. Make room or mend "
+            "the disk, then start the same command again."
+        ) from error
+
+
+def _files(
+    progress: Progress, origin: Origin, model: nn.Module, state: dict | None, average: nn.Module | None
+) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a checkpoint's files, one at a time."""
+    for name, module in (("model.safetensors", model), (AVERAGE, average)):
+        if module is not None:
+            yield name, save({key: t.detach().cpu().contiguous() for key, t in module.state_dict().items()})
+    if state is not None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        yield "optimizer.pt", buffer.getbuffer()
+    buffer = io.BytesIO()
+    np.save(buffer, origin.train_groups)
+    yield "train-groups.npy", buffer.getbuffer()
+    made_of = {name: value for name, value in asdict(origin).items() if name != "train_groups"}
+    yield "progress.json", _json({"format": FORMAT, "progress": asdict(progress), "origin": made_of})
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _put(path: Path, data: bytes) -> str:
+    """Write a file to the disk itself; its SHA-256, computed meanwhile by another thread."""
+    with ThreadPoolExecutor(1) as pool, open(path, "wb") as file:
+        digest = pool.submit(hashlib.sha256, data)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return digest.result().hexdigest()
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if each has the SHA-256 of the manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, digest in manifest.items():
+            if sha256(folder / name) != digest:
+                return f"{name} is not what was written"
+        if not {"progress.json", "model.safetensors", "train-groups.npy"} <= set(manifest):
+            return "its manifest is incomplete"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _read(folder: Path) -> Checkpoint:
+    content = json.loads((folder / "progress.json").read_text())
+    if content["format"] > FORMAT:
+        raise ValueError(
+            f"{folder} has format {content['format']}; this version reads up to {FORMAT}. Update dermharness."
+        )
+    made_of = content["origin"]
+    groups = np.load(folder / "train-groups.npy", allow_pickle=False)
+    origin = Origin(made_of["model"], tuple(made_of["classes"]), made_of["dataset"], groups, made_of["order"])
+    return Checkpoint(folder, Progress(**content["progress"]), origin)
+
+
+def _best_step(folder: Path) -> int:
+    """The step of the best weights that a checkpoint names; -1 if it is too damaged to name any."""
+    try:
+        return json.loads((folder / "progress.json").read_text())["progress"]["best_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def _newest_first(run: Path, prefix: str) -> list[Path]:
+    return sorted((run / "checkpoints").glob(f"{prefix}*"), reverse=True)

@@ -1,0 +1,112 @@
+"""Checkpoints on two disks: saved on a fast local one, then copied to the run folder while training goes on.
+
+In: a local folder and a run folder. Out: the same checkpoints in both. What stays true: a copy counts only when its
+files have the SHA-256 of its manifest, so a run folder on a disk whose renames and flushes promise little (a mounted
+Drive) is safe; nothing is removed from it before what replaces it has arrived.
+"""
+
+import shutil
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from harness.run.checkpoint import Checkpoint, newest, problem_of, write_atomically
+
+
+class Copies:
+    """Where a run saves: its own folder, or a local one that is copied there."""
+
+    def __init__(self, run: Path, local: str):
+        """Nothing is copied yet.
+
+        Args:
+            run: the run's folder. local: `run.checkpoint_dir`; empty to save in the run's folder.
+        """
+        self.run, self.local = run, Path(local) if local else None
+        self._pool, self._copying = ThreadPoolExecutor(1, "copy"), None
+
+    def __enter__(self) -> "Copies":
+        """Nothing to do."""
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Let a copy under way end."""
+        self._pool.shutdown()
+
+    def place(self) -> Path:
+        """The folder that checkpoints are saved to."""
+        return self.local / _identity(self.run) if self.local else self.run
+
+    def reconcile(self) -> None:
+        """At a start: what is newest in one place comes to the other. A lost machine has lost its local folder."""
+        if not self.local:
+            return
+        place = self.place()
+        here, there = _newest(place), _newest(self.run)
+        if here and (not there or here.progress.step > there.progress.step):
+            _mirror(place, self.run, check=True)
+        elif there and (not here or there.progress.step > here.progress.step):
+            _mirror(self.run, place, check=True)
+
+    def begin(self) -> None:
+        """After saving: copy beside the training. Waits for the copy before, and raises what went wrong with it."""
+        if self.local:
+            self.finish()
+            self._copying: Future | None = self._pool.submit(_mirror, self.place(), self.run)
+
+    def finish(self) -> None:
+        """Wait until all is copied.
+
+        Raises:
+            OSError: it could not be.
+        """
+        if self._copying:
+            try:
+                self._copying.result()
+            except OSError as error:
+                raise OSError(
+                    f"Cannot copy checkpoints to {self.run} ({error}). They are whole in {self.place()}. Mend the disk, "
+                    "then start the same command again."
+                ) from error
+            finally:
+                self._copying = None
+
+
+def _mirror(source: Path, target: Path, check: bool = False) -> None:
+    """Make the checkpoints of `target` those of `source`, and remove none before all have arrived.
+
+    Args:
+        check: read the copies that are there; otherwise an equal manifest is enough.
+    """
+    folders = [path for path in sorted((source / "checkpoints").iterdir()) if not path.name.startswith(".")]
+    for folder in folders:
+        copy = target / "checkpoints" / folder.name
+        if _manifest(copy) != _manifest(folder) or (check and problem_of(copy)):
+            temporary = copy.with_name(f".{copy.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(folder, temporary)
+            shutil.rmtree(copy, ignore_errors=True)
+            temporary.rename(copy)
+    for old in {path.name for path in (target / "checkpoints").iterdir()} - {path.name for path in folders}:
+        shutil.rmtree(target / "checkpoints" / old)
+
+
+def _manifest(folder: Path) -> bytes | None:
+    """The manifest of a checkpoint, None where there is none."""
+    path = folder / "manifest.json"
+    return path.read_bytes() if path.is_file() else None
+
+
+def _newest(place: Path) -> Checkpoint | None:
+    try:
+        return newest(place, lambda text: None)
+    except ValueError:  # none is whole here
+        return None
+
+
+def _identity(run: Path) -> str:
+    """A name for the run that its folder keeps: another run with the same local folder must not be taken for it."""
+    path = run / "id"
+    if not path.is_file():
+        write_atomically(path, uuid.uuid4().hex[:16].encode())
+    return path.read_text()

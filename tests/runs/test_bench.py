@@ -1,0 +1,42 @@
+"""The benchmarks run and print; what they print is never asserted, since machines differ."""
+
+import json
+
+import pytest
+
+from launch.bench import __main__ as bench
+from support.processes import launch
+
+
+def run(tmp_path, *words) -> dict:
+    assert bench.main([*map(str, words), "--json", str(tmp_path / "out.json")]) == 0
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["loader", "augment", "step", "train", "evaluate", "resume", "save"])
+def test_each_benchmark_runs_on_a_small_dataset(tiny, tmp_path, capsys, name):
+    numbers = run(tmp_path, name, "--config", tiny, "--rounds", "1")
+    shown = capsys.readouterr().out
+    assert all(key in shown for key in numbers)
+    assert all(value > 0 for key, value in numbers.items() if "per_s" in key)
+
+
+def test_packing_is_measured_beside_a_plain_loop(source, tmp_path):
+    numbers = run(tmp_path, "pack", "--source", source, "--plain", "10")
+    assert numbers["images"] == 84
+    assert numbers["ratio_to_plain_pillow"] > 0
+
+
+@pytest.mark.slow
+def test_pipelines_are_compared_on_the_same_images(source, packed, tiny, tmp_path):
+    words = ["--source", source, "--config", tiny, "--rounds", "1", "--json", tmp_path / "out.json"]
+    done = launch("bench", "compare", *words)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    assert {"ours", "notebook, 0 workers", "WebDataset + DataLoader, 2 workers"} <= set(numbers)
+
+
+def test_a_word_that_means_nothing_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["pack", "--source", "x", "--data.path", "y"])
+    assert "--data.path" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""When a rank fails, all end within a bounded time, the one at fault is named, and the same command continues."""
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from harness.model.build import build_model
+from harness.training.train import _check
+from shards.index import load, load_table
+from support.processes import SAVING, assert_equal_weights, bare_ranks, command, ended, launch, start, state, weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dying", [0, 1])
+def test_when_a_rank_is_killed_the_other_names_it_and_ends(finished_run, tmp_path, dying):
+    run = tmp_path / "run"
+    ranks = bare_ranks(finished_run.parent / "tiny.yaml", run, f"die@4:{dying}")
+    assert ranks[dying].wait(timeout=60) == -signal.SIGKILL
+    seconds, errors = ended(ranks[1 - dying], 40)
+    assert ranks[1 - dying].returncode == 1
+    assert re.search(rf"error: rank {dying} \(.*process {ranks[dying].pid}\) ended without a word", errors), errors
+    assert seconds < 20
+    assert (state(run)["status"], state(run)["rank"]) == ("failed", dying)
+    assert state(run)["step"] == 3
+
+
+@pytest.mark.slow
+def test_when_a_rank_hangs_the_other_names_it_and_ends(finished_run, tmp_path):
+    """As one that waits for a disk that is away, or stands still in a debugger; the collective would wait for 30 minutes."""
+    run = tmp_path / "run"
+    ranks = bare_ranks(finished_run.parent / "tiny.yaml", run, "slow@1", DEAD_S="8")
+    while state(run).get("step", 0) < 2:
+        time.sleep(0.05)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    seconds, errors = ended(ranks[0], 60)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert re.search(rf"rank 1 \(.*process {ranks[1].pid}\) ended without a word, or hangs", errors), errors
+    assert seconds < 30
+    assert (state(run)["status"], state(run)["rank"]) == ("failed", 1)
+    assert ranks[1].wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["torchrun", "alone"])
+def test_when_a_rank_raises_its_error_is_the_runs_and_the_next_start_continues(finished_run, tmp_path, launched):
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    if launched == "torchrun":
+        words = command("driven", "--config", config, "--run.folder", run, *SAVING, ranks=2)
+        _, errors = ended(start(words, DISTURB="raise@4:1"), 60)
+    else:
+        ranks = bare_ranks(finished_run.parent / "tiny.yaml", run, "raise@4:1")
+        errors = ended(ranks[1], 60)[1] + ended(ranks[0], 30)[1]
+    assert "error: a fault that was asked for" in errors
+    assert (state(run)["status"], state(run)["rank"]) == ("failed", 1)
+    assert state(run)["error"].endswith("ValueError: a fault that was asked for")
+    assert "Traceback" in (run / "errors" / "rank-1.txt").read_text()
+    assert state(run)["step"] == 3
+    done = launch("train", "--config", config, "--run.folder", run, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "step 3" in done.stdout
+    assert state(run)["status"] == "finished"
+    assert "error" not in state(run)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_names_its_step_and_samples_and_keeps_the_checkpoint_before(
+    finished_run, packed, tmp_path
+):
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    words = ["--config", config, "--run.folder", run, "--run.save_every_minutes", "0", "--run.log_every", "2"]
+    done = launch("driven", *words, disturb="nan@3")  # a picture of the 3rd step, in the interval of the 3rd and 4th
+    assert done.returncode == 1
+    found = re.search(r"The loss of step 3 is no number; samples (\d{8})", done.stderr)
+    assert found, done.stderr
+    assert int(found[1]) in pd_keys(packed)
+    assert state(run)["status"] == "failed"
+    assert "--run.resume force" in state(run)["error"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002"]
+    done = launch("train", *words)  # the fault is gone
+    assert done.returncode == 0, done.stderr
+    assert_equal_weights(weights(run), weights(finished_run))
+
+
+def pd_keys(packed) -> set[int]:
+    """Keys of the training samples."""
+    dataset = load(packed)
+    return {int(key) for shard in dataset.split("train") for key in load_table(dataset, shard)["key"]}
+
+
+@pytest.mark.slow
+def test_the_samples_of_a_bad_loss_are_named_though_another_rank_has_them(finished_run, tmp_path):
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    words = command("driven", "--config", config, "--run.folder", run, ranks=2)
+    _, errors = ended(start(words, DISTURB="nan@1:1"), 60)
+    assert re.search(r"The loss of step 1 is no number; samples \d{8}", errors), errors
+    assert state(run)["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_weights_that_are_no_numbers_are_never_saved(finished_run, tmp_path):
+    """The loss of the last step before a checkpoint is finite; what it did to the weights is not."""
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    words = ["--config", config, "--run.folder", run, *SAVING]
+    done = launch("driven", *words, disturb="inf@3")
+    assert done.returncode == 1
+    assert "The weights are no numbers any more by step 3" in done.stderr
+    newest = max((run / "checkpoints").iterdir())
+    assert newest.name == "step-00000002"
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
+
+
+@pytest.mark.slow
+def test_another_rate_continues_by_force_and_the_results_say_so(finished_run, tmp_path):
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    words = ["--config", config, "--run.folder", run, *SAVING]
+    assert launch("driven", *words, disturb="stop@3").returncode == 75
+    refused = launch("train", *words, "--optim.lr", "0.0005")
+    assert refused.returncode == 1
+    assert "optim.lr: 0.001 is now 0.0005" in refused.stderr
+    assert "--run.resume force" in refused.stderr
+    done = launch("train", *words, "--optim.lr", "0.0005", "--data.batch_size", "10", "--run.resume", "force")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1 starts over" in done.stdout  # its batches are others now
+    said = json.loads((run / "metrics.json").read_text())["warnings"]
+    assert "changed during training: optim.lr: 0.001 is now 0.0005" in said
+    again = launch("evaluate", run, "--out", tmp_path / "again")
+    assert "changed during training: optim.lr" in again.stdout
+    before = (run / "config.yaml").read_bytes(), (run / "changes.json").read_bytes()
+    longer = launch("train", *words, "--run.epochs", "9", "--run.resume", "force")
+    assert longer.returncode == 1
+    assert "is finished, with other settings" in longer.stderr
+    assert ((run / "config.yaml").read_bytes(), (run / "changes.json").read_bytes()) == before
+
+
+def test_batch_normalisation_over_ranks_needs_gpus(tiny_config):
+    synchronised = replace(tiny_config, model=replace(tiny_config.model, sync_batchnorm=True))
+    with pytest.raises(ValueError, match=r"'model.sync_batchnorm' needs GPUs"):
+        _check(synchronised, 2, torch.device("cpu"))
+    _check(synchronised, 2, torch.device("cuda"))
+
+
+def test_compiling_is_refused_on_old_gpus_and_without_a_compiler(tiny_config, monkeypatch):
+    compiled = replace(tiny_config, run=replace(tiny_config.run, compile=True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
+    with pytest.raises(ValueError, match=r"'run.compile' needs a V100.*sm_60"):
+        _check(compiled, 1, torch.device("cuda"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"'run.compile' needs a compiler \(g\+\+"):
+        _check(compiled, 1, torch.device("cpu"))
+
+
+def test_batch_normalisation_over_ranks_keeps_the_names_of_the_weights():
+    """So that a checkpoint is read with either setting, and by evaluation."""
+    model = build_model("resnet18", 7)
+    names = list(model.state_dict())
+    assert list(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).state_dict()) == names
+
+
+@pytest.mark.slow
+def test_the_driver_of_these_tests_disturbs_nothing_by_itself(finished_run, tmp_path):
+    done = launch("driven", "--config", finished_run.parent / "tiny.yaml", "--run.folder", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert_equal_weights(weights(tmp_path / "run"), weights(finished_run))

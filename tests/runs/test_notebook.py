@@ -1,0 +1,42 @@
+"""The notebook runs from top to bottom on the drawn demo."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support.processes import ROOT, state
+
+NOTEBOOK = ROOT / "launch" / "colab.ipynb"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert len(notebook.cells) <= 10
+    (settings,) = (cell for cell in notebook.cells if cell.metadata.get("tags") == ["settings"])
+    settings.source = settings.source.replace('EXTRA = ""', 'EXTRA = "--run.epochs 2 --eval.views flips"')
+    settings.source = settings.source.replace('RUNS = "runs"', f'RUNS = "{tmp_path / "runs"}"')
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    try:
+        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    finally:  # TensorBoard outlives its kernel
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(tmp_path) in word for word in process.info["cmdline"] or []):
+                process.kill()
+    run = tmp_path / "runs" / "demo"
+    assert state(run)["status"] == "finished"
+    text = json.dumps(notebook.cells)
+    assert "nothing is in the way of a run" in text
+    assert "images: balanced accuracy" in text
+    assert "image/png" in text
+    assert (run / "evaluation-val-none" / "metrics.json").is_file()
+
+
+def test_each_cell_of_the_notebook_is_stored_without_outputs():
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        assert not cell.get("outputs"), "clear all outputs before you commit it"

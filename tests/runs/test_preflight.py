@@ -1,0 +1,159 @@
+"""The doctor sees what would spoil a run, and names what mends it."""
+
+import re
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from harness.config import Config, Data, Optim
+from harness.model.build import outline
+from harness.training.preflight import (
+    look_at_data,
+    look_at_disk,
+    look_at_gpu,
+    look_at_recipe,
+    look_at_sameness,
+    look_at_weights,
+    named_gpu,
+    refuse,
+)
+from launch.doctor import main
+from shards.index import load
+from support.processes import command, ended, launch, start
+
+OLD = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # torch 2.7's
+NEW = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.15's
+
+
+def test_a_p100_needs_an_older_torch_and_is_told_which():
+    (found,) = look_at_gpu("Tesla P100", (6, 0), NEW)
+    assert found.level == "problem"
+    assert "no kernels for Tesla P100 (sm_60)" in found.text
+    assert 'pip install -e ".[legacy-gpu]"' in found.cure
+
+
+def test_a_p100_with_that_torch_is_fine_and_has_neither_bf16_nor_compile():
+    (found,) = look_at_gpu("Tesla P100", (6, 0), OLD)
+    assert found.level == "good"
+    for word in ("fp16 with a loss scaler", "no tensor cores", "no TF32", "no torch.compile"):
+        assert word in found.text
+
+
+@pytest.mark.parametrize(("name", "capability"), [("p100", "sm_60"), ("H100", "sm_90"), ("8.9", "sm_89")])
+def test_a_gpu_that_is_not_here_can_be_asked_about(name, capability):
+    assert capability in named_gpu(name)[0].text
+
+
+def test_an_unknown_gpu_is_an_error_with_the_known_ones(capsys):
+    assert main(["--gpu", "voodoo2"]) == 1
+    assert "h100" in capsys.readouterr().err
+
+
+def test_ranks_that_differ_are_named():
+    here = {
+        "torch": "2.15.0",
+        "torchvision": "1",
+        "accelerate": "1",
+        "dermharness": "0",
+        "python": "3",
+        "dataset": "ab",
+    }
+    ranks = [("first", here), ("second", here), ("third, process 7", here | {"torch": "2.7.1", "dataset": "cd"})]
+    found = look_at_sameness(SimpleNamespace(gather=lambda value: ranks, who="first"), None)
+    assert [finding.text for finding in found] == [
+        "torch is 2.7.1 on rank 2 (third, process 7) and 2.15.0 on rank 0",
+        "dataset is cd on rank 2 (third, process 7) and ab on rank 0",
+    ]
+    with pytest.raises(ValueError, match=r"torch is 2.7.1 on rank 2.*To mend it: install the same"):
+        refuse(found)
+
+
+def test_a_damaged_shard_is_found(packed, tiny_config, tmp_path):
+
+    folder = shutil.copytree(packed, tmp_path / "data")
+    file = folder / load(folder).shards[0].file
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    config = replace(tiny_config, data=replace(tiny_config.data, path=str(folder)))
+    (found,) = look_at_data(config)
+    assert found.level == "problem"
+    assert file.name in found.text
+    (found,) = look_at_data(tiny_config)
+    assert found.level == "good"
+
+
+def test_a_full_disk_is_found(tiny_config, monkeypatch):
+    monkeypatch.setattr("harness.training.preflight.disk_usage", lambda path: SimpleNamespace(free=10**6))
+    (found,) = look_at_disk(tiny_config, 7)
+    assert found.level == "problem"
+    assert "1 MB free" in found.text
+
+
+def test_weights_are_there_or_will_be_downloaded(tiny_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    config = replace(tiny_config, model=replace(tiny_config.model, name="resnet50", weights="imagenet1k_v2"))
+    (found,) = look_at_weights(config)
+    assert found.level == "warning"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / re.search(r"resnet50-\w+\.pth", found.text)[0]).touch()
+    assert look_at_weights(config)[0].level == "good"
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_nothing_in_the_way_of_the_tiny_run(tiny):
+    done = launch("doctor", "--config", tiny, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is in the way of a run" in done.stdout
+    assert re.search(r"all-reduce  64 MiB over 2 processes in \d+ ms", done.stdout)
+    assert "BAD" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_doctor_says_what_to_do_about_a_missing_dataset(tiny):
+    done = launch("doctor", "--config", tiny, "--data.path", "nowhere")
+    assert done.returncode == 1
+    assert "BAD   data" in done.stdout
+    assert "python -m shards pack" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_precision_of_the_launcher_that_the_device_lacks_is_refused(tiny):
+    words = command("train", "--config", tiny, "--run.precision", "auto")
+    _, errors = ended(start(words, ACCELERATE_MIXED_PRECISION="fp16"), 60)
+    assert "fp16 needs a GPU" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_process_that_meets_nobody_ends_in_time_with_one_sentence(tiny, tmp_path):
+    words = command("driven", "--config", tiny, "--run.folder", tmp_path / "run")
+    alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29655", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    seconds, errors = ended(start(words, MEETING_S="3", **alone), 60)
+    assert seconds < 50
+    assert re.search(r"error: Process 1 of 2 on .* did not meet the others at localhost:29655", errors), errors
+
+
+def recipe(
+    batch: int, ranks: int, n_batches: int = 100, model: str = "resnet18", stored=(341, 256), **optim
+) -> list[str]:
+    config = Config(data=Data(batch_size=batch), optim=Optim(**optim))
+    return [f.text + "; " + f.cure for f in look_at_recipe(config, outline(model, 7), n_batches, ranks, stored)]
+
+
+def test_few_images_on_each_process_and_few_steps_are_warned_of_with_what_to_do():
+    assert recipe(64, 4) == []
+    (text,) = recipe(64, 8)
+    assert "sees 8 images at a time (64 over 8 processes)" in text
+    assert "--data.batch_size" in text
+    assert "sees 8 images" in recipe(64, 1, micro_batch=8)[0]
+    assert recipe(64, 8, model="convnext_tiny") == []  # no batch normalisation
+    assert "an epoch has 9 steps" in recipe(640, 8, n_batches=9)[0]
+
+
+def test_pictures_that_would_be_enlarged_are_warned_of_with_the_size_to_pack():
+    assert recipe(64, 4, stored=(299, 224)) == []
+    (text,) = recipe(64, 4, stored=(160, 120))
+    assert "stored at 160x120 and enlarged to 224 pixels" in text
+    assert "--size 299x224" in text

@@ -1,0 +1,158 @@
+"""Several real processes: the same samples, a finished run, and the same scores from the same weights."""
+
+import json
+import shutil
+import subprocess
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shards.catalogue import Catalogue, read_ham10000
+from shards.index import load
+from shards.pack import Packing, pack
+from shards.split import lesion
+from support.processes import ROOT, command, environment, launch
+
+
+@pytest.fixture(scope="module")
+def two_ranks(finished_run, tmp_path_factory):
+    """The run of `finished_run`, on two processes."""
+    run = tmp_path_factory.mktemp("ranks") / "run"
+    words = command("train", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run, ranks=2)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment(), cwd=ROOT)  # torchrun
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_two_ranks_finish_and_print_as_one(two_ranks):
+    assert json.loads((two_ranks / "state.json").read_text())["status"] == "finished"
+
+
+def test_two_ranks_see_the_samples_of_one_at_the_same_steps(finished_run, two_ranks):
+    logs = [map(json.loads, (run / "log.jsonl").read_text().splitlines()) for run in (finished_run, two_ranks)]
+    alone, together = ([(e["step"], e["samples"]) for e in log if e["kind"] == "train"] for log in logs)
+    assert alone == together
+    assert len({samples for _, samples in alone}) == len(alone) > 5
+
+
+@pytest.mark.parametrize(("ranks", "views"), [(2, "flips"), pytest.param(3, "spins:2", marks=pytest.mark.slow)])
+def test_any_number_of_ranks_gives_the_same_bytes_of_results_from_the_same_weights(
+    finished_run, tmp_path, ranks, views
+):
+    outs = []
+    for number in (1, ranks):
+        outs.append(tmp_path / str(number))
+        done = launch("evaluate", finished_run, "--views", views, "--out", outs[-1], ranks=number)
+        assert done.returncode == 0, done.stderr
+    for name in ("predictions.csv", "metrics.json"):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+
+
+def test_evaluating_again_gives_the_runs_own_results(finished_run, tmp_path):
+    done = launch("evaluate", finished_run, "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / "predictions.csv").read_bytes() == (finished_run / "predictions.csv").read_bytes()
+
+
+def repacked(source, folder, classes: tuple[str, ...]):
+    """The images of these classes again, numbered in this order."""
+    images = read_ham10000(source).images
+    images = images[images["label"].isin(classes)].reset_index(drop=True)
+    pack(Catalogue(images, classes, "other"), lesion(images), folder, Packing(size=(48, 36)), quiet=True)
+    return folder
+
+
+def test_classes_are_told_apart_by_name_in_whatever_order(finished_run, source, tmp_path):
+    folder = repacked(source, tmp_path / "data", ("nv", "mel", "vasc", "df", "bkl", "akiec", "bcc"))
+    done = launch("evaluate", finished_run, "--data", folder, "--out", tmp_path / "out", "--allow-leak")
+    assert done.returncode == 0, done.stderr
+    own, again = (pd.read_csv(out / "predictions.csv") for out in (finished_run, tmp_path / "out"))
+    own, again = (rows.drop(columns="key").set_index("image_id").sort_index() for rows in (own, again))
+    pd.testing.assert_frame_equal(own, again, rtol=1e-5)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(metrics["tta"]["per_class"]) == ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]  # the model's
+
+
+def test_an_outside_set_may_have_some_of_the_classes_and_the_result_says_so(finished_run, source, tmp_path):
+    folder = repacked(source, tmp_path / "data", ("nv", "mel"))
+    before = (finished_run / "metrics.json").read_bytes()
+    done = launch("evaluate", finished_run, "--data", folder, "--views", "spins:2", "--allow-leak")
+    assert done.returncode == 0, done.stderr
+    assert "has 2 of the model's 7 classes" in done.stdout
+    out = finished_run / f"evaluation-test-spins2-data-{load(folder).fingerprint[:6]}"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["tta"]["per_class"]["bcc"]["recall"] is None  # not defined, not zero
+    assert metrics["pooled"]["images"] == 2 * metrics["tta"]["images"]
+    assert (finished_run / "metrics.json").read_bytes() == before
+    shutil.rmtree(out)
+
+
+def test_weights_are_evaluated_at_another_size_beside_the_runs_own_results(finished_run):
+    done = launch("evaluate", finished_run, "--image-size", "36", "--logit-adjust", "0", "--views", "none")
+    assert done.returncode == 0, done.stderr
+    out = finished_run / "evaluation-test-none-36px"
+    own, found = (json.loads((folder / "metrics.json").read_text()) for folder in (finished_run, out))
+    assert (own["image_size"], found["image_size"]) == (32, 36)
+    assert "adjusted" not in found
+    assert found["tta"]["loss"] != own["tta"]["loss"]
+    shutil.rmtree(out)
+    refused = launch("evaluate", finished_run, "--image-size", "8")
+    assert refused.returncode == 1
+    assert "'eval.image_size' setting must be 0 or at least 16" in refused.stderr
+
+
+def test_an_outside_set_with_unknown_classes_is_refused_by_their_names(finished_run, source, tmp_path):
+    images = read_ham10000(source).images
+    images["label"] = images["label"].replace({"df": "wart"})
+    classes = tuple(sorted(set(images["label"])))
+    pack(Catalogue(images, classes, "other"), lesion(images), tmp_path / "data", Packing(size=(48, 36)), quiet=True)
+    done = launch("evaluate", finished_run, "--data", tmp_path / "data")
+    assert done.returncode == 1
+    assert "does not know: wart" in done.stderr
+
+
+def test_results_that_a_rank_lost_or_doubled_are_an_error(dataset, finished_run):
+    from harness.evaluation.evaluate import _incomplete
+    from shards.reader import Store
+
+    store = Store(dataset, "test")
+    keys = torch.tensor(pd.read_csv(finished_run / "predictions.csv")["key"].to_numpy())
+    assert _incomplete(keys, store) is None
+    assert "lost 1 samples" in _incomplete(keys[1:], store)
+    assert "1 twice" in _incomplete(torch.cat([keys[:1], keys]), store)
+
+
+def test_a_run_of_two_ranks_killed_and_continued_on_one_goes_on(finished_run, two_ranks, tmp_path):
+    run = shutil.copytree(two_ranks, tmp_path / "run")
+    steps = sorted((run / "checkpoints").glob("step-*"))
+    shutil.rmtree(steps[-1])  # back to the end of the second epoch
+    (run / "state.json").unlink()
+    done = launch("train", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run)
+    assert done.returncode == 0, done.stderr
+    assert "epoch   3/3" in done.stdout
+    assert "epoch   2/3" not in done.stdout
+    newest = load_file(max((run / "checkpoints").glob("step-*")) / "model.safetensors")
+    assert all(torch.isfinite(tensor.float()).all() for tensor in newest.values())
+
+
+def test_more_ranks_than_images_in_a_batch_is_an_error_with_the_numbers(tiny):
+    done = launch("train", "--config", tiny, "--data.batch_size", "2", ranks=3)
+    assert done.returncode == 1
+    assert done.stderr.count("2 images for 3 processes") == 1  # said once, not by each rank
+
+
+def test_an_error_of_rank_0_ends_all_ranks_with_its_sentence(finished_run):
+    words = ["--config", finished_run.parent / "tiny.yaml", "--optim.lr", "0.5"]
+    done = launch("train", *words, ranks=2, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("optim.lr: 0.001 is now 0.5") == 1
+
+
+def test_a_loss_that_is_no_number_names_its_cause_whichever_rank_is_first(tiny, tmp_path):
+    done = launch("train", "--config", tiny, "--optim.lr", "1e30", "--optim.name", "sgd", ranks=2, timeout=60)
+    assert done.returncode == 1
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["status"] == "failed"
+    assert "FloatingPointError" in state["error"]

@@ -1,0 +1,1 @@
+"""What tests share: real processes of ours, faults, a cluster."""

@@ -1,0 +1,54 @@
+"""A process that has imported what our programs import, and forks to run them: `python tests/support/zygote.py`.
+
+Importing torch takes most of the time of a short run. Each run is a process of its own all the same, with its own
+environment, working directory and output files; nothing but the imports is shared, and no thread has been started.
+
+It reads one JSON line a request, {words, cwd, envs, outs, errs}, with one environment and two files for each process, and
+answers with a line of process numbers, then, when all have ended, with a line of exit codes.
+"""
+
+import json
+import os
+import runpy
+import sys
+
+import matplotlib.figure  # noqa: F401
+import scipy.optimize  # noqa: F401
+import sklearn.metrics  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+
+import launch.evaluate
+import launch.train  # noqa: F401
+
+
+def become(request: dict, which: int) -> None:
+    """In a new process: run the program as if it had been started by itself."""
+    os.environ.clear()
+    os.environ.update(request["envs"][which])
+    os.chdir(request["cwd"])
+    for name, number in (("outs", 1), ("errs", 2)):
+        file = os.open(request[name][which], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    sys.argv = request["words"]
+    sys.path[0] = os.path.dirname(request["words"][0])
+    runpy.run_path(request["words"][0], run_name="__main__")
+
+
+def serve() -> None:
+    """Answer requests until there are none."""
+    for line in iter(sys.stdin.readline, ""):
+        request, pids = json.loads(line), []
+        for which in range(len(request["envs"])):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                become(request, which)
+                return
+        print(*pids, flush=True)
+        print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,126 @@
+"""Settings: the command line wins over the file, and nothing unknown passes."""
+
+from dataclasses import replace
+
+import pytest
+
+from harness.config import Config, Data, differences, flat, load_config, read_config, to_yaml
+from harness.limits import check, check_classes
+from support.processes import ROOT
+
+CONFIGS = ROOT / "configs"
+
+
+def refused(arguments, capsys) -> str:
+    with pytest.raises(SystemExit) as caught:
+        read_config(arguments, CONFIGS / "demo.yaml")
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_file_is_valid_and_survives_being_saved(path, tmp_path):
+    config = read_config(["--config", str(path)], path)
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert read_config(["--config", str(tmp_path / "saved.yaml")], path) == config
+
+
+def test_the_command_line_wins_wherever_it_stands():
+    file = str(CONFIGS / "ham10000.yaml")
+    for words in (
+        ["--data.path", "x", "--config", file],
+        ["--config", file, "--data.path", "x"],
+        [f"--config={file}", "--data.path=x"],
+    ):
+        config = read_config(words, CONFIGS / "demo.yaml")
+        assert config.data.path == "x"
+        assert config.data.image_size == 224
+        assert config.data.demo_images == 0  # nothing of the demo's file leaks into a named one
+
+
+def test_the_demo_is_used_only_where_no_file_is_named():
+    assert read_config([], CONFIGS / "demo.yaml").data.demo_images > 0
+
+
+def test_unknown_keys_are_named(capsys, tmp_path):
+    assert "batch_sizes" in refused(["--data.batch_sizes", "3"], capsys)
+    (tmp_path / "bad.yaml").write_text("optim:\n  learning_rate: 3\n")
+    assert "learning_rate" in refused(["--config", str(tmp_path / "bad.yaml")], capsys)
+
+
+def test_wrong_types_and_missing_files_are_named(capsys):
+    assert "data.batch_size" in refused(["--data.batch_size", "many"], capsys)
+    assert "optim.name" in refused(["--optim.name", "lion"], capsys)
+    assert "nowhere.yaml" in refused(["--config", "nowhere.yaml"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--data.batch_size", "0"], "'data.batch_size' setting must be at least 2. Got 0"),
+        (["--augment.scale", "[0.9, 0.5]"], "augment.scale"),
+        (["--augment.flip", "1.5"], "'augment.flip' setting must be between 0 and 1. Got 1.5"),
+        (["--optim.warmup_epochs", "50"], "'run.epochs'"),
+        (["--optim.lr", "nan"], "optim.lr"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_with_key_and_value(words, expected, capsys):
+    assert expected in refused(words, capsys)
+
+
+def test_help_lists_every_setting_with_its_meaning(capsys):
+    with pytest.raises(SystemExit):
+        read_config(["--help"], CONFIGS / "demo.yaml")
+    shown = capsys.readouterr().out
+    for key in flat(Config()):
+        assert f"--{key}" in shown
+    assert "images in one optimizer step over all processes" in " ".join(shown.split())
+
+
+def test_only_settings_that_change_the_result_count_as_different():
+    old = Config()
+    moved = replace(old, data=replace(old.data, path="elsewhere", threads=7))
+    assert differences(flat(old), flat(moved)) == []
+    other = replace(old, data=replace(old.data, batch_size=32))
+    assert differences(flat(old), flat(other)) == ["data.batch_size: 64 is now 32"]
+    assert differences({"data.gone": 1} | flat(old), flat(old)) == ["data.gone: 1 is now absent"]
+
+
+def test_a_config_of_another_version_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(Config()).replace("image_size", "picture_size"))
+    with pytest.raises(ValueError, match="another version of the harness"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_check_accepts_the_defaults():
+    check(flat(Config()))
+    assert Config().data == Data()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--augment.mixup", "0.7", "--augment.cutmix", "0.6"], ("augment.mixup", "augment.cutmix")),
+        (["--augment.mixup", "0.2", "--data.batch_size", "31"], ("augment.mixup", "data.batch_size")),
+        (["--optim.warmup_epochs", "9", "--run.epochs", "8"], ("optim.warmup_epochs", "run.epochs")),
+        (["--optim.ema", "1.0"], ("optim.ema", "0.999")),
+        (["--optim.clip", "-1"], ("optim.clip", "-1")),
+        (["--eval.image_size", "8"], ("eval.image_size", "8")),
+        (["--augment.cutout", "1.5"], ("augment.cutout", "1.5")),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused_with_both_keys(words, named, capsys):
+    with pytest.raises(SystemExit):
+        read_config(words, CONFIGS / "demo.yaml")
+    error = capsys.readouterr().err
+    assert all(name in error for name in named)
+
+
+def test_mixing_and_balancing_one_class_is_refused():
+    counts = {"mel": 40, "nv": 0}
+    for key, value in (("augment.cutmix", 0.5), ("optim.balance", "sampler")):
+        with pytest.raises(ValueError, match=rf"'{key}' .* needs several classes, and .* 'data.path'"):
+            check_classes(flat(Config()) | {key: value}, counts)
+    check_classes(flat(Config()), counts)
+    check_classes(flat(Config()) | {"optim.balance": "sampler"}, {"mel": 40, "nv": 1})

@@ -1,0 +1,245 @@
+"""The loader gives what was asked for, in order, bounded, and leaves nothing behind."""
+
+import _thread
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from harness.data.loader import Reading, evaluation_batches, training_batches
+from shards.index import load, load_table
+from shards.plan import Plan
+from shards.reader import Store
+from support.processes import ROOT
+
+READING = Reading(2, 3, torch.device("cpu"))
+
+
+def plan_of(store: Store, batch: int = 12) -> Plan:
+    return Plan(store.shard_sizes, batch, seed=0)
+
+
+def batches(dataset, rank=0, world=1, first=0, epoch=0, batch=12, reading=READING):
+    store = Store(dataset, "train")
+    return list(training_batches(store, plan_of(store, batch), epoch, first, rank, world, reading))
+
+
+def test_batches_hold_the_planned_samples_with_their_labels(dataset):
+    table = pd.concat(load_table(dataset, shard) for shard in dataset.split("train")).set_index("key")
+    for number, batch in enumerate(batches(dataset)):
+        assert batch.images.shape == (12, 3, 36, 48)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.positions.tolist() == list(range(12 * number, 12 * number + 12))
+        assert batch.labels.tolist() == table.loc[batch.keys.numpy(), "label"].tolist()
+
+
+def test_pictures_belong_to_their_keys(dataset):
+    webdataset = pytest.importorskip("webdataset")
+    urls = [str(dataset.folder / shard.file) for shard in dataset.split("train")]
+    stock = {int(s["__key__"]): s["jpg"] for s in webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")}
+    for batch in batches(dataset):
+        for image, key in zip(batch.images, batch.keys.tolist(), strict=True):
+            difference = image.permute(1, 2, 0).numpy().astype(int) - stock[key]
+            assert abs(difference).mean() < 3  # fast and exact decoding differ by a grey level or so
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_ranks_together_load_the_batch_of_one(dataset, world):
+    alone = batches(dataset, batch=7)
+    ranks = [batches(dataset, rank, world, batch=7) for rank in range(world)]
+    for number, batch in enumerate(alone):
+        assert torch.equal(torch.cat([rank[number].keys for rank in ranks]), batch.keys)
+        assert torch.equal(torch.cat([rank[number].images for rank in ranks]), batch.images)
+
+
+def test_starting_in_the_middle_gives_the_rest_of_the_epoch(dataset):
+    whole, rest = batches(dataset, epoch=3), batches(dataset, epoch=3, first=2)
+    assert [batch.keys.tolist() for batch in rest] == [batch.keys.tolist() for batch in whole[2:]]
+
+
+def test_evaluation_covers_the_split_in_order_once(dataset):
+    store = Store(dataset, "val")
+    keys = [b.keys for rank in range(3) for b in evaluation_batches(store, 4, rank, 3, READING)]
+    expected = pd.concat(load_table(dataset, shard) for shard in dataset.split("val"))["key"]
+    assert sorted(torch.cat(keys).tolist()) == expected.tolist()
+    assert max(map(len, keys)) == 4
+
+
+def assert_threads_end(before: int) -> None:
+    """A thread that has said that it is done still takes a moment to be gone."""
+    deadline = time.monotonic() + 5
+    while _thread._count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_leaving_early_leaves_no_thread_behind(dataset):
+    store, before = Store(dataset, "train"), _thread._count()
+    for _ in training_batches(store, plan_of(store, 4), 0, 0, 0, 1, READING):
+        assert _thread._count() == before + READING.threads
+        break
+    assert_threads_end(before)
+
+
+def spoiled(packed, tmp_path, spoil):
+    """A copy of the dataset with one training picture changed; its key and shard."""
+    folder = shutil.copytree(packed, tmp_path / "spoiled")
+    dataset = load(folder)
+    shard = dataset.split("train")[1]
+    row = load_table(dataset, shard).iloc[-1]
+    data = bytearray((folder / shard.file).read_bytes())
+    data = spoil(data, int(row["offset"]), int(row["size"]))
+    (folder / shard.file).write_bytes(data)
+    return dataset, f"{row['key']:08d}", shard.file, str(row["offset"])
+
+
+def zero_the_middle(data, offset, size):
+    data[offset + size // 2 : offset + size] = bytes(size - size // 2)
+    return data
+
+
+def not_even_a_picture(data, offset, size):
+    data[offset : offset + size] = bytes(size)
+    return data
+
+
+@pytest.mark.parametrize("spoil", [zero_the_middle, not_even_a_picture])
+def test_a_damaged_sample_fails_its_batch_with_key_shard_and_offset(packed, tmp_path, spoil):
+    dataset, key, shard, offset = spoiled(packed, tmp_path, spoil)
+    before = _thread._count()
+    with pytest.raises(ValueError, match="damaged after packing") as caught:
+        batches(dataset)
+    for word in (key, shard, f"byte {offset}", "shards verify"):
+        assert word in str(caught.value)
+    assert_threads_end(before)
+
+
+def test_a_thread_that_cannot_use_the_device_fails_the_batch(dataset, monkeypatch):
+    def broken(device):
+        raise ValueError(f"no {device} for this thread")
+
+    monkeypatch.setattr("harness.data.loader.use_device", broken)
+    with pytest.raises(ValueError, match="no cpu for this thread"):
+        batches(dataset)
+
+
+def test_a_missing_shard_is_named(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    (folder / "train-000001.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-000001\.tar is missing"):
+        batches(load(folder))
+
+
+def test_a_table_or_shard_that_is_not_what_was_packed_is_refused(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    table = folder / "train-000001.csv"
+    table.write_text(table.read_text().replace(",0,", ",1,", 1))
+    with pytest.raises(ValueError, match=r"train-000001\.csv was changed after packing"):
+        batches(load(folder))
+    shutil.copy(packed / table.name, table)
+    with open(folder / "train-000001.tar", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match=r"train-000001\.tar has \d+ bytes, and \d+ were packed"):
+        batches(load(folder))
+
+
+def test_open_files_are_bounded(dataset, monkeypatch):
+    monkeypatch.setattr("shards.reader.OPEN_FILES", 2)
+    store = Store(dataset, "train")
+    for shard in [0, 1, 2, 0, 1, 2]:
+        list(store.read(np.array([shard]), np.array([0])))
+        assert len(store._files) <= 2
+    assert np.array_equal(store.table(0).key, load_table(dataset, dataset.split("train")[0])["key"])
+
+
+def test_a_skipped_sample_counts_for_nothing_and_is_reported(packed, tmp_path):
+    dataset, key, _, _ = spoiled(packed, tmp_path, zero_the_middle)
+    skipped = []
+    whole = batches(dataset, reading=Reading(2, 3, torch.device("cpu"), skipped))
+    assert skipped == [int(key)]
+    undamaged = batches(load(packed))
+    for batch, before in zip(whole, undamaged, strict=True):
+        assert batch.keys.tolist() == before.keys.tolist()
+        hit = batch.keys == int(key)
+        assert (batch.labels[hit] == -1).all()
+        assert torch.equal(batch.labels[~hit], before.labels[~hit])
+        assert torch.equal(batch.images[~hit], before.images[~hit])
+        assert all((image == batch.images[~hit]).flatten(1).all(1).any() for image in batch.images[hit])
+    assert sum((batch.labels == -1).sum() for batch in whole) == 1
+
+
+@pytest.mark.parametrize("batch", [24, 60])
+def test_a_batch_that_threads_share_is_that_of_one_thread(packed, tmp_path, batch):
+    dataset, key, _, _ = spoiled(packed, tmp_path, zero_the_middle)
+    found = []
+    for threads in (1, 3, 8):
+        skipped = []
+        found.append(batches(dataset, batch=batch, reading=Reading(threads, 2, torch.device("cpu"), skipped)))
+        assert skipped == [int(key)]
+    for number, alone in enumerate(found[0]):
+        for shared in (found[1][number], found[2][number]):
+            assert torch.equal(shared.images, alone.images)
+            for name in ("labels", "positions", "keys"):
+                assert torch.equal(getattr(shared, name), getattr(alone, name))
+
+
+def test_evaluation_never_skips(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    shard = load(folder).split("val")[0]
+    row = load_table(load(folder), shard).iloc[0]
+    data = bytearray((folder / shard.file).read_bytes())
+    (folder / shard.file).write_bytes(not_even_a_picture(data, int(row["offset"]), int(row["size"])))
+    store = Store(load(folder), "val")
+    with pytest.raises(ValueError, match="damaged after packing"):
+        list(evaluation_batches(store, 4, 0, 1, Reading(2, 3, torch.device("cpu"), [])))
+
+
+def test_memory_stays_flat_over_hundreds_of_batches(dataset):
+    store = Store(dataset, "train")
+    plan = plan_of(store)
+    page = resource.getpagesize()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    for epoch in range(130):
+        for _ in training_batches(store, plan, epoch, 0, 0, 1, READING):
+            pass
+        if epoch == 30:
+            before = resident()
+    assert 100 * plan.n_batches >= 400
+    assert resident() - before < 8 * 2**20  # one batch is 62 kB: keeping them all would be 25 MB and more
+
+
+INTERRUPTED = """
+import random, signal, torch
+from harness.data.loader import *
+from shards.index import load
+store = Store(load(PATH), 'train')
+plan = Plan(store.shard_sizes, 4, 0)
+signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C does
+draw, ended = random.Random(0), 0
+for _ in range(300):
+    signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.002, 0.012))
+    try:
+        for epoch in range(1000):  # seconds, were it not interrupted
+            for batch in training_batches(store, plan, epoch, 0, 0, 1, Reading(2, 3, torch.device('cpu'))):
+                pass
+    except KeyboardInterrupt:
+        ended += 1
+print(ended, 'ended')
+"""
+
+
+def test_a_loop_that_is_interrupted_ends_at_once_wherever_it_is(packed):
+    code = INTERRUPTED.replace("PATH", repr(str(packed)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "300 ended\n", done.stderr
+    assert done.stderr == ""

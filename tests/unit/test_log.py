@@ -1,0 +1,105 @@
+"""The log tells each step once, however often the run was interrupted."""
+
+import json
+
+import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+from harness.distributed.world import World, check_trackers
+from harness.run.log import RESULT, Log, verdict
+
+
+def entries(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_continuing_removes_what_came_after_the_checkpoint(tmp_path):
+    with Log(tmp_path, 0, True) as log:
+        for step in (5, 10, 15):
+            log.write("train", step, {"loss": step / 10})
+        log.flush()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # cut off by a crash
+    with Log(tmp_path, 10, True) as log:
+        log.write("train", 15, {"loss": 99.0})
+    assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(5, 0.5), (10, 1.0), (15, 99.0)]
+
+
+def test_the_result_of_a_run_that_continues_is_written_anew(tmp_path):
+    for loss in (1.0, 2.0):
+        with Log(tmp_path, 10, True) as log:
+            log.write("result", 10, {"split": "test", "loss": loss})
+    assert entries(tmp_path) == [{"kind": "result", "step": 10, "split": "test", "loss": 2.0}]
+
+
+def test_tensorboard_shows_each_step_once_with_the_later_value(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, value in ((0, 1.0), (10, 2.0)):
+        with Log(tmp_path, start, True) as log:
+            for step in range(start + 5, 21, 5):
+                log.write("train", step, {"loss": value})
+    board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True).Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert shown == [(5, 1.0), (10, 1.0), (15, 2.0), (20, 2.0)]
+
+
+def test_ranks_that_do_not_write_leave_no_file(tmp_path):
+    with Log(tmp_path, 0, False) as log:
+        log.begin_bar("epoch", 10, 0)
+        log.write("train", 1, {"loss": 1.0})
+        log.move_bar(5)
+        log.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verdict_says_what_limits_the_run_and_what_to_change():
+    assert verdict(0.001, 0.0, 2, 4).startswith("compute-bound: 0.1%")
+    assert verdict(0.38, 0.01, 2, 4) == (
+        "input-bound: 38% of the time waiting for data; raise data.threads to 4 or pack smaller (python -m shards pack --size)"
+    )
+    assert "give the process more cores" in verdict(0.38, 0.01, 4, 4)
+    assert verdict(0.043, 0.04, 16, 16) == (  # short epochs on a fast GPU
+        "compute-bound: 4.3% of the time waiting for data (4.0% for the first batch of each epoch); more decoding would not help"
+    )
+
+
+def test_trackers_get_what_the_log_gets_results_too(tmp_path):
+    told = []
+    with Log(tmp_path, 0, True, board=False, track=lambda numbers, step: told.append((step, numbers))) as log:
+        log.write("train", 1, {"loss": 2.0, "samples": "00ff"})
+        log.write(RESULT, 2, {"accuracy": 0.5})
+    assert told == [(1, {"train/loss": 2.0}), (2, {"result/accuracy": 0.5})]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_trackers_are_started_by_name_with_the_settings(tmp_path, monkeypatch):
+    told = []
+
+    class Notebook(GeneralTracker):
+        name, requires_logging_directory, tracker = "notebook", False, None
+
+        def __init__(self, project):
+            super().__init__()
+            told.append(project)
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step):
+            told.append((step, values))
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    world = World("fp32")
+    check_trackers(("tensorboard", "notebook"))
+    world.begin_trackers(("tensorboard", "notebook"), tmp_path, {"optim.lr": 0.1})
+    world.track({"train/loss": 2.0}, 3)
+    assert told == ["dermharness", {"optim.lr": 0.1}, (3, {"train/loss": 2.0})]
+
+
+def test_trackers_that_are_not_to_be_had_are_refused_by_name(monkeypatch):
+    with pytest.raises(ValueError, match=r"knows aim, .*wandb.* Got 'diary'"):
+        check_trackers(("diary",))
+    monkeypatch.setattr("harness.distributed.world.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match="pip install wandb"):
+        check_trackers(("tensorboard", "wandb"))

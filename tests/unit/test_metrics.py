@@ -1,0 +1,167 @@
+"""Scores equal scikit-learn's, and what is not defined is not zero."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from harness.evaluation.metrics import _figures, bootstrap, gains, interval, score, table
+
+NAMES = ("a", "b", "c", "d")
+
+
+@st.composite
+def predictions(draw):
+    n = draw(st.integers(1, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    probabilities = rng.dirichlet(np.ones(4), n).astype(np.float32)
+    return probabilities, rng.integers(0, draw(st.integers(1, 4)), n)
+
+
+@given(predictions())
+def test_scores_equal_scikit_learns(drawn):
+    probabilities, labels = drawn
+    found = score(probabilities, labels, NAMES)
+    guesses, present = probabilities.argmax(1), np.unique(labels)
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, guesses))
+    recalls = sk.recall_score(labels, guesses, labels=present, average=None, zero_division=0)
+    assert found["balanced_accuracy"] == pytest.approx(recalls.mean())
+    assert found["macro_f1"] == pytest.approx(
+        sk.f1_score(labels, guesses, labels=present, average="macro", zero_division=0)
+    )
+    exact = probabilities.astype(np.float64) / probabilities.astype(np.float64).sum(1, keepdims=True)
+    assert found["loss"] == pytest.approx(sk.log_loss(labels, exact, labels=range(4)), rel=1e-4)
+    assert found["confusion"] == sk.confusion_matrix(labels, guesses, labels=range(4)).tolist()
+    for number, name in enumerate(NAMES):
+        row = found["per_class"][name]
+        if number not in present:
+            assert (row["recall"], row["f1"], row["auc"]) == (None, None, None)
+        elif len(present) > 1:
+            assert row["auc"] == pytest.approx(sk.roc_auc_score(labels == number, probabilities[:, number]))
+        if number in guesses:
+            expected = sk.precision_score(labels, guesses, labels=[number], average=None, zero_division=0)[0]
+            assert row["precision"] == pytest.approx(expected)
+        else:
+            assert row["precision"] is None
+
+
+def test_a_hand_worked_example():
+    probabilities = np.array([[0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.1, 0.9]])
+    found = score(probabilities, np.array([0, 0, 1, 1]), ("x", "y"))
+    assert found["accuracy"] == 0.75
+    assert found["balanced_accuracy"] == 0.75
+    assert found["per_class"]["x"] == {
+        **{"precision": 1.0, "recall": 0.5, "specificity": 1.0, "f1": pytest.approx(2 / 3), "auc": 1.0},
+        **{"average_precision": 1.0, "images": 2},
+    }
+    assert found["weighted_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert found["kappa"] == pytest.approx((0.75 - 0.5) / (1 - 0.5))
+    assert found["brier"] == pytest.approx(2 * (0.2**2 + 0.6**2 + 0.3**2 + 0.1**2) / 4)
+    # Confidences 0.8, 0.6, 0.7, 0.9 lie in four of the 15 bins; the second is wrong.
+    assert found["calibration_error"] == pytest.approx((0.2 + 0.6 + 0.3 + 0.1) / 4)
+    assert found["loss"] == pytest.approx(-np.log([0.8, 0.4, 0.7, 0.9]).mean())
+
+
+@given(predictions(), st.integers(0, 99))
+def test_weighted_figures_equal_scikit_learns(drawn, seed):
+    """What a resample computes: each image counts as often as its weight says."""
+    probabilities, labels = drawn
+    weights = np.random.default_rng(seed).integers(0, 4, len(labels)).astype(np.float32)
+    assume(weights.sum())
+    found = {name: values[0] for name, values in _figures(probabilities, labels, NAMES, weights[None]).items()}
+    guesses, drawn_labels = probabilities.argmax(1), np.unique(labels[weights > 0])
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, guesses, sample_weight=weights))
+    f1 = {"labels": drawn_labels, "sample_weight": weights, "zero_division": 0}
+    assert found["macro_f1"] == pytest.approx(sk.f1_score(labels, guesses, average="macro", **f1))
+    assert found["weighted_f1"] == pytest.approx(sk.f1_score(labels, guesses, average="weighted", **f1))
+    kappa = sk.cohen_kappa_score(labels, guesses, sample_weight=weights, labels=range(4))
+    assert found["kappa"] == pytest.approx(kappa, nan_ok=True)
+    for number, name in enumerate(NAMES):
+        if number in drawn_labels and len(drawn_labels) > 1:
+            truth, scores = labels == number, probabilities[:, number]
+            assert found[f"auc of {name}"] == pytest.approx(sk.roc_auc_score(truth, scores, sample_weight=weights))
+            area = sk.average_precision_score(truth, scores, sample_weight=weights)
+            assert found[f"average_precision of {name}"] == pytest.approx(area, rel=1e-5)
+        else:
+            assert np.isnan(found[f"auc of {name}"])
+
+
+def test_tied_scores_count_half():
+    probabilities = np.array([[0.5, 0.5], [0.5, 0.5], [0.9, 0.1], [0.1, 0.9]])
+    labels = np.array([0, 1, 0, 1])
+    found = score(probabilities, labels, ("x", "y"))["per_class"]["y"]
+    assert found["auc"] == sk.roc_auc_score(labels, probabilities[:, 1]) == 0.875
+    assert found["average_precision"] == pytest.approx(sk.average_precision_score(labels, probabilities[:, 1]))
+
+
+def drawn_predictions(generator, n_groups: int, of_each: int):
+    """Groups whose images are all predicted right or all wrong (so images are far from independent)."""
+    labels = np.repeat(generator.integers(0, 2, n_groups), of_each)
+    right = np.repeat(generator.random(n_groups) < 0.8, of_each)
+    guesses = np.where(right, labels, 1 - labels)
+    return np.eye(2)[guesses] * 0.8 + 0.1, labels, np.repeat(np.arange(n_groups), of_each)
+
+
+@pytest.mark.slow
+def test_95_percent_intervals_cover_the_truth_in_93_to_97_percent():
+    generator, covered = np.random.default_rng(5), {"accuracy": 0, "balanced_accuracy": 0}
+    trials = 1500
+    for _ in range(trials):
+        probabilities, labels, groups = drawn_predictions(generator, 150, 2)
+        (found,) = bootstrap([probabilities], labels, ("x", "y"), groups, 400)
+        for name in covered:
+            low, high = interval(found[name])
+            covered[name] += low <= 0.8 <= high
+    for name, count in covered.items():
+        assert 0.93 <= count / trials <= 0.97, (name, count / trials)
+
+
+def test_intervals_resample_groups_not_images():
+    """Ten copies of each image must not make the interval narrower."""
+    probabilities, labels, groups = drawn_predictions(np.random.default_rng(1), 60, 1)
+    (alone,) = bootstrap([probabilities], labels, ("x", "y"), groups)
+    (copied,) = bootstrap([np.repeat(probabilities, 10, 0)], np.repeat(labels, 10), ("x", "y"), np.repeat(groups, 10))
+    assert interval(copied["accuracy"]) == pytest.approx(interval(alone["accuracy"]))
+
+
+def test_a_figure_that_few_resamples_define_has_no_interval():
+    probabilities = np.array([[0.8, 0.2], [0.7, 0.3], [0.3, 0.7]])
+    found = score(probabilities, np.array([0, 0, 1]), ("x", "y"), np.arange(3))
+    assert found["per_class"]["y"]["recall"] == 1.0
+    assert found["intervals"]["per_class"]["y"]["recall"] is None  # a third of the resamples have no y
+    assert found["intervals"]["loss"][0] <= found["loss"] <= found["intervals"]["loss"][1]
+
+
+def test_paired_gains_are_surer_than_two_intervals():
+    generator = np.random.default_rng(3)
+    before = generator.dirichlet(np.ones(3), 400)
+    labels = generator.integers(0, 3, 400)
+    after = 0.95 * before + 0.05 * np.eye(3)[labels]
+    names, groups = ("a", "b", "c"), np.arange(400)
+    gain = gains([before], [after], labels, names, groups)["loss"]
+    assert gain["interval"][1] < 0  # surely better
+    one, other = (score(p, labels, names, groups)["intervals"]["loss"] for p in (before, after))
+    assert gain["interval"][1] - gain["interval"][0] < one[1] - one[0]
+    assert other[1] > one[0] - 1
+
+
+def test_a_class_without_images_is_shown_as_not_defined():
+    shown = table(score(np.array([[0.8, 0.2]]), np.array([0]), ("x", "y")))
+    assert "not defined" in shown.splitlines()[2]
+    assert "0.000" not in shown
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels"),
+    [
+        (np.empty((0, 2)), np.empty(0, int)),
+        (np.array([[0.5, 0.6]]), np.array([0])),
+        (np.array([[np.nan, 0.6]]), np.array([0])),
+        (np.array([[0.5, 0.5]]), np.array([2])),
+        (np.array([[0.5, 0.5, 0.0]]), np.array([1])),
+    ],
+)
+def test_broken_predictions_are_refused(probabilities, labels):
+    with pytest.raises(ValueError, match=r"robabilities|Labels"):
+        score(probabilities, labels, ("x", "y"))

@@ -1,0 +1,218 @@
+"""Weights fit or are refused by name; whatever cannot be downloaded says where to place it."""
+
+import hashlib
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from harness.config import Config, Optim
+from harness.distributed.world import World
+from harness.model.build import build_model, check_model, fetch, find_head, load_weights
+from harness.model.optim import Loss, Truth, build_optimizer
+from harness.training.epoch import optimizer_step
+
+SMALL = "shufflenet_v2_x0_5"
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("resnet18", "fc"),
+        ("efficientnet_b0", "classifier.1"),
+        ("convnext_tiny", "classifier.2"),
+        ("vit_b_32", "heads.head"),
+    ],
+)
+def test_the_head_of_each_family_is_replaced(name, head):
+    model = build_model(name, 7)
+    assert find_head(model) == head
+    assert model.get_submodule(head).out_features == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("resnet18", 32), ("resnext50_32x4d", 32), ("wide_resnet50_2", 32), ("densenet121", 32), ("vgg11_bn", 32)),
+        *(("mobilenet_v3_small", 32), ("efficientnet_v2_s", 32), ("convnext_tiny", 32), ("regnet_y_400mf", 32)),
+        *(
+            ("shufflenet_v2_x0_5", 32),
+            ("squeezenet1_1", 32),
+            ("mnasnet0_5", 32),
+            ("swin_t", 32),
+            ("vit_b_32", 224),
+            ("maxvit_t", 224),
+        ),
+    ],
+)
+def test_each_family_of_torchvision_trains_a_step_and_evaluates(name, size):
+    check_model(name, 7, size)
+    one_step(build_model(name, 7), size)
+
+
+def one_step(model, size):
+    """A training step lowers the loss of its own batch, and the model judges one picture as well as four."""
+    pictures, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 6])
+    optimizer, config = build_optimizer(model, Optim(lr=1e-4)), Config()
+    loss = Loss(Optim(), dict.fromkeys("abcdefg", 1), torch.device("cpu"))
+    before = [weight.detach().clone() for weight in model.parameters()]
+    config = replace(config, data=replace(config.data, batch_size=4))
+    sums, _ = optimizer_step(config, World("fp32"), model.train(), optimizer, pictures, Truth(labels), loss, 1e-4)
+    assert 0.5 < sums[0] / 4 < 10
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    with torch.inference_mode():
+        together = model.eval()(pictures)
+        assert together.shape == (4, 7)
+        torch.testing.assert_close(model(pictures[:1]), together[:1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow  # .ci/run installs timm for these
+def test_a_model_of_timm_is_built_trained_and_takes_timms_weights(tmp_path):
+    timm = pytest.importorskip("timm", reason='needs pip install -e ".[timm]"')
+    model = build_model("timm/resnet18d", 7)
+    one_step(model, 32)
+    torch.save(timm.create_model("resnet18d", pretrained=False).state_dict(), tmp_path / "weights.pth")
+    assert "tensors matched, 2 missing (fc.weight, fc.bias), 0 unexpected; a new head" in load_weights(
+        model, "timm/resnet18d", str(tmp_path / "weights.pth")
+    )
+    with pytest.raises(ValueError, match="timm has no model 'resnet18z'"):
+        build_model("timm/resnet18z", 7)
+    with pytest.raises(ValueError, match=r"are torchvision's, and 'model\.name' is timm/resnet18d"):
+        load_weights(model, "timm/resnet18d", "imagenet1k_v2")
+
+
+def test_a_model_of_timm_without_timm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"pip install -e \"\.\[timm\]\""):
+        build_model("timm/resnet18d", 7)
+
+
+@pytest.mark.parametrize("name", ["resnet51", "inception_v3", "fcn_resnet50"])
+def test_a_model_that_is_no_classifier_of_ours_is_refused(name):
+    with pytest.raises(ValueError, match=r"model\.name"):
+        build_model(name, 7)
+
+
+def test_a_model_that_cannot_take_the_picture_size_is_refused():
+    check_model("resnet18", 7, 64)
+    for name in ("vit_b_16", "alexnet"):
+        with pytest.raises(ValueError, match=r"cannot take pictures of 32 pixels .'data\.image_size'"):
+            check_model(name, 7, 32)
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_a_file_of_weights_fills_everything_but_a_head_of_other_size(tmp_path, ending):
+    donor = build_model(SMALL, 1000)
+    path = tmp_path / f"weights.{ending}"
+    (torch.save if ending == "pth" else save_file)(donor.state_dict(), path)
+    model = build_model(SMALL, 7)
+    before = model.fc.weight.clone()
+    said = load_weights(model, SMALL, str(path))
+    assert "a new head" in said
+    assert torch.equal(model.fc.weight, before)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(tensor, donor.state_dict()[name])
+    whole = build_model(SMALL, 1000)
+    assert "a new head" not in load_weights(whole, SMALL, str(path))
+    assert torch.equal(whole.fc.weight, donor.fc.weight)
+
+
+def test_weights_of_another_model_are_refused_with_names(tmp_path):
+    torch.save(build_model("resnet18", 7).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"does not fit ShuffleNetV2.*conv1\.0\.weight"):
+        load_weights(build_model(SMALL, 7), SMALL, str(tmp_path / "other.pth"))
+
+
+def test_weights_of_another_shape_are_refused_with_both_shapes(tmp_path):
+    found = build_model(SMALL, 7).state_dict()
+    found["conv1.0.weight"] = torch.zeros(24, 1, 3, 3)
+    torch.save(found, tmp_path / "grey.pth")
+    with pytest.raises(ValueError, match=r"1 of .* conv1\.0\.weight is \(24, 1, 3, 3\) in place of \(24, 3, 3, 3\)"):
+        load_weights(build_model(SMALL, 7), SMALL, str(tmp_path / "grey.pth"))
+
+
+def test_a_file_that_runs_code_when_unpickled_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"weight": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="Cannot read the weights file"):
+        load_weights(build_model(SMALL, 7), SMALL, str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bad_files_and_names_are_refused(tmp_path):
+    model = build_model(SMALL, 7)
+    with pytest.raises(FileNotFoundError, match="imagenet1k_v1, imagenet1k_v2, none, or a file"):
+        load_weights(model, SMALL, "imagenet")
+    (tmp_path / "bad.pth").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="Cannot read the weights file"):
+        load_weights(model, SMALL, str(tmp_path / "bad.pth"))
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="is no state dict"):
+        load_weights(model, SMALL, str(tmp_path / "list.pth"))
+    with pytest.raises(ValueError, match="It has: imagenet1k_v1"):
+        load_weights(model, SMALL, "imagenet1k_v2")
+
+
+def test_training_from_scratch_changes_nothing():
+    model = build_model(SMALL, 7)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "from scratch" in load_weights(model, SMALL, "none")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local HTTP server that offers the weights of SMALL under a name that ends in their SHA-256's start."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    torch.save(build_model(SMALL, 1000).state_dict(), folder / "weights.pth")
+    data = (folder / "weights.pth").read_bytes()
+    (folder / f"small-{hashlib.sha256(data).hexdigest()[:8]}.pth").write_bytes(data)
+    (folder / "small-00000000.pth").write_bytes(data)
+    served = HTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield served, folder
+    served.shutdown()
+
+
+def test_weights_are_downloaded_once_and_checked(server, tmp_path):
+    served, folder = server
+    name = next(path.name for path in folder.glob("small-*") if "00000000" not in path.name)
+    url = f"http://127.0.0.1:{served.server_port}/{name}"
+    path = fetch(url, tmp_path / "cache" / name, SMALL)
+    assert path.read_bytes() == (folder / "weights.pth").read_bytes()
+    (folder / name).unlink()
+    assert fetch(url, path, SMALL) == path  # from the cache
+    wrong = tmp_path / "cache" / "small-00000000.pth"
+    with pytest.raises(ConnectionError, match="place it at"):
+        fetch(f"http://127.0.0.1:{served.server_port}/small-00000000.pth", wrong, SMALL)
+    assert not wrong.exists()
+
+
+def test_weights_that_cannot_be_downloaded_say_where_to_place_them(server, tmp_path, monkeypatch):
+    import torchvision
+
+    served, _ = server
+    url = f"http://127.0.0.1:{served.server_port}/gone-12345678.pth"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    entry = torchvision.models.get_model_weights(SMALL).IMAGENET1K_V1
+    monkeypatch.setattr(entry, "_value_", torchvision.models.Weights(url, None, {}))
+    with pytest.raises(ConnectionError) as caught:
+        load_weights(build_model(SMALL, 7), SMALL, "imagenet1k_v1")
+    assert f"{tmp_path / 'hub' / 'checkpoints' / 'gone-12345678.pth'}" in str(caught.value)
+    assert "--model.weights none" in str(caught.value)
