@@ -26,15 +26,15 @@ class Data:
     """draw and pack this many demo lesions if the folder does not exist; 0 means never"""
     image_size: int = 224
     """side of the model's square input, in pixels"""
-    batch_size: int = 64
+    global_batch_size: int = 64
     """images in one optimizer step over all processes"""
     lanes: int = 1
     """parts that the stream of samples is cut into; each batch takes as many images from each"""
-    block_shards: int = 0
+    shuffle_block_shards: int = 0
     """samples are shuffled within this many consecutive shards; 0 means within all"""
     threads: int = 0
     """decoding threads of each process; 0 means one for each core it may use"""
-    batches_ahead: int = 4
+    prefetch_batches: int = 4
     """batches decoded ahead of the one in use"""
     allow_leak: bool = False
     """train although training groups are in an evaluation split; the results say so"""
@@ -46,17 +46,17 @@ class Data:
 class Augment:
     """How training pictures are varied; all of it happens on the device, in one interpolation."""
 
-    scale: tuple[float, float] = (0.7, 1.0)
+    crop_side: tuple[float, float] = (0.7, 1.0)
     """smallest and largest side of the random square crop, as a share of the stored picture's short side"""
-    flip: float = 0.5
+    hflip_prob: float = 0.5
     """probability of a horizontal flip"""
-    flip_vertical: float = 0.5
+    vflip_prob: float = 0.5
     """probability of a vertical flip"""
-    rotate: float = 180.0
+    rotation_degrees: float = 180.0
     """largest angle of a random turn, in degrees"""
-    rotate_probability: float = 1.0
+    rotation_prob: float = 1.0
     """probability of a turn"""
-    corners: Literal["picture", "black"] = "picture"
+    fill: Literal["image", "black"] = "image"
     """what a turned crop shows beyond its square: the rest of the stored picture, or black"""
     brightness: float = 0.1
     """brightness is multiplied by 1 +- this"""
@@ -66,9 +66,9 @@ class Augment:
     """saturation is multiplied by 1 +- this"""
     cutout: float = 0.0
     """side of a square that is blanked out, as a share of the picture's; 0 means none"""
-    mixup: float = 0.0
+    mixup_prob: float = 0.0
     """probability that two neighbours in the stream are blended (Zhang et al., 2018)"""
-    cutmix: float = 0.0
+    cutmix_prob: float = 0.0
     """probability that two neighbours in the stream exchange a rectangle (Yun et al., 2019)"""
 
 
@@ -105,7 +105,7 @@ class Optim:
     balance: Literal["none", "weights", "logit-adjust", "sampler"] = "none"
     """against rare classes being ignored: weigh their losses, adjust logits by class frequency (Menon et al., 2021), or
     draw each class equally often"""
-    clip: float = 0.0
+    max_grad_norm: float = 0.0
     """largest norm of the gradients, which are scaled down to it; 0 means none"""
     ema: float = 0.0
     """decay of an average of the weights over steps, which is then what is validated and evaluated; 0 means none"""
@@ -134,18 +134,18 @@ class Run:
     compile: bool = False
     """compile the training step with torch.compile, which takes minutes at the start; for a V100 and newer (measure first: no
     gain was seen on a CPU, nor on an H200 with batches of 64)"""
-    log_every: int = 10
+    sync_every: int = 10
     """steps between entries of the log; stop requests and a loss that is no number are noticed as often"""
     save_every_minutes: float = 10.0
     """minutes between checkpoints inside an epoch; each epoch ends with one in any case"""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """newest checkpoints kept, beside the best weights"""
     checkpoint_dir: str = ""
     """local folder where checkpoints are saved first and then copied into the run folder, for one that lies on a slow or
     mounted disk; empty means into the run folder at once"""
-    max_minutes: float = 0.0
+    time_limit_minutes: float = 0.0
     """minutes after its start at which the run saves and stops as if asked, to start again later; 0 means no limit"""
-    resume: Literal["same", "force"] = "same"
+    on_changed_settings: Literal["refuse", "accept"] = "refuse"
     """continue a run folder only with the same settings, or with others, too (they are noted in the results)"""
     trackers: tuple[str, ...] = ("tensorboard",)
     """where the log's figures are shown, by Accelerate's names: tensorboard, wandb, mlflow, comet_ml, aim, ..."""
@@ -159,17 +159,17 @@ class Eval:
     """split that is evaluated at the end"""
     views: str = "dihedral8"
     """test-time augmentation: none, flips (4), dihedral8 (8), or spins:N (N random turns and flips)"""
-    unit: int = 64
+    batch_size: int = 64
     """images of one forward pass, the same at any number of processes"""
     image_size: int = 0
     """side of the model's input when it is judged, in pixels; 0 means data.image_size"""
-    positives: tuple[str, ...] = ("mel", "mel+bcc+akiec")
+    positive_classes: tuple[str, ...] = ("mel", "mel+bcc+akiec")
     """classes (or sums of them) that a threshold is chosen for, on validation; those that a dataset lacks are left out"""
     sensitivity: float = 0.9
     """share of the positives that a threshold shall find"""
-    logit_adjust: float = 1.0
+    prior_correction: float = 1.0
     """strength of a second reading at equal class frequencies (at those of training after optim.balance): 1 full, 0 none"""
-    breakdown: tuple[str, ...] = ("sex", "age", "localization", "dx_type")
+    subgroups: tuple[str, ...] = ("sex", "age", "localization", "dx_type")
     """columns of the source that the results are broken down by; those that a dataset lacks are left out"""
 
 
@@ -186,10 +186,10 @@ class Config:
 
 
 # Settings that may differ when a run is continued: they do not change what is computed.
-FREE = {
-    *("data.path", "data.demo_images", "data.threads", "data.batches_ahead"),
-    *("run.folder", "run.log_every", "run.save_every_minutes", "run.keep"),
-    *("run.checkpoint_dir", "run.max_minutes", "run.resume", "run.trackers"),
+RUNTIME_KEYS = {
+    *("data.path", "data.demo_images", "data.threads", "data.prefetch_batches"),
+    *("run.folder", "run.sync_every", "run.save_every_minutes", "run.keep_checkpoints"),
+    *("run.checkpoint_dir", "run.time_limit_minutes", "run.on_changed_settings", "run.trackers"),
 }
 
 
@@ -222,7 +222,7 @@ def differences(old: dict, new: dict) -> list[str]:
     def plain(value):
         return list(value) if isinstance(value, tuple) else value
 
-    keys = sorted((set(old) | set(new)) - FREE)
+    keys = sorted((set(old) | set(new)) - RUNTIME_KEYS)
     absent = "absent"
     return [
         f"{key}: {old.get(key, absent)} is now {new.get(key, absent)}"
@@ -253,7 +253,7 @@ def load_config(path: Path) -> Config:
     except (TypeError, KeyError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path} is damaged, or of another version of the harness ({error}). Restore a copy, start a new run folder, or "
-            "continue with the settings that you give now by --run.resume force."
+            "continue with the settings that you give now by --run.on_changed_settings accept."
         ) from error
 
 

@@ -14,17 +14,35 @@ def check(settings: dict) -> None:
         ValueError: naming the setting and the value found.
     """
     at_least = {
-        **{"data.image_size": 16, "data.batch_size": 2, "data.lanes": 1, "data.block_shards": 0, "data.threads": 0},
-        **{"data.batches_ahead": 1, "data.demo_images": 0, "augment.rotate": 0, "augment.brightness": 0},
-        **{"augment.contrast": 0, "augment.saturation": 0, "optim.lr": 0, "optim.weight_decay": 0, "optim.clip": 0},
+        **{
+            "data.image_size": 16,
+            "data.global_batch_size": 2,
+            "data.lanes": 1,
+            "data.shuffle_block_shards": 0,
+            "data.threads": 0,
+        },
+        **{"data.prefetch_batches": 1, "data.demo_images": 0, "augment.rotation_degrees": 0, "augment.brightness": 0},
+        **{
+            "augment.contrast": 0,
+            "augment.saturation": 0,
+            "optim.lr": 0,
+            "optim.weight_decay": 0,
+            "optim.max_grad_norm": 0,
+        },
         **{"optim.warmup_epochs": 0, "optim.micro_batch": 0, "run.epochs": 1, "run.patience": 1, "run.seed": 0},
-        **{"run.log_every": 1, "run.save_every_minutes": 0, "run.keep": 1, "run.max_minutes": 0, "eval.unit": 1},
-        **{"eval.image_size": 0, "eval.logit_adjust": 0},
+        **{
+            "run.sync_every": 1,
+            "run.save_every_minutes": 0,
+            "run.keep_checkpoints": 1,
+            "run.time_limit_minutes": 0,
+            "eval.batch_size": 1,
+        },
+        **{"eval.image_size": 0, "eval.prior_correction": 0},
     }
     for key, least in at_least.items():
         if not settings[key] >= least:
             raise ValueError(f"The '{key}' setting must be at least {least}. Got {settings[key]} instead.")
-    shares = ("flip", "flip_vertical", "rotate_probability", "cutout", "mixup", "cutmix")
+    shares = ("hflip_prob", "vflip_prob", "rotation_prob", "cutout", "mixup_prob", "cutmix_prob")
     for key in (*(f"augment.{name}" for name in shares), "optim.label_smoothing", "eval.sensitivity"):
         if not 0 <= settings[key] <= 1:
             raise ValueError(f"The '{key}' setting must be between 0 and 1. Got {settings[key]} instead.")
@@ -38,9 +56,9 @@ def check(settings: dict) -> None:
         raise ValueError(
             f"The 'eval.image_size' setting must be 0 or at least 16. Got {settings['eval.image_size']} instead."
         )
-    low, high = settings["augment.scale"]
+    low, high = settings["augment.crop_side"]
     if not 0 < low <= high <= 1:
-        raise ValueError(f"The 'augment.scale' setting must be 0 < LOW <= HIGH <= 1. Got {low}, {high} instead.")
+        raise ValueError(f"The 'augment.crop_side' setting must be 0 < LOW <= HIGH <= 1. Got {low}, {high} instead.")
     _check_pairs(settings)
 
 
@@ -50,15 +68,15 @@ def _check_pairs(settings: dict) -> None:
         raise ValueError(
             f"'optim.warmup_epochs' ({settings['optim.warmup_epochs']}) must not exceed 'run.epochs' ({settings['run.epochs']})."
         )
-    mixup, cutmix = settings["augment.mixup"], settings["augment.cutmix"]
+    mixup, cutmix = settings["augment.mixup_prob"], settings["augment.cutmix_prob"]
     if mixup + cutmix > 1:
         raise ValueError(
-            f"'augment.mixup' ({mixup}) and 'augment.cutmix' ({cutmix}) are probabilities of the same pairs: their sum must "
+            f"'augment.mixup_prob' ({mixup}) and 'augment.cutmix_prob' ({cutmix}) are probabilities of the same pairs: their sum must "
             "not exceed 1."
         )
-    if mixup + cutmix and settings["data.batch_size"] % 2:
+    if mixup + cutmix and settings["data.global_batch_size"] % 2:
         raise ValueError(
-            f"'augment.mixup' and 'augment.cutmix' mix pairs: 'data.batch_size' ({settings['data.batch_size']}) must be even."
+            f"'augment.mixup_prob' and 'augment.cutmix_prob' mix pairs: 'data.global_batch_size' ({settings['data.global_batch_size']}) must be even."
         )
 
 
@@ -73,7 +91,7 @@ def check_classes(settings: dict, counts: dict[str, int]) -> None:
     """
     if sum(1 for images in counts.values() if images) > 1:
         return
-    for key in ("augment.mixup", "augment.cutmix", "optim.balance"):
+    for key in ("augment.mixup_prob", "augment.cutmix_prob", "optim.balance"):
         if settings[key] not in (0, "none"):
             raise ValueError(
                 f"'{key}' ({settings[key]}) needs several classes, and the training split of 'data.path' "

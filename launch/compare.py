@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from harness.evaluation.calibration import Prior, with_prior
-from harness.evaluation.metrics import OVERALL, gains, shown
+from harness.evaluation.calibration import Prior, change_prior
+from harness.evaluation.metrics import SUMMARY_METRICS, format_metric, paired_differences
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def read_otherwise(result: dict, frequencies: str) -> Prior | None:
     adjusted = result.get("adjusted")
     if adjusted is None or adjusted["strength"] != 1:
         raise ValueError(
-            "A result has no second reading at full strength. Run launch/evaluate.py RUN --logit-adjust 1."
+            "A result has no second reading at full strength. Run launch/evaluate.py RUN --prior-correction 1."
         )
     if adjusted["to"] != frequencies:
         return None
@@ -81,9 +81,9 @@ def compare(results: dict[str, dict], figures: list[str], frequencies: str = "ow
     Raises:
         ValueError: an unknown figure.
     """
-    unknown = sorted(set(figures) - set(OVERALL))
+    unknown = sorted(set(figures) - set(SUMMARY_METRICS))
     if unknown:
-        raise ValueError(f"Unknown figure {', '.join(unknown)}. There are: {', '.join(OVERALL)}.")
+        raise ValueError(f"Unknown figure {', '.join(unknown)}. There are: {', '.join(SUMMARY_METRICS)}.")
     width = max(20, *(len(name) + 2 for name in results))
     lines = [f"{'':<{width}}" + "".join(f"{name.replace('_', ' '):>20}" for name in figures)]
     read = [result["adjusted" if read_otherwise(result, frequencies) else "tta"] for result in results.values()]
@@ -110,19 +110,19 @@ def difference(first: list[Path], second: list[Path], results: dict[str, dict], 
         return "no paired difference: they were evaluated on different images"
     classes = tuple(name.removeprefix("p_") for name in columns)
     labels = rows[0]["label"].map({name: number for number, name in enumerate(classes)}).to_numpy()
-    figures = (*OVERALL, *(f"recall of {name}" for name in classes))
+    figures = (*SUMMARY_METRICS, *(f"recall of {name}" for name in classes))
     found = [row[columns].to_numpy() for row in rows]
     for number, folder in enumerate((*first, *second)):
         if prior := read_otherwise(results[str(folder)], frequencies):
-            found[number] = with_prior(found[number], prior)
+            found[number] = change_prior(found[number], prior)
     groups = rows[0]["group"].to_numpy()
-    gained = gains(found[: len(first)], found[len(first) :], labels, classes, groups, figures)
+    gained = paired_differences(found[: len(first)], found[len(first) :], labels, classes, groups, figures)
     lines = [f"{_named(second)} minus {_named(first)} (95 % intervals of the paired difference):"]
     for name, gain in gained.items():
         sure = gain["interval"] and (gain["interval"][0] > 0 or gain["interval"][1] < 0)
         if gain["gain"] is None:
             continue  # a class that the split lacks
-        text = shown(gain["gain"], gain["interval"], "+.3f")
+        text = format_metric(gain["gain"], gain["interval"], "+.3f")
         lines.append(f"{name.replace('_', ' '):<20}{text}" + ("" if sure else "  may be none"))
     if len(rows) > 2:
         lines.append("the intervals are over the images; the spread over runs stands above")
@@ -154,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
         help="read each run's probabilities as it was trained (own), or all of them at one frequency of the classes",
     )
     parser.add_argument(
-        "--figures", default="accuracy,balanced_accuracy,macro_f1,macro_auc,loss", help=f"of: {', '.join(OVERALL)}"
+        "--figures",
+        default="accuracy,balanced_accuracy,macro_f1,macro_auc,loss",
+        help=f"of: {', '.join(SUMMARY_METRICS)}",
     )
     return parser
 

@@ -11,21 +11,21 @@ import sys
 from harness.config import read_config
 from harness.distributed.world import World
 from harness.training.preflight import (
-    Finding,
-    look_at_cores,
-    look_at_data,
-    look_at_device,
-    look_at_disk,
-    look_at_sameness,
-    look_at_weights,
-    look_at_world,
-    named_gpu,
+    Check,
+    check_allreduce,
+    check_consistency,
+    check_cores,
+    check_data,
+    check_device,
+    check_disk,
+    check_named_gpu,
+    check_weights,
     versions,
 )
 from launch.train import DEMO
 from shards.index import load
 
-MARKS = {"good": ("ok  ", "32"), "warning": ("note", "33"), "problem": ("BAD ", "31")}  # word, ANSI colour
+MARKS = {"ok": ("ok  ", "32"), "warn": ("warn", "33"), "fail": ("FAIL", "31")}  # word, ANSI colour
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,42 +33,42 @@ def main(arguments: list[str] | None = None) -> int:
     options, settings = _parser().parse_known_args(arguments)
     if options.gpu:
         try:
-            findings = named_gpu(options.gpu)
+            checks = check_named_gpu(options.gpu)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        return show([*findings, Finding("good", "versions", f"torch {versions()['torch']}")])
+        return show([*checks, Check("ok", "versions", f"torch {versions()['torch']}")])
     config = read_config(settings, DEMO)
-    device = look_at_device()  # first: without kernels for this GPU, nothing else can be asked of it
-    if any(finding.level == "problem" for finding in device):
+    device = check_device()  # first: without kernels for this GPU, nothing else can be asked of it
+    if any(check.level == "fail" for check in device):
         return show(device)
     try:
         world = World(config.run.precision, config.run.channels_last)
     except (ValueError, OSError) as error:
-        return show([*device, Finding("problem", "processes", str(error))])
-    data = world.on_main(look_at_data, config)
+        return show([*device, Check("fail", "processes", str(error))])
+    data = world.run_on_main(check_data, config)
     try:
         dataset = load(config.data.path)
     except (OSError, ValueError):
         dataset = None  # on this rank
-    findings = [
-        *(*device, *look_at_world(world), *look_at_sameness(world, dataset), *look_at_cores(config)),
-        *(*look_at_disk(config, len(dataset.classes) if dataset else 7), *data, *look_at_weights(config)),
+    checks = [
+        *(*device, *check_allreduce(world), *check_consistency(world, dataset), *check_cores(config)),
+        *(*check_disk(config, len(dataset.classes) if dataset else 7), *data, *check_weights(config)),
     ]
-    code = world.on_main(show, findings)
+    code = world.run_on_main(show, checks)
     world.close()
     return code
 
 
-def show(findings: list[Finding]) -> int:
+def show(checks: list[Check]) -> int:
     """Print each finding, and below it what mends it; 1 if one is bad."""
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for finding in findings:
-        mark, colour = MARKS[finding.level]
-        print(f"\033[{colour}m{mark}\033[0m" if coloured else mark, f" {finding.what:<11}", finding.text)
-        if finding.cure:
-            print(f"{'':18}to mend it: {finding.cure}")
-    bad = sum(finding.level == "problem" for finding in findings)
+    for check in checks:
+        mark, colour = MARKS[check.level]
+        print(f"\033[{colour}m{mark}\033[0m" if coloured else mark, f" {check.name:<11}", check.message)
+        if check.fix:
+            print(f"{'':18}to mend it: {check.fix}")
+    bad = sum(check.level == "fail" for check in checks)
     print("nothing is in the way of a run" if not bad else f"{bad} to mend before a run", flush=True)
     return 1 if bad else 0
 

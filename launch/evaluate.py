@@ -12,8 +12,8 @@ from pathlib import Path
 from harness.config import Config, flat, load_config
 from harness.data.augment import parse_views
 from harness.distributed.world import World
-from harness.evaluation.calibration import Prior, prior_of
-from harness.evaluation.evaluate import Trained, evaluate, leak_warnings
+from harness.evaluation.calibration import Prior, class_priors
+from harness.evaluation.evaluate import EvalContext, evaluate, leak_warnings
 from harness.evaluation.results import summary
 from harness.limits import check
 from harness.model.build import build_model
@@ -21,7 +21,7 @@ from harness.report.page import draw_results
 from harness.run import checkpoint
 from harness.run.folder import changes
 from shards.index import Dataset, load
-from shards.reader import Store
+from shards.reader import SplitReader
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = _settings(options)
         parse_views(config.eval.views)
-        dataset, best = load(config.data.path), checkpoint.best(options.run)
-        store = Store(dataset, config.eval.split)
+        dataset, best = load(config.data.path), checkpoint.find_best(options.run)
+        reader = SplitReader(dataset, config.eval.split)
         check_classes(best, dataset)
         check_leak(best, dataset, config.eval.split, options.allow_leak)
         out = options.out or options.run / _folder_name(config, best, dataset)
@@ -39,12 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--out {out} is the run's folder, whose results are those of its training. Name another.")
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
-        model = build_model(config.model.name, len(best.origin.classes))
+        model = build_model(config.model.name, len(best.provenance.classes))
         checkpoint.load_model(best, model)
         model.to(world.device, memory_format=world.memory_format)
-        trained = Trained(best, changes(options.run), own_prior(options.run), own_validation(options.run, best))
-        metrics = evaluate(model, store, config.eval.split, config, world, out, trained)
-        world.on_main(draw_results, out)
+        trained = EvalContext(best, changes(options.run), own_prior(options.run), own_validation(options.run, best))
+        metrics = evaluate(model, reader, config.eval.split, config, world, out, trained)
+        world.run_on_main(draw_results, out)
         world.print("\n" + summary(metrics))
         world.print(f"results: {out}")
         world.close()
@@ -54,19 +54,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def own_validation(run: Path, best: checkpoint.Checkpoint) -> Store | None:
+def own_validation(run: Path, best: checkpoint.Checkpoint) -> SplitReader | None:
     """The validation split that the run was trained with, None if it is not here any more."""
     try:
         dataset = load(load_config(run / "config.yaml").data.path)
     except (OSError, ValueError):
         return None
-    return Store(dataset, "val") if dataset.fingerprint == best.origin.dataset else None
+    return SplitReader(dataset, "val") if dataset.fingerprint == best.provenance.dataset else None
 
 
 def own_prior(run: Path) -> Prior:
     """Class frequencies that a run's probabilities take for granted, and those of its second reading."""
     counts = json.loads((run / "dataset.json").read_text())["counts"]["train"]
-    return prior_of(load_config(run / "config.yaml").optim, counts)
+    return class_priors(load_config(run / "config.yaml").optim, counts)
 
 
 def check_classes(best: checkpoint.Checkpoint, dataset: Dataset) -> None:
@@ -75,17 +75,17 @@ def check_classes(best: checkpoint.Checkpoint, dataset: Dataset) -> None:
     Raises:
         ValueError: naming them.
     """
-    unknown = [name for name in dataset.classes if name not in best.origin.classes]
+    unknown = [name for name in dataset.classes if name not in best.provenance.classes]
     if unknown:
         raise ValueError(
             f"{dataset.folder} has classes that the model does not know: {', '.join(unknown)}. It knows "
-            f"{', '.join(best.origin.classes)}. Rename or leave out the others in the source, and pack it again."
+            f"{', '.join(best.provenance.classes)}. Rename or leave out the others in the source, and pack it again."
         )
 
 
 def check_leak(best: checkpoint.Checkpoint, dataset: Dataset, split: str, allowed: bool) -> None:
     """Refuse to evaluate on lesions that the weights were trained on, unless that was asked for."""
-    warnings = leak_warnings(dataset, split, best.origin)
+    warnings = leak_warnings(dataset, split, best.provenance)
     if warnings and not allowed:
         raise ValueError(
             f"{dataset.folder}: {warnings[0]}. Give other data; --allow-leak evaluates all the same and says so."
@@ -97,7 +97,7 @@ def _settings(options: argparse.Namespace) -> Config:
     if not saved.is_file():
         raise FileNotFoundError(f"{options.run} holds no run (no config.yaml). Give the --run.folder of a training.")
     config = load_config(saved)
-    asked = {name: getattr(options, name) for name in ("split", "views", "image_size", "logit_adjust")}
+    asked = {name: getattr(options, name) for name in ("split", "views", "image_size", "prior_correction")}
     config = replace(
         config,
         eval=replace(config.eval, **{name: value for name, value in asked.items() if value is not None}),
@@ -113,7 +113,7 @@ def _folder_name(config: Config, best: checkpoint.Checkpoint, dataset: Dataset) 
     words = ["evaluation", config.eval.split, config.eval.views.replace(":", "")]
     if config.eval.image_size:
         words.append(f"{config.eval.image_size}px")
-    if dataset.fingerprint != best.origin.dataset:
+    if dataset.fingerprint != best.provenance.dataset:
         words += [dataset.folder.resolve().name, dataset.fingerprint[:6]]
     return "-".join(words)
 
@@ -131,10 +131,10 @@ def _parser() -> argparse.ArgumentParser:
         help="side of the model's input (default: the run's eval.image_size)",
     )
     parser.add_argument(
-        "--logit-adjust",
+        "--prior-correction",
         type=float,
         metavar="STRENGTH",
-        help="of the second reading (default: the run's eval.logit_adjust)",
+        help="of the second reading (default: the run's eval.prior_correction)",
     )
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the run's)")
     parser.add_argument(

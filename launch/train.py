@@ -19,7 +19,7 @@ from shards import demo
 from shards.catalogue import read_ham10000
 from shards.index import load
 from shards.pack import pack
-from shards.split import lesion
+from shards.split import split_by_lesion
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 
@@ -32,10 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
         if config.data.demo_images:
-            world.on_main(draw_demo, Path(config.data.path), config.data.demo_images)
+            world.run_on_main(draw_demo, Path(config.data.path), config.data.demo_images)
         outcome = train(config, world)
         if outcome == "finished":
-            world.on_main(draw_run, config)
+            world.run_on_main(draw_run, config)
         world.close()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,7 +61,7 @@ def draw_demo(packed: Path, images: int) -> None:
     try:
         demo.draw(originals, images)
         source = read_ham10000(originals)
-        pack(source, lesion(source.images), packed)
+        pack(source, split_by_lesion(source.images), packed)
     finally:
         shutil.rmtree(originals)
 

@@ -13,19 +13,24 @@ from shards.image import FITS
 from shards.pack import Packing, pack_several
 
 PLAIN = {
-    **{"lesion": split.lesion, "image": split.image, "seed": split.seed, "seed-leaky": split.seed_leaky},
-    "test": split.outside,
+    **{
+        "lesion": split.split_by_lesion,
+        "image": split.split_by_image,
+        "notebook": split.split_notebook,
+        "notebook-leaky": split.split_notebook_leaky,
+    },
+    "test": split.external_test,
 }
 PROTOCOLS = """\
 protocols:
   lesion       groups (lesions) of each class, .70/.15/.15; the default. With --folds: cross-validation
-  seed         the 2021 notebook's without its leak: one image a lesion, 80/20; validation doubles as test
+  notebook     the 2021 notebook's without its leak: one image a lesion, 80/20; validation doubles as test
   isic2018     train and validation from HAM10000, test from the challenge's images in --test-source
   column:NAME  the source says train, val or test in that column
   test         every image is test: a set of another origin, to evaluate a trained model on
 for studies, marked as leaking:
   image        images of each class, .70/.15/.15, wherever their lesions land
-  seed-leaky   the notebook's, with its leak: every validation image is a training image
+  notebook-leaky the notebook's, with its leak: every validation image is a training image
 """
 
 
@@ -96,22 +101,22 @@ def _choose_split(options, images) -> split.Split:
     if own_test and options.holdout:
         raise ValueError(f"--holdout does not go with --protocol {name}, which has a test split of its own.")
     if name == "isic2018":
-        return split.isic2018(images, seed)
+        return split.split_isic2018(images, seed)
     if name.startswith("column:"):
-        return split.column(images, name.removeprefix("column:"), seed)
+        return split.split_by_column(images, name.removeprefix("column:"), seed)
     if name not in PLAIN:
         raise ValueError(
             f"The '--protocol' must be one of {', '.join(PLAIN)}, isic2018, column:NAME. Got {name!r} instead."
         )
     if options.folds:
         held_out = bool(options.holdout)
-        protocol = partial(split.folds, seed=seed, n_folds=options.folds, fold=options.fold, held_out=held_out)
+        protocol = partial(split.split_by_fold, seed=seed, n_folds=options.folds, fold=options.fold, held_out=held_out)
     elif name in ("lesion", "image") and options.holdout:
         train, val = split.FRACTIONS[0], split.FRACTIONS[1]
         protocol = partial(PLAIN[name], seed=seed, fractions=(train / (train + val), val / (train + val)))
     else:
         protocol = partial(PLAIN[name], seed=seed)
-    return split.hold_out(images, options.holdout, protocol) if options.holdout else protocol(images)
+    return split.with_holdout(images, options.holdout, protocol) if options.holdout else protocol(images)
 
 
 def _verify(options) -> int:

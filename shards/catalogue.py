@@ -63,7 +63,7 @@ def read_ham10000(folder: Path) -> Catalogue:
     table = table.rename(columns=columns)
     table["path"] = _paths(table["image_id"], _find_pictures(folder, set(table["image_id"])), folder)
     images = pd.concat([table[list(REQUIRED)], _extras(table, set(REQUIRED))], axis=1)
-    return checked(Catalogue(images, HAM10000_CLASSES, folder.name))
+    return validate(Catalogue(images, HAM10000_CLASSES, folder.name))
 
 
 def read_isic2018(folder: Path, test: Path) -> Catalogue:
@@ -91,12 +91,12 @@ def read_isic2018(folder: Path, test: Path) -> Catalogue:
     hot = truth.drop(columns="image").apply(pd.to_numeric, errors="coerce")
     odd = truth["image"][(hot.sum(axis=1) != 1) | ~hot.isin([0, 1]).all(axis=1)]
     if len(odd):
-        raise ValueError(f"{_some(odd)} of {files[0]}: not exactly one class is 1. Download the ground truth again.")
+        raise ValueError(f"{_preview(odd)} of {files[0]}: not exactly one class is 1. Download the ground truth again.")
     rows = pd.DataFrame({"image_id": truth["image"], "label": hot.idxmax(axis=1).str.lower(), "group": truth["image"]})
     found = _find_pictures(test, set(rows["image_id"]))
     rows["path"] = _paths(rows["image_id"], found, test)
     both = pd.concat([ham.images.assign(part="train"), rows.assign(part="test")], ignore_index=True).fillna("")
-    return checked(Catalogue(both, HAM10000_CLASSES, f"{ham.name} with the ISIC 2018 test images"))
+    return validate(Catalogue(both, HAM10000_CLASSES, f"{ham.name} with the ISIC 2018 test images"))
 
 
 def read_class_folders(root: Path) -> Catalogue:
@@ -118,7 +118,7 @@ def read_class_folders(root: Path) -> Catalogue:
         )
     images = pd.DataFrame(rows)
     images["group"] = images["image_id"]
-    return checked(Catalogue(images[list(REQUIRED)], tuple(sorted(images["label"].unique())), root.name, (NO_GROUPS,)))
+    return validate(Catalogue(images[list(REQUIRED)], tuple(sorted(images["label"].unique())), root.name, (NO_GROUPS,)))
 
 
 def read_table(path: Path, image_column: str, label_column: str, group_column: str | None) -> Catalogue:
@@ -144,13 +144,13 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
     absent = [name for name, file in zip(given, resolved, strict=True) if file is None]
     if absent:
         raise FileNotFoundError(
-            f"{_some(absent)} of {path}: no such picture. Paths are taken from {path.parent.resolve()}; "
+            f"{_preview(absent)} of {path}: no such picture. Paths are taken from {path.parent.resolve()}; "
             "move the file beside the images or write absolute paths."
         )
     files = pd.Series([str(file.resolve()) for file in resolved])
     if files.duplicated().any():
         raise ValueError(
-            f"{_some(files[files.duplicated()])} of {path}: image repeated. Keep one row for each picture."
+            f"{_preview(files[files.duplicated()])} of {path}: image repeated. Keep one row for each picture."
         )
     core = {
         "image_id": given.map(lambda name: name.removesuffix(Path(name).suffix) if _is_picture(name) else name),
@@ -160,10 +160,10 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
     }
     images = pd.concat([pd.DataFrame(core), _extras(table, set(wanted.values()))], axis=1)
     classes = tuple(sorted(set(images["label"]) - {""}))
-    return checked(Catalogue(images, classes, path.name, () if group_column else (NO_GROUPS,)))
+    return validate(Catalogue(images, classes, path.name, () if group_column else (NO_GROUPS,)))
 
 
-def checked(catalogue: Catalogue) -> Catalogue:
+def validate(catalogue: Catalogue) -> Catalogue:
     """Return the catalogue unchanged, or say what is wrong with it.
 
     Raises:
@@ -177,16 +177,16 @@ def checked(catalogue: Catalogue) -> Catalogue:
         blank = images.index[images[column].str.strip() == ""]
         if len(blank):
             raise ValueError(
-                f"The source {name} has a blank {column} in row(s) {_some([str(row + 2) for row in blank])} of its table "
+                f"The source {name} has a blank {column} in row(s) {_preview([str(row + 2) for row in blank])} of its table "
                 "(row 1 is the header). Fill it in or remove the row."
             )
     repeated = images["image_id"][images["image_id"].duplicated()].unique()
     if len(repeated):
-        raise ValueError(f"{_some(repeated)} of {name}: image id repeated. Keep one row for each image.")
+        raise ValueError(f"{_preview(repeated)} of {name}: image id repeated. Keep one row for each image.")
     unknown = images[~images["label"].isin(catalogue.classes)]
     if len(unknown):
         raise ValueError(
-            f"{_some(unknown['image_id'])} of {name}: unknown label {_some(unknown['label'].unique())}. "
+            f"{_preview(unknown['image_id'])} of {name}: unknown label {_preview(unknown['label'].unique())}. "
             f"Known classes: {', '.join(catalogue.classes)}. Correct the label or remove the row."
         )
     labels = images.groupby("group")["label"].unique()
@@ -265,7 +265,7 @@ def _paths(image_ids: pd.Series, found: dict[str, Path], folder: Path) -> list[s
     absent = [image_id for image_id in image_ids if image_id not in found]
     if absent:
         raise FileNotFoundError(
-            f"{_some(absent)} of the metadata: no picture of that name ({', '.join(sorted(PICTURES))}) lies below "
+            f"{_preview(absent)} of the metadata: no picture of that name ({', '.join(sorted(PICTURES))}) lies below "
             f"{folder}. Unpack every part of the download there, or remove those rows from the metadata."
         )
     return [str(found[image_id]) for image_id in image_ids]
@@ -283,7 +283,7 @@ def _find_pictures(folder: Path, wanted: set[str]) -> dict[str, Path]:
     return found
 
 
-def _some(names, most: int = 3) -> str:
+def _preview(names, most: int = 3) -> str:
     names = [str(name) for name in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from shards.image import decode_into
 from shards.index import Dataset, load_table
-from shards.reader import Store
+from shards.reader import SplitReader
 
 GAP, MARGIN = 4, 104  # pixels between pictures, and for the names on the left
 
@@ -45,11 +45,11 @@ def dataset_rows(dataset: Dataset, each: int = 10) -> list[tuple[str, list[np.nd
 
 def first_of_class(dataset: Dataset, split: str, label: int, most: int) -> list[tuple[int, np.ndarray]]:
     """Keys and pictures, (H, W, 3) uint8, of the first samples of a class in a split."""
-    store, found = Store(dataset, split), []
-    for number, shard in enumerate(store.shards):
+    reader, found = SplitReader(dataset, split), []
+    for number, shard in enumerate(reader.shards):
         table = load_table(dataset, shard)
         rows = np.flatnonzero(table["label"] == label)[: most - len(found)]
-        for place, data in store.read(np.full(len(rows), number), rows):
+        for place, data in reader.read(np.full(len(rows), number), rows):
             picture = np.empty((dataset.height, dataset.width, 3), np.uint8)
             decode_into(data, picture)
             found.append((int(table["key"].iloc[rows[place]]), picture))

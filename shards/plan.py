@@ -1,7 +1,7 @@
 """Which sample is where in an epoch: pure arithmetic over shard sizes and a seed.
 
 In: the number of samples of each shard. Out: for positions of an epoch's stream, the shard and the row.
-What stays true: the order is a function of (shard sizes, seed, epoch, lanes, block_shards) and of nothing else; ranks,
+What stays true: the order is a function of (shard sizes, seed, epoch, lanes, shuffle_block_shards) and of nothing else; ranks,
 threads and resuming only choose which positions they look up. Memory is a block's, not the dataset's.
 """
 
@@ -20,7 +20,7 @@ class Plan:
     global_batch: images in one optimizer step over all ranks.
     seed: another seed gives other orders.
     lanes: the stream is cut into this many equal lanes, and each batch takes as many images from each lane.
-    block_shards: inside a lane, samples are shuffled within blocks of this many consecutive shards; 0 means all.
+    shuffle_block_shards: inside a lane, samples are shuffled within blocks of this many consecutive shards; 0 means all.
 
     Raises:
         ValueError: lanes that do not divide the batch, or a batch larger than the split.
@@ -30,20 +30,22 @@ class Plan:
     global_batch: int
     seed: int
     lanes: int = 1
-    block_shards: int = 0
+    shuffle_block_shards: int = 0
 
     def __post_init__(self):
         """Check that the numbers fit together."""
-        if self.global_batch < 1 or self.lanes < 1 or self.block_shards < 0:
-            raise ValueError("'data.batch_size' and 'data.lanes' must be at least 1, 'data.block_shards' at least 0.")
+        if self.global_batch < 1 or self.lanes < 1 or self.shuffle_block_shards < 0:
+            raise ValueError(
+                "'data.global_batch_size' and 'data.lanes' must be at least 1, 'data.shuffle_block_shards' at least 0."
+            )
         if self.global_batch % self.lanes:
             raise ValueError(
-                f"'data.lanes' must divide 'data.batch_size'. Got {self.lanes} lanes and {self.global_batch} images."
+                f"'data.lanes' must divide 'data.global_batch_size'. Got {self.lanes} lanes and {self.global_batch} images."
             )
         if self.n_batches == 0:
             raise ValueError(
-                f"The training split has {sum(self.shard_sizes)} images, too few for one batch of 'data.batch_size' "
-                f"{self.global_batch} from {self.lanes} lane(s). Lower data.batch_size."
+                f"The training split has {sum(self.shard_sizes)} images, too few for one batch of 'data.global_batch_size' "
+                f"{self.global_batch} from {self.lanes} lane(s). Lower data.global_batch_size."
             )
 
     @property
@@ -92,9 +94,11 @@ class Plan:
         first, last = lane * self.lane_length, (lane + 1) * self.lane_length
         _, starts = _shards_of_epoch(self, epoch)
         edges = starts[(starts > first) & (starts < last)]  # where shards begin inside the lane
-        if self.block_shards == 0:
+        if self.shuffle_block_shards == 0:
             edges = edges[:0]
-        edges = np.concatenate([[first], edges[self.block_shards - 1 :: self.block_shards or 1], [last]])
+        edges = np.concatenate(
+            [[first], edges[self.shuffle_block_shards - 1 :: self.shuffle_block_shards or 1], [last]]
+        )
         stream = places + first
         block = np.searchsorted(edges, stream, side="right") - 1
         for number in np.unique(block):
@@ -108,7 +112,7 @@ class Plan:
         return draw.permutation(high - low)
 
 
-def share(batch_size: int, rank: int, world: int, together: int = 1) -> tuple[int, int]:
+def rank_slice(batch_size: int, rank: int, world: int, group_size: int = 1) -> tuple[int, int]:
     """The positions [start, stop) of a global batch that a rank takes: uneven where the world does not divide it.
 
     Args:
@@ -117,17 +121,17 @@ def share(batch_size: int, rank: int, world: int, together: int = 1) -> tuple[in
     Raises:
         ValueError: more ranks than images.
     """
-    parts = batch_size // together
+    parts = batch_size // group_size
     if world > parts:
         raise ValueError(
-            f"'data.batch_size' is {batch_size} images for {world} processes: some would get none"
-            + (f", as {together} stay together" if together > 1 else "")
-            + ". Raise data.batch_size or start fewer processes."
+            f"'data.global_batch_size' is {batch_size} images for {world} processes: some would get none"
+            + (f", as {group_size} stay together" if group_size > 1 else "")
+            + ". Raise data.global_batch_size or start fewer processes."
         )
-    return rank * parts // world * together, (rank + 1) * parts // world * together
+    return rank * parts // world * group_size, (rank + 1) * parts // world * group_size
 
 
-def evaluation_units(n_samples: int, unit: int, rank: int, world: int) -> list[tuple[int, int]]:
+def evaluation_ranges(n_samples: int, unit: int, rank: int, world: int) -> list[tuple[int, int]]:
     """The [start, stop) ranges of a split, each of at most `unit` samples, that a rank evaluates.
 
     The cuts do not depend on the world; ranks take units in turn, so every sample has exactly one rank.

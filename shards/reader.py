@@ -27,7 +27,7 @@ class Table:
     label: np.ndarray
 
 
-class Store:
+class SplitReader:
     """The samples of one split, addressed by (shard number, row). Safe to share between threads."""
 
     def __init__(self, dataset: Dataset, split: str):
@@ -68,7 +68,7 @@ class Store:
             for place, size, offset in spans:
                 yield place, os.pread(file.descriptor, size, offset)
 
-    def numbers(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def labels_and_keys(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels and keys, both (n,) int64, of many samples."""
         labels, keys = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         for shard in np.unique(shards).tolist():
@@ -76,7 +76,7 @@ class Store:
             labels[here], keys[here] = table.label[rows[here]], table.key[rows[here]]
         return labels, keys
 
-    def name(self, shard: int, row: int) -> str:
+    def describe(self, shard: int, row: int) -> str:
         """What to call a sample in an error: its key, shard and offset."""
         table = self.table(shard)
         path = self.dataset.folder / self.shards[shard].file

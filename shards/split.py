@@ -16,8 +16,8 @@ import pandas as pd
 
 SPLITS = ("train", "val", "test")
 FRACTIONS = (0.70, 0.15, 0.15)
-EASTER_EGG = "ISIC_0035068"  # in the challenge's test images by way of a joke: no lesion
-DOUBLES = "validation doubles as the test split: test scores are of images that chose the weights"
+NOT_A_LESION = "ISIC_0035068"  # in the challenge's test images by way of a joke: no lesion
+VAL_IS_TEST = "validation doubles as the test split: test scores are of images that chose the weights"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Split:
         return self.protocol.get("leaks", False)
 
 
-def lesion(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, ...] = FRACTIONS) -> Split:
+def split_by_lesion(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, ...] = FRACTIONS) -> Split:
     """Lesion-grouped, stratified: the groups of each class, sorted by hash, are cut at the fractions.
 
     Train keeps every image of its groups; validation and test keep the first image of each group, so that a lesion
@@ -57,11 +57,11 @@ def lesion(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, ...] = F
     Raises:
         ValueError: fractions that are no shares of 1, or a class with fewer groups than splits.
     """
-    home = _cut_classes(images, "group", seed, fractions)
-    return _grouped(images, home, seed, {"name": "lesion", "seed": seed, "fractions": list(fractions)})
+    split_of = _cut_classes(images, "group", seed, fractions)
+    return _grouped(images, split_of, seed, {"name": "lesion", "seed": seed, "fractions": list(fractions)})
 
 
-def folds(images: pd.DataFrame, seed: int, n_folds: int, fold: int, held_out: bool = False) -> Split:
+def split_by_fold(images: pd.DataFrame, seed: int, n_folds: int, fold: int, held_out: bool = False) -> Split:
     """Lesion-grouped, stratified cross-validation: the groups of each class, sorted by hash, are dealt to the folds.
 
     Fold number `fold` is the test split and the next one validates; where a test set is held out, `fold` validates.
@@ -72,25 +72,25 @@ def folds(images: pd.DataFrame, seed: int, n_folds: int, fold: int, held_out: bo
     if n_folds < 3 or not 0 <= fold < n_folds:
         raise ValueError(f"'--folds' must be at least 3 and '--fold' from 0 to one less. Got {n_folds} and {fold}.")
     roles = {fold: "val"} if held_out else {fold: "test", (fold + 1) % n_folds: "val"}
-    home = {}
+    split_of = {}
     for label, groups in images.groupby("label")["group"].unique().items():
         _enough(label, groups, n_folds, "folds")
-        home |= {group: roles.get(place % n_folds, "train") for place, group in enumerate(_by_hash(groups, seed))}
+        split_of |= {group: roles.get(place % n_folds, "train") for place, group in enumerate(_by_hash(groups, seed))}
     protocol = {"name": "lesion", "seed": seed, "folds": n_folds, "fold": fold}
-    return _grouped(images, home, seed, protocol)
+    return _grouped(images, split_of, seed, protocol)
 
 
-def image(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, ...] = FRACTIONS) -> Split:
+def split_by_image(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, ...] = FRACTIONS) -> Split:
     """Image-level, stratified, all images kept: a study of what that inflates, since lesions land in several splits."""
-    home = _cut_classes(images, "image_id", seed, fractions)
-    names = images["image_id"].map(home)
+    split_of = _cut_classes(images, "image_id", seed, fractions)
+    names = images["image_id"].map(split_of)
     rows = {name: _stored(images, names == name, seed) for name in SPLITS[: len(fractions)]}
     warning = "split by image: images of one lesion are in several splits, and scores are too high"
     protocol = {"name": "image", "seed": seed, "fractions": list(fractions), "leaks": True}
     return Split(protocol, rows, warnings=(warning,))
 
 
-def seed(images: pd.DataFrame, seed: int = 0) -> Split:
+def split_notebook(images: pd.DataFrame, seed: int = 0) -> Split:
     """The 2021 notebook's split without its leak: the first image of each lesion, 80/20 per class.
 
     `int(0.8 n)` images of each class train, the others validate. There is no third split: validation doubles as the
@@ -100,31 +100,31 @@ def seed(images: pd.DataFrame, seed: int = 0) -> Split:
         images: catalogue table with `image_id, label, group`.
         seed: another seed gives another split.
     """
-    return _notebook(images, seed, {"name": "seed", "seed": seed}, lambda ordered, n: (ordered[:n], ordered[n:]))
+    return _notebook(images, seed, {"name": "notebook", "seed": seed}, lambda ordered, n: (ordered[:n], ordered[n:]))
 
 
-def seed_leaky(images: pd.DataFrame, seed: int = 0) -> Split:
+def split_notebook_leaky(images: pd.DataFrame, seed: int = 0) -> Split:
     """The 2021 notebook's split with its leak: both parts are taken from the front of one shuffled list.
 
     Every validation image is a training image, and the last 20 % of each class are used nowhere. A study of what that
     does to a score.
     """
-    protocol = {"name": "seed-leaky", "seed": seed, "leaks": True}
+    protocol = {"name": "notebook-leaky", "seed": seed, "leaks": True}
     split = _notebook(images, seed, protocol, lambda ordered, n: (ordered[:n], ordered[: len(ordered) - n]))
     warning = "every validation image is a training image (the 2021 notebook's mistake): scores mean nothing"
     return replace(split, warnings=(warning, *split.warnings))
 
 
-def isic2018(images: pd.DataFrame, seed: int = 0) -> Split:
+def split_isic2018(images: pd.DataFrame, seed: int = 0) -> Split:
     """Train and validation from HAM10000 (.85/.15 of the lesions), test from the challenge's own test images.
 
     Args:
         images: catalogue table whose column `part` says train (HAM10000) or test (the challenge's 1,512 images).
     """
     column = pd.Series(np.where(images["part"] == "test", "test", ""), index=images.index)
-    egg = images["image_id"] == EASTER_EGG
+    egg = images["image_id"] == NOT_A_LESION
     ham = np.flatnonzero((column == "") & ~egg)
-    inner = lesion(images.iloc[ham], seed, (0.85, 0.15))
+    inner = split_by_lesion(images.iloc[ham], seed, (0.85, 0.15))
     rows = {name: ham[members] for name, members in inner.rows.items()}
     rows["test"] = _stored(images, (column == "test") & ~egg, seed)
     left_out = {int(ham[row]): reason for row, reason in inner.left_out.items()}
@@ -132,7 +132,7 @@ def isic2018(images: pd.DataFrame, seed: int = 0) -> Split:
     return Split({"name": "isic2018", "seed": seed, "fractions": [0.85, 0.15]}, rows, left_out)
 
 
-def column(images: pd.DataFrame, name: str, seed: int = 0) -> Split:
+def split_by_column(images: pd.DataFrame, name: str, seed: int = 0) -> Split:
     """The source already says train, val or test in a column; every image is kept where it says.
 
     Without test rows, validation doubles as the test split.
@@ -156,15 +156,15 @@ def column(images: pd.DataFrame, name: str, seed: int = 0) -> Split:
         )
     rows = {part: _stored(images, names == part, seed) for part in SPLITS if (names == part).any()}
     alias = {} if "test" in rows else {"test": "val"}
-    return Split({"name": f"column:{name}", "seed": seed}, rows, {}, alias, (DOUBLES,) if alias else ())
+    return Split({"name": f"column:{name}", "seed": seed}, rows, {}, alias, (VAL_IS_TEST,) if alias else ())
 
 
-def outside(images: pd.DataFrame, seed: int = 0) -> Split:
+def external_test(images: pd.DataFrame, seed: int = 0) -> Split:
     """Every image is test: a set of another origin, to evaluate models on that were trained elsewhere."""
     return Split({"name": "test", "seed": seed}, {"test": _stored(images, images["label"].notna(), seed)})
 
 
-def hold_out(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.DataFrame], Split]) -> Split:
+def with_holdout(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.DataFrame], Split]) -> Split:
     """Cut a common test set of groups first, then apply a protocol (that leaves no test split) to the others.
 
     Which groups are held out depends on their names alone, neither on the protocol nor on its seed: splits made with
@@ -187,7 +187,7 @@ def hold_out(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.DataF
     repeated = is_held & images["group"].duplicated()
     rows["test"] = _stored(images, is_held & ~repeated, 0)
     left_out = {int(rest[row]): reason for row, reason in inner.left_out.items()} | _one_image(images, repeated, "test")
-    warnings = tuple(warning for warning in inner.warnings if warning != DOUBLES)
+    warnings = tuple(warning for warning in inner.warnings if warning != VAL_IS_TEST)
     return Split(inner.protocol | {"holdout": fraction}, rows, left_out, {}, warnings)
 
 
@@ -208,12 +208,12 @@ def check_split(images: pd.DataFrame, split: Split) -> None:
             )
     if split.leaks:
         return
-    home: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for name, rows in split.rows.items():
         for group in images["group"].iloc[rows].unique():
-            if home.setdefault(group, name) != name:
+            if split_of.setdefault(group, name) != name:
                 raise ValueError(
-                    f"Group {group} is in {home[group]} and in {name}: scores would leak. "
+                    f"Group {group} is in {split_of[group]} and in {name}: scores would leak. "
                     "Give each group one split, or let `--protocol lesion` split."
                 )
     if len(np.unique(placed)) != len(placed):
@@ -224,7 +224,7 @@ def _cut_classes(images: pd.DataFrame, unit: str, seed: int, fractions: tuple[fl
     """Group or image -> split, cut at the fractions inside each class; `unit` is the column that is cut."""
     if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
         raise ValueError(f"The 'fractions' of a split must be positive shares that sum to 1. Got {fractions} instead.")
-    home = {}
+    split_of = {}
     for label, members in images.groupby("label")[unit].unique().items():
         _enough(label, members, len(fractions), "splits")
         rest = _by_hash(members, seed)
@@ -232,15 +232,15 @@ def _cut_classes(images: pd.DataFrame, unit: str, seed: int, fractions: tuple[fl
         n_train = max(1, len(rest) - sum(counts))
         cuts = np.cumsum([n_train, *counts])
         for name, part in zip(SPLITS, np.split(np.array(rest, dtype=object), cuts[:-1]), strict=False):
-            home |= dict.fromkeys(part, name)
-    return home
+            split_of |= dict.fromkeys(part, name)
+    return split_of
 
 
-def _grouped(images: pd.DataFrame, home: dict[str, str], seed: int, protocol: dict) -> Split:
+def _grouped(images: pd.DataFrame, split_of: dict[str, str], seed: int, protocol: dict) -> Split:
     """A split by group: train keeps all images, the others the first of each group."""
-    names = images["group"].map(home)
+    names = images["group"].map(split_of)
     repeated = images["group"].duplicated() & (names != "train")
-    parts = [name for name in SPLITS if name in set(home.values())]
+    parts = [name for name in SPLITS if name in set(split_of.values())]
     rows = {name: _stored(images, (names == name) & ~repeated, seed) for name in parts}
     left_out = {}
     for name in parts[1:]:
@@ -260,7 +260,7 @@ def _notebook(images: pd.DataFrame, seed: int, protocol: dict, cut: Callable) ->
     unused = first & ~images["image_id"].isin(chosen["train"] | chosen["val"])
     left_out = _one_image(images, ~first, "every split")
     left_out |= {int(row): "the notebook uses it nowhere" for row in np.flatnonzero(unused)}
-    return Split(protocol, rows, left_out, {"test": "val"}, (DOUBLES,))
+    return Split(protocol, rows, left_out, {"test": "val"}, (VAL_IS_TEST,))
 
 
 def _one_image(images: pd.DataFrame, repeated: pd.Series, name: str) -> dict[int, str]:

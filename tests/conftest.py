@@ -10,16 +10,16 @@ from shards import demo
 from shards.catalogue import read_ham10000
 from shards.index import Dataset, load
 from shards.pack import Packing, pack
-from shards.split import lesion
+from shards.split import split_by_lesion
 from support.processes import launch
 
 TINY = """
-data: {path: DATA, image_size: 32, batch_size: 12, threads: 2}
-augment: {scale: [0.8, 1.0]}
+data: {path: DATA, image_size: 32, global_batch_size: 12, threads: 2}
+augment: {crop_side: [0.8, 1.0]}
 model: {name: shufflenet_v2_x0_5, weights: none}
 optim: {lr: 1.0e-3, warmup_epochs: 0.5}
-run: {folder: RUN, epochs: 3, precision: fp32, log_every: 2}
-eval: {views: flips, unit: 8}
+run: {folder: RUN, epochs: 3, precision: fp32, sync_every: 2}
+eval: {views: flips, batch_size: 8}
 """
 
 
@@ -42,7 +42,7 @@ def packed(source, tmp_path_factory) -> Path:
     """The same, packed at 48x36 into shards of 10."""
     out = tmp_path_factory.mktemp("packed") / "data"
     catalogue = read_ham10000(source)
-    pack(catalogue, lesion(catalogue.images), out, Packing(size=(48, 36), shard_samples=10), quiet=True)
+    pack(catalogue, split_by_lesion(catalogue.images), out, Packing(size=(48, 36), shard_samples=10), quiet=True)
     return out
 
 

@@ -31,12 +31,12 @@ def training_view(
         (B, 3, S, S) float32, normalised.
     """
     draws = uniforms(seed, epoch, positions, 12).unbind(1)
-    side = _between(draws[0], *augment.scale)
+    side = _between(draws[0], *augment.crop_side)
     room = 1 - side  # how far the crop's centre may go from the picture's, in half short sides
     offset = torch.stack([_between(draws[1], -1, 1) * room, _between(draws[2], -1, 1) * room], 1)
-    flips = torch.stack([_sign(draws[3] < augment.flip), _sign(draws[4] < augment.flip_vertical)], 1)
-    turned = (draws[5] < augment.rotate_probability).float()
-    angle = _between(draws[6], -augment.rotate, augment.rotate) * turned * (torch.pi / 180)
+    flips = torch.stack([_sign(draws[3] < augment.hflip_prob), _sign(draws[4] < augment.vflip_prob)], 1)
+    turned = (draws[5] < augment.rotation_prob).float()
+    angle = _between(draws[6], -augment.rotation_degrees, augment.rotation_degrees) * turned * (torch.pi / 180)
     views = _warp(images, side, offset, flips, angle, size, augment)
     jitter = [1 + _between(draws[7 + i], -1, 1) * strength for i, strength in enumerate(_jitters(augment))]
     views = _normalise(_recolour(views, *jitter) if any(_jitters(augment)) else views)
@@ -59,8 +59,8 @@ def mix(
     """
     draws = uniforms(seed, MIXING + epoch, positions[::2], 4).unbind(1)
     size, own = views.shape[-1], views.new_ones((len(views) // 2, 1, *views.shape[2:]))
-    blended = draws[0] < augment.mixup
-    exchanged = (draws[0] >= augment.mixup) & (draws[0] < augment.mixup + augment.cutmix)
+    blended = draws[0] < augment.mixup_prob
+    exchanged = (draws[0] >= augment.mixup_prob) & (draws[0] < augment.mixup_prob + augment.cutmix_prob)
     part = (draws[1] * (torch.pi / 2)).sin().square()  # Beta(1/2, 1/2), by its inverse distribution function
     own = torch.where(blended[:, None, None, None], part[:, None, None, None].to(own), own)
     boxes = _boxes(
@@ -218,7 +218,7 @@ def _warp(
     height, width = images.shape[2:]
     short = min(height, width)
     pictures = images.float()
-    shrink = int(short * augment.scale[0] / size)
+    shrink = int(short * augment.crop_side[0] / size)
     if shrink > 1:  # bilinear interpolation alone would skip pixels: average blocks first, as many as never enlarges
         pictures = F.avg_pool2d(pictures, shrink, ceil_mode=True, count_include_pad=False)
     across, down = pictures.shape[3] * max(1, shrink), pictures.shape[2] * max(1, shrink)  # pixels of the picture
@@ -229,7 +229,7 @@ def _warp(
     y = torch.stack([sin * scale_x, cos * scale_y, offset_y + (height - down) / short], 1) * (short / down)
     grid = F.affine_grid(torch.stack([x, y], 1), [len(images), 3, size, size], align_corners=False)  # (B, S, S, 2)
     views = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if augment.corners == "black":  # beyond the central square there is nothing, as if cropped before the turn
+    if augment.fill == "black":  # beyond the central square there is nothing, as if cropped before the turn
         from_centre_x = ((grid[..., 0] + 1) * across - width) / short  # in halves of the square's side
         from_centre_y = ((grid[..., 1] + 1) * down - height) / short
         views = views * (torch.maximum(from_centre_x.abs(), from_centre_y.abs()) <= 1 + 1e-6)[:, None]

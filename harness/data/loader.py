@@ -20,10 +20,10 @@ from queue import Empty, SimpleQueue
 import numpy as np
 import torch
 
-from harness.distributed.hardware import use_device
+from harness.distributed.hardware import set_thread_device
 from shards.image import decode_into
-from shards.plan import Plan, evaluation_units, locate_in_order, share
-from shards.reader import Store
+from shards.plan import Plan, evaluation_ranges, locate_in_order, rank_slice
+from shards.reader import SplitReader
 
 
 @dataclass(frozen=True)
@@ -43,62 +43,73 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Reading:
+class LoaderOptions:
     """How batches are read: decoding threads, batches under way, the device they go to, what to do with bad samples.
 
     skip: list that keys of samples that cannot be decoded are appended to, in place of failing; None means to fail.
     """
 
     threads: int
-    ahead: int
+    prefetch: int
     device: torch.device
     skip: list | None = None
 
 
 def training_batches(
-    store: Store, plan: Plan, epoch: int, first: int, rank: int, world: int, reading: Reading, together: int = 1
+    reader: SplitReader,
+    plan: Plan,
+    epoch: int,
+    first: int,
+    rank: int,
+    world: int,
+    options: LoaderOptions,
+    group_size: int = 1,
 ) -> Iterator[Batch]:
     """A rank's share of the epoch's batches, from batch number `first` on; skipping costs nothing.
 
     Args:
         together: so many neighbours are on one rank, as in `plan.share`.
     """
-    start, stop = share(plan.global_batch, rank, world, together)
+    start, stop = rank_slice(plan.global_batch, rank, world, group_size)
     wanted = (
         np.arange(number * plan.global_batch + start, number * plan.global_batch + stop)
         for number in range(first, plan.n_batches)
     )
-    return _load(store, wanted, partial(plan.locate, epoch), reading)
+    return _load(reader, wanted, partial(plan.locate, epoch), options)
 
 
-def evaluation_batches(store: Store, unit: int, rank: int, world: int, reading: Reading) -> Iterator[Batch]:
+def evaluation_batches(
+    reader: SplitReader, unit: int, rank: int, world: int, options: LoaderOptions
+) -> Iterator[Batch]:
     """A rank's units of a split, each at most `unit` samples, in stored order; a bad sample always fails."""
-    units = evaluation_units(sum(store.shard_sizes), unit, rank, world)
+    units = evaluation_ranges(sum(reader.shard_sizes), unit, rank, world)
     wanted = (np.arange(start, stop) for start, stop in units)
-    return _load(store, wanted, partial(locate_in_order, store.shard_sizes), replace(reading, skip=None))
+    return _load(reader, wanted, partial(locate_in_order, reader.shard_sizes), replace(options, skip=None))
 
 
-def _load(store: Store, wanted: Iterable[np.ndarray], locate: Callable, reading: Reading) -> Iterator[Batch]:
+def _load(
+    reader: SplitReader, wanted: Iterable[np.ndarray], locate: Callable, options: LoaderOptions
+) -> Iterator[Batch]:
     """Batches in order; on a GPU the next one is copied while the loop works on this one."""
-    device, cuda = reading.device, reading.device.type == "cuda"
+    device, cuda = options.device, options.device.type == "cuda"
     stream = _copy_stream(device) if cuda else None
     under_way, copying, buffers = deque(), deque(), _Buffers()
     wanted = enumerate(wanted, start=1)
-    decode = partial(_decode, store, locate, reading.skip is not None)
-    pool = _Pool(reading.threads, device)
+    decode = partial(_decode, reader, locate, options.skip is not None)
+    pool = _Pool(options.threads, device)
     try:
         while True:
-            while len(under_way) < max(reading.ahead, reading.threads) and (entry := next(wanted, None)) is not None:
+            while len(under_way) < max(options.prefetch, options.threads) and (entry := next(wanted, None)) is not None:
                 number, positions = entry
-                shape = (len(positions), store.dataset.height, store.dataset.width, 3)
+                shape = (len(positions), reader.dataset.height, reader.dataset.width, 3)
                 images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if cuda else buffers.take(shape)
                 # All threads share the first batches, so that these come soon: a half of them the second, a third ...
-                parts = min(reading.threads // number, len(positions) // 8)
+                parts = min(options.threads // number, len(positions) // 8)
                 under_way.append(_begin(pool, decode, images, positions, max(1, parts)))
             waited = 0.0
             while under_way and (not copying or (cuda and len(copying) < 2 and under_way[0].is_decoded())):
                 began = time.perf_counter()
-                loaded = _finish(under_way.popleft(), reading.skip)
+                loaded = _finish(under_way.popleft(), options.skip)
                 waited += time.perf_counter() - began
                 with torch.cuda.stream(stream):  # does nothing without a GPU
                     moved = [tensor.to(device, non_blocking=True) for tensor in loaded]
@@ -163,12 +174,12 @@ def _finish(batch: _UnderWay, skip: list | None) -> tuple[torch.Tensor, ...]:
 
 
 def _decode(
-    store: Store, locate: Callable, skips: bool, positions: np.ndarray, pictures: np.ndarray
+    reader: SplitReader, locate: Callable, skips: bool, positions: np.ndarray, pictures: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read and decode samples into `pictures`, (n, H, W, 3) uint8; their labels, keys, and which are bad, each (n,)."""
     shards, rows = locate(positions)
     is_bad = np.zeros(len(positions), bool)
-    for place, data in store.read(shards, rows):
+    for place, data in reader.read(shards, rows):
         try:
             decode_into(data, pictures[place])
         except ValueError as error:
@@ -176,10 +187,10 @@ def _decode(
                 is_bad[place] = True
                 continue
             raise ValueError(
-                f"Cannot decode {store.name(int(shards[place]), int(rows[place]))}: {error}. The shard was damaged after "
-                f"packing: `python -m shards verify {store.dataset.folder}` lists what to copy again."
+                f"Cannot decode {reader.describe(int(shards[place]), int(rows[place]))}: {error}. The shard was damaged after "
+                f"packing: `python -m shards verify {reader.dataset.folder}` lists what to copy again."
             ) from error
-    return *store.numbers(shards, rows), is_bad
+    return *reader.labels_and_keys(shards, rows), is_bad
 
 
 class _Pool:
@@ -225,7 +236,7 @@ class _Pool:
             task, done = entry
             try:
                 if not ready:  # here, where an error reaches who waits for the task: a thread that dies answers nobody
-                    use_device(device)
+                    set_thread_device(device)
                     ready = True
                 done.put((task(), None))
             except BaseException as error:

@@ -118,7 +118,7 @@ def check_compile(device: torch.device) -> None:
         )
 
 
-def use_device(device: torch.device) -> None:
+def set_thread_device(device: torch.device) -> None:
     """For a new thread: without it, CUDA calls in it open a context on GPU 0, whichever GPU the process has.
 
     A device without a number is the thread's own one, and stays so: `set_device` refuses it.
@@ -127,7 +127,7 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def own_cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use: its affinity and SLURM's allocation, shared with the launcher's other processes.
 
     Not every cluster binds a job to its cores, so the affinity alone may tell of a whole node.
@@ -142,4 +142,4 @@ def own_cores() -> int:
 
 def decode_threads(asked: int) -> int:
     """Decoding threads for this process: what was asked, else one for each of its cores."""
-    return asked or own_cores()
+    return asked or available_cores()

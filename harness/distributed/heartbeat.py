@@ -21,13 +21,13 @@ SUSPECTED_S = 6.0  # the same, once a collective has failed: somebody must be th
 GRACE_S = 10.0  # for the main thread to end in good order before the process is ended
 
 
-class Watch:
+class Heartbeat:
     """One rank's part: a thread that says that it lives and looks whether the others do."""
 
     def __init__(self, store: TCPStore, rank: int, watched: Iterable[int], who: str):
         """Say who this is, for people: host and process number. Every rank is watched by rank 0, and rank 0 by all."""
-        self.cause: dict | None = None  # {"rank", "error"} of the rank that failed first
-        self.note: Callable[[dict], None] = lambda cause: None  # told of the cause, once
+        self.failure: dict | None = None  # {"rank", "error"} of the rank that failed first
+        self.on_failure: Callable[[dict], None] = lambda cause: None  # told of the cause, once
         self._store, self._rank, self._watched = store, rank, tuple(watched)
         self._seen = dict.fromkeys(self._watched, (b"", time.monotonic()))
         self._over, self._known = threading.Event(), threading.Event()
@@ -46,12 +46,12 @@ class Watch:
         self._publish({"rank": self._rank, "error": error})
         time.sleep(2 * BEAT_S)  # this may be the rank that serves the store: let the others read it
 
-    def cause_of_failed_collective(self) -> dict | None:
+    def failure_behind_collective(self) -> dict | None:
         """Wait a little for who is to blame, None if nobody else is."""
         with suppress(RuntimeError):  # rank 0 serves the store: if it is gone, the thread will say so
             self._store.set("suspect", b"1")
         self._known.wait(SUSPECTED_S + 4 * BEAT_S)
-        return self.cause if self.cause and self.cause["rank"] != self._rank else None
+        return self.failure if self.failure and self.failure["rank"] != self._rank else None
 
     def close(self) -> None:
         """Stop watching, before any rank leaves."""
@@ -62,12 +62,12 @@ class Watch:
         while not self._over.wait(BEAT_S) and threading.main_thread().is_alive():
             try:
                 self._store.add(f"beat/{self._rank}", 1)
-                self.cause = self._look()
+                self.failure = self._look()
             except RuntimeError:
-                self.cause = {"rank": 0, "error": f"rank 0 ({self._names[0]}) ended without a word"}
-            if self.cause:
+                self.failure = {"rank": 0, "error": f"rank 0 ({self._names[0]}) ended without a word"}
+            if self.failure:
                 self._known.set()
-                if self.cause["rank"] != self._rank:
+                if self.failure["rank"] != self._rank:
                     self._end()
                 return
 
@@ -95,10 +95,10 @@ class Watch:
 
     def _end(self) -> None:
         """End this process: by its main thread, or, where that waits for a rank that is gone, here."""
-        self.note(self.cause)
+        self.on_failure(self.failure)
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
             if self._over.wait(0.1) or not threading.main_thread().is_alive():
                 return
-        print(f"error: {self.cause['error']}; rank {self._rank} ends, too", file=sys.stderr, flush=True)
+        print(f"error: {self.failure['error']}; rank {self._rank} ends, too", file=sys.stderr, flush=True)
         os._exit(1)

@@ -27,10 +27,10 @@ from accelerate.utils import (
 )
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from harness.distributed.hardware import check_wheel, choose_memory_format, choose_precision, own_cores
-from harness.distributed.heartbeat import Watch
+from harness.distributed.hardware import available_cores, check_wheel, choose_memory_format, choose_precision
+from harness.distributed.heartbeat import Heartbeat
 
-MEETING_S = 600.0  # how long processes wait for each other
+COLLECTIVE_TIMEOUT_S = 600.0  # how long processes wait for each other
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -86,7 +86,7 @@ class World:
                 ),  # the environment may say otherwise
                 kwargs_handlers=[
                     DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                    InitProcessGroupKwargs(timeout=timedelta(seconds=MEETING_S)),
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)),
                 ],
             )
         except (DistStoreError, DistNetworkError) as error:
@@ -94,10 +94,10 @@ class World:
             raise ConnectionError(
                 f"Process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} on {socket.gethostname()} did "
                 f"not meet the others at {place} ({str(error).splitlines()[0]}). Start all of them within "
-                f"{MEETING_S / 60:.0f} minutes, with the address of the first one's machine and an open port."
+                f"{COLLECTIVE_TIMEOUT_S / 60:.0f} minutes, with the address of the first one's machine and an open port."
             ) from error
         if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
-            torch.set_num_threads(own_cores())
+            torch.set_num_threads(available_cores())
         announced = int(os.environ.get("WORLD_SIZE", "1"))
         if announced != self._accelerator.num_processes:
             raise ValueError(
@@ -110,8 +110,8 @@ class World:
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else self._accelerator.device
         self.memory_format = choose_memory_format(channels_last, self.device)
         self.is_main = self.rank == 0
-        self.who = f"{socket.gethostname()}, process {os.getpid()}"
-        self.watch = self._begin_watch() if self.size > 1 else None
+        self.host_pid = f"{socket.gethostname()}, process {os.getpid()}"
+        self.heartbeat = self._begin_watch() if self.size > 1 else None
 
     def describe(self) -> str:
         """One line: how many processes on what, in which precision, and why."""
@@ -135,16 +135,16 @@ class World:
         """Tell the trackers, if there are any."""
         self._accelerator.log(numbers, step=step)
 
-    def _begin_watch(self) -> Watch:
+    def _begin_watch(self) -> Heartbeat:
         """Collective: rank 0 serves a small store, in which every rank says that it lives."""
         host, wait = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if self.is_main else None
         (port,) = broadcast_object_list([store.port if store else 0])
         store = store or TCPStore(host, port, is_master=False, timeout=wait)
-        watch = Watch(store, self.rank, range(1, self.size) if self.is_main else [0], self.who)
-        self.any(False)  # everyone has said who it is
-        watch.start()
-        return watch
+        heartbeat = Heartbeat(store, self.rank, range(1, self.size) if self.is_main else [0], self.host_pid)
+        self.any_rank(False)  # everyone has said who it is
+        heartbeat.start()
+        return heartbeat
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False):
         """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's.
@@ -153,8 +153,8 @@ class World:
             compiled: the training step's passes become kernels made for this model and these shapes (torch.compile). The model
                 itself stays as it is, so that what is evaluated does not depend on it.
         """
-        wrapped, optimizer = self._accelerator.prepare(model, optimizer)
-        return (torch.compile(wrapped, dynamic=False) if compiled else wrapped), optimizer
+        ddp_model, optimizer = self._accelerator.prepare(model, optimizer)
+        return (torch.compile(ddp_model, dynamic=False) if compiled else ddp_model), optimizer
 
     @contextmanager
     def reproducible_threads(self) -> Iterator[int]:
@@ -168,9 +168,9 @@ class World:
             return
         torch.set_num_threads(1)
         try:
-            yield own_cores()
+            yield available_cores()
         finally:
-            torch.set_num_threads(own_cores())
+            torch.set_num_threads(available_cores())
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision for a model that is not wrapped."""
@@ -193,7 +193,7 @@ class World:
         """The loss scaler of fp16, None otherwise."""
         return self._accelerator.scaler
 
-    def on_main(self, action: Callable, *arguments):
+    def run_on_main(self, action: Callable, *arguments):
         """Collective: run on rank 0 alone; its result is everyone's, and its error ends every rank.
 
         No rank goes on before rank 0 is done: what it wrote is there, and a launcher that kills the others when one
@@ -215,7 +215,7 @@ class World:
             raise SystemExit(1)
         return result
 
-    def gather(self, value) -> list:
+    def all_gather_objects(self, value) -> list:
         """Collective: every rank's value, by rank; any object that can be pickled."""
         return [value] if self.size == 1 else gather_object([value])
 
@@ -229,13 +229,13 @@ class World:
         if self.is_main:
             print(text, flush=True)
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Collective: elementwise sum over ranks, on every rank."""
         if self.size == 1:
             return values
         return reduce(values.to(self.device), reduction="sum")
 
-    def gather_rows(self, keys: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def all_gather_rows(self, keys: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Collective: rows of all ranks, sorted by key, whatever number each rank has.
 
         Args:
@@ -255,11 +255,11 @@ class World:
         order = torch.argsort(keys, stable=True)
         return keys[order].cpu(), rows[order].cpu()
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Collective: whether the flag is set on any rank. (Device sync.)"""
         if self.size == 1:
             return flag
-        return bool(self.sum(torch.tensor([float(flag)])).item())
+        return bool(self.all_reduce_sum(torch.tensor([float(flag)])).item())
 
     def broadcast_buffers(self, model: torch.nn.Module) -> None:
         """Collective: rank 0's BatchNorm statistics become everyone's."""
@@ -269,8 +269,8 @@ class World:
 
     def close(self) -> None:
         """Collective: leave the world in good order."""
-        if self.watch:
-            self.watch.close()
+        if self.heartbeat:
+            self.heartbeat.close()
             # Rank 0 serves what the others watch by: it leaves when they are done. A barrier has no tensors: older gloo
             # (torch 2.7) hangs if a thread of its own lets go of the last collective's tensors while the group is destroyed.
             self._accelerator.wait_for_everyone()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.config import Optim
-from harness.evaluation.metrics import interval, resampled
+from harness.evaluation.metrics import bootstrap_weights, percentile_interval
 
 TINY = np.finfo(np.float32).tiny
 
@@ -50,12 +50,12 @@ class Prior:
     to: what the second reading's are called, `equal` or `training`.
     """
 
-    assumed: np.ndarray
-    other: np.ndarray
-    to: str
+    model_prior: np.ndarray
+    target_prior: np.ndarray
+    target_name: str
 
 
-def prior_of(optim: Optim, counts: dict[str, int]) -> Prior:
+def class_priors(optim: Optim, counts: dict[str, int]) -> Prior:
     """What a model takes for granted: the frequencies of its training images, or equal ones if they were made up for.
 
     Args:
@@ -66,7 +66,7 @@ def prior_of(optim: Optim, counts: dict[str, int]) -> Prior:
     return Prior(training, equal, "equal") if optim.balance == "none" else Prior(equal, training, "training")
 
 
-def with_prior(probabilities: np.ndarray, prior: Prior, strength: float = 1.0) -> np.ndarray:
+def change_prior(probabilities: np.ndarray, prior: Prior, strength: float = 1.0) -> np.ndarray:
     """Probabilities as they would be at the other frequencies: logit adjustment (Menon et al., 2021), or its way back.
 
     Args:
@@ -75,8 +75,8 @@ def with_prior(probabilities: np.ndarray, prior: Prior, strength: float = 1.0) -
     Returns:
         (N, C) float64.
     """
-    known = prior.assumed > 0
-    factors = np.where(known, prior.other / np.where(known, prior.assumed, 1.0), 1.0) ** strength
+    known = prior.model_prior > 0
+    factors = np.where(known, prior.target_prior / np.where(known, prior.model_prior, 1.0), 1.0) ** strength
     moved = probabilities.astype(np.float64) * factors
     return moved / moved.sum(1, keepdims=True)
 
@@ -96,12 +96,12 @@ def at_threshold(scores: np.ndarray, positive: np.ndarray, threshold: float, gro
         scores: (N,). positive: (N,) bool. groups: (N,) names of what is independent, as in `metrics.score`.
     """
     said = scores >= threshold
-    parts = [_rates(said, positive, weights) for weights in resampled(groups)]
+    parts = [_rates(said, positive, weights) for weights in bootstrap_weights(groups)]
     whole = _rates(said, positive, np.ones((1, len(said)), np.float32))
     found = {}
     for name, values in whole.items():
         known = np.isfinite(values[0])
-        edges = interval(np.concatenate([part[name] for part in parts]))
+        edges = percentile_interval(np.concatenate([part[name] for part in parts]))
         found[name] = {"value": float(values[0]) if known else None, "interval": edges if known else None}
     return found
 

@@ -19,20 +19,20 @@ from torch import nn
 
 from harness.config import Config
 from harness.data.augment import evaluation_views, parse_views, plain_view
-from harness.data.loader import Batch, Reading, evaluation_batches
-from harness.distributed.hardware import decode_threads, use_device
+from harness.data.loader import Batch, LoaderOptions, evaluation_batches
+from harness.distributed.hardware import decode_threads, set_thread_device
 from harness.distributed.world import World
 from harness.evaluation.calibration import Prior
 from harness.evaluation.gallery import save_pictures
-from harness.evaluation.metrics import score
-from harness.evaluation.results import Predictions, judge
-from harness.run.checkpoint import Checkpoint, Origin, write_atomically
+from harness.evaluation.metrics import compute_metrics
+from harness.evaluation.results import Predictions, compute_results
+from harness.run.checkpoint import Checkpoint, Provenance, write_atomically
 from shards.index import Dataset, load_groups, load_table
-from shards.reader import Store
+from shards.reader import SplitReader
 
 
 @dataclass(frozen=True)
-class Trained:
+class EvalContext:
     """How the weights that are evaluated came about.
 
     weights: where they come from. changed: settings that changed in the middle of their training.
@@ -43,7 +43,7 @@ class Trained:
     weights: Checkpoint
     changed: list[str]
     prior: Prior
-    validation: Store | None
+    validation: SplitReader | None
 
 
 def never() -> bool:
@@ -53,7 +53,7 @@ def never() -> bool:
 
 def predict(
     model: nn.Module,
-    store: Store,
+    reader: SplitReader,
     classes: tuple[str, ...],
     config: Config,
     world: World,
@@ -76,20 +76,20 @@ def predict(
     """
     model.eval()
     world.broadcast_buffers(model)
-    reading = Reading(decode_threads(config.data.threads), config.data.batches_ahead, world.device)
-    units = evaluation_batches(store, config.eval.unit, world.rank, world.size, reading)
+    options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device)
+    units = evaluation_batches(reader, config.eval.batch_size, world.rank, world.size, options)
     keys, rows, waiting = [torch.empty(0, dtype=torch.int64)], [], deque()
     with (
         world.reproducible_threads() as workers,
-        ThreadPoolExecutor(workers, initializer=use_device, initargs=(world.device,)) as pool,
+        ThreadPoolExecutor(workers, initializer=set_thread_device, initargs=(world.device,)) as pool,
     ):
-        for _ in range(0, sum(store.shard_sizes), config.eval.unit * world.size):
-            if world.any(stop()):
+        for _ in range(0, sum(reader.shard_sizes), config.eval.batch_size * world.size):
+            if world.any_rank(stop()):
                 units.close()
                 return None
             if (batch := next(units, None)) is not None:  # in the last round, some ranks may have none
                 keys.append(batch.keys.cpu())
-                waiting.append(pool.submit(_predict_unit, model, batch, config, world, views))
+                waiting.append(pool.submit(_predict_batch, model, batch, config, world, views))
             if len(waiting) > workers:
                 rows.append(waiting.popleft().result())
         rows += [future.result() for future in waiting]
@@ -97,36 +97,38 @@ def predict(
     _, _, spins = parse_views(views)
     widths = [1, len(classes), len(classes), 1, spins * len(classes)]
     local = torch.cat([torch.empty(0, sum(widths)), *rows])
-    global_keys, global_rows = world.gather_rows(torch.cat(keys), local)
-    problem = world.on_main(_incomplete, global_keys, store)
+    global_keys, global_rows = world.all_gather_rows(torch.cat(keys), local)
+    problem = world.run_on_main(_incomplete, global_keys, reader)
     if problem:
         raise RuntimeError(problem)
     labels, plain, mean, spread, each = (part.numpy() for part in global_rows.split(widths, 1))
     own = np.array(
-        [classes.index(name) for name in store.dataset.classes]
+        [classes.index(name) for name in reader.dataset.classes]
     )  # the model's numbers of the split's classes
     labels = own[labels[:, 0].astype(int)]
     each = each.reshape(len(labels), spins, len(classes)) if spins else None
     return Predictions(global_keys.numpy(), labels, plain, mean, spread[:, 0], each)
 
 
-def validate(model: nn.Module, store: Store, config: Config, world: World, stop: Callable[[], bool]) -> dict | None:
+def validate(
+    model: nn.Module, reader: SplitReader, config: Config, world: World, stop: Callable[[], bool]
+) -> dict | None:
     """Collective: scores of the plain view, computed on rank 0 and known to all; None if a rank was asked to stop."""
-    classes = store.dataset.classes
-    found = predict(model, store, classes, config, world, "none", stop)
+    classes = reader.dataset.classes
+    found = predict(model, reader, classes, config, world, "none", stop)
     if found is None:
         return None
-    return world.on_main(score, found.plain, found.labels, classes)
+    return world.run_on_main(compute_metrics, found.center_probs, found.labels, classes)
 
 
 def evaluate(
     model: nn.Module,
-    store: Store,
+    reader: SplitReader,
     split: str,
     config: Config,
     world: World,
     out: Path,
-    trained: Trained,
+    trained: EvalContext,
     stop: Callable[[], bool] = never,
 ) -> dict | None:
     """Collective: evaluate with test-time augmentation and write the results.
@@ -137,71 +139,71 @@ def evaluate(
     Returns:
         the content of metrics.json, on every rank; None if a rank was asked to stop.
     """
-    views, origin, reference = config.eval.views, trained.weights.origin, None
-    if trained.validation is not None and trained.validation.shards != store.shards:  # what is judged must not choose
-        reference = predict(model, trained.validation, origin.classes, config, world, views, stop)
+    views, provenance, reference = config.eval.views, trained.weights.provenance, None
+    if trained.validation is not None and trained.validation.shards != reader.shards:  # what is judged must not choose
+        reference = predict(model, trained.validation, provenance.classes, config, world, views, stop)
         if reference is None:
             return None
-    found = predict(model, store, origin.classes, config, world, views, stop)
+    found = predict(model, reader, provenance.classes, config, world, views, stop)
     if found is None:
         return None
 
     def write() -> dict:
-        description, shards = store.dataset.description, store.shards
-        table = pd.concat([load_table(store.dataset, shard) for shard in shards]).sort_values("key", ignore_index=True)
-        rows = _prediction_rows(found, table, origin.classes)
+        description, shards = reader.dataset.description, reader.shards
+        table = pd.concat([load_table(reader.dataset, shard) for shard in shards]).sort_values("key", ignore_index=True)
+        rows = _prediction_rows(found, table, provenance.classes)
         metrics = {
             "format": 3,
             "split": split,
             "views": views,
             "image_size": config.eval.image_size or config.data.image_size,
-            "dataset": store.dataset.fingerprint,
+            "dataset": reader.dataset.fingerprint,
             "protocol": description.protocol,
             "warnings": [
                 *description.warnings,
-                *leak_warnings(store.dataset, split, origin),
-                *class_warnings(store.dataset, origin),
+                *leak_warnings(reader.dataset, split, provenance),
+                *class_warnings(reader.dataset, provenance),
                 *(f"changed during training: {change}" for change in trained.changed),
             ],
-            "model": origin.model,
-            "trained_on": origin.dataset,
+            "model": provenance.model,
+            "trained_on": provenance.dataset,
             "best_epoch": trained.weights.progress.best_epoch,
-            **judge(found, reference, table, trained.prior, origin.classes, config.eval),
+            **compute_results(found, reference, table, trained.prior, provenance.classes, config.eval),
         }
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").unlink(missing_ok=True)  # written last: where it is, all of these results are
         write_atomically(out / "predictions.csv", rows.to_csv(index=False).encode())
-        save_pictures(out, rows, store)
+        save_pictures(out, rows, reader)
         write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
         return metrics
 
-    return world.on_main(write)
+    return world.run_on_main(write)
 
 
-def leak_warnings(dataset: Dataset, split: str, origin: Origin) -> list[str]:
+def leak_warnings(dataset: Dataset, split: str, provenance: Provenance) -> list[str]:
     """One sentence if groups of a split are among those that the weights were trained on, else nothing."""
     groups = load_groups(dataset, split)
-    shared = len(np.intersect1d(groups, origin.train_groups))
+    shared = len(np.intersect1d(groups, provenance.train_groups))
     if not shared:
         return []
     return [f"{shared} of {len(groups)} groups (lesions) of the {split} split were trained on: the scores are too high"]
 
 
-def class_warnings(dataset: Dataset, origin: Origin) -> list[str]:
+def class_warnings(dataset: Dataset, provenance: Provenance) -> list[str]:
     """One sentence if a dataset lacks classes of the model, else nothing."""
-    lacking = [name for name in origin.classes if name not in dataset.classes]
+    lacking = [name for name in provenance.classes if name not in dataset.classes]
     if not lacking:
         return []
     return [
-        f"the dataset has {len(dataset.classes)} of the model's {len(origin.classes)} classes; the model chose among all of "
+        f"the dataset has {len(dataset.classes)} of the model's {len(provenance.classes)} classes; the model chose among all of "
         f"them, and {', '.join(lacking)} can only be mistakes here"
     ]
 
 
 @torch.inference_mode()
-def _predict_unit(model: nn.Module, batch: Batch, config: Config, world: World, views: str) -> torch.Tensor:
+def _predict_batch(model: nn.Module, batch: Batch, config: Config, world: World, views: str) -> torch.Tensor:
     """Rows (n, 1 + C + C + 1 + VC) of one unit, on the CPU, as `Predictions` has them; V is 0 unless views are random."""
-    size, unit, n = config.eval.image_size or config.data.image_size, config.eval.unit, len(batch.keys)
+    size, unit, n = config.eval.image_size or config.data.image_size, config.eval.batch_size, len(batch.keys)
     images, keys = batch.images, batch.keys
     if n < unit:  # the last unit is filled with its last picture, so that all have the same arithmetic
         repeat = torch.arange(unit, device=world.device).clamp(max=n - 1)
@@ -226,9 +228,9 @@ def _probabilities(model: nn.Module, view: torch.Tensor, world: World) -> torch.
     return logits.float().softmax(1)  # (unit, C)
 
 
-def _incomplete(keys: torch.Tensor, store: Store) -> str | None:
+def _incomplete(keys: torch.Tensor, reader: SplitReader) -> str | None:
     """What is wrong with the keys that were predicted, None if they are the split's, each once."""
-    expected = np.sort(np.concatenate([store.table(shard).key for shard in range(len(store.shards))]))
+    expected = np.sort(np.concatenate([reader.table(shard).key for shard in range(len(reader.shards))]))
     if np.array_equal(keys.numpy(), expected):
         return None
     lost, repeated = len(np.setdiff1d(expected, keys)), len(keys) - len(keys.unique())
@@ -239,8 +241,8 @@ def _prediction_rows(found: Predictions, table: pd.DataFrame, classes: tuple[str
     """One row an image: key, image id, group, label, prediction, spread over views, then a probability for each class."""
     names = np.array(classes)
     rows = table[["key", "image_id", "group"]].copy()
-    rows["label"], rows["prediction"] = names[found.labels], names[found.mean.argmax(1)]
-    rows["spread"] = [f"{value:.4f}" for value in found.spread]
+    rows["label"], rows["prediction"] = names[found.labels], names[found.tta_probs.argmax(1)]
+    rows["spread"] = [f"{value:.4f}" for value in found.tta_std]
     for number, name in enumerate(classes):
-        rows[f"p_{name}"] = [f"{value:.7g}" for value in found.mean[:, number]]
+        rows[f"p_{name}"] = [f"{value:.7g}" for value in found.tta_probs[:, number]]
     return rows

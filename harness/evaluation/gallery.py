@@ -19,7 +19,7 @@ from harness.config import Config
 from harness.data.augment import MEAN, STD, plain_view, training_view
 from shards.contact_sheet import draw_sheet, first_of_class
 from shards.index import Dataset
-from shards.reader import Store
+from shards.reader import SplitReader
 
 FOLDER, LIST, AUGMENTED = "pictures", "pictures.json", "augmented.jpg"
 EACH = 8  # pictures of a kind
@@ -40,19 +40,19 @@ def least_sure(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(entropy=entropy).sort_values(["entropy", "key"], ascending=[False, True])[:EACH]
 
 
-def save_pictures(out: Path, rows: pd.DataFrame, store: Store) -> None:
+def save_pictures(out: Path, rows: pd.DataFrame, reader: SplitReader) -> None:
     """Keep the pictures of the worst mistakes and of the least sure predictions, with a list of them."""
     chosen = {"mistakes": worst_mistakes(rows), "unsure": least_sure(rows)}
     wanted = sorted({int(key) for kind in chosen.values() for key in kind["key"]})
     folder = out / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for number in range(len(store.shards)):
-        places = np.flatnonzero(np.isin(store.table(number).key, wanted))
-        for place, data in store.read(np.full(len(places), number), places):
+    for number in range(len(reader.shards)):
+        places = np.flatnonzero(np.isin(reader.table(number).key, wanted))
+        for place, data in reader.read(np.full(len(places), number), places):
             with Image.open(io.BytesIO(data)) as picture:
                 picture.thumbnail((SIDE, SIDE))
-                picture.convert("RGB").save(folder / f"{store.table(number).key[places[place]]:08d}.jpg", quality=85)
+                picture.convert("RGB").save(folder / f"{reader.table(number).key[places[place]]:08d}.jpg", quality=85)
     listed = {kind: [int(key) for key in found["key"]] for kind, found in chosen.items()}
     (folder / LIST).write_text(json.dumps(listed) + "\n")
 

@@ -12,14 +12,14 @@ import numpy as np
 HIGHER_IS_BETTER = {"loss": False, "balanced_accuracy": True, "macro_f1": True}
 RESAMPLES = 2000
 BINS = 15  # of the calibration error, equally wide
-OVERALL = (
+SUMMARY_METRICS = (
     *("accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "macro_auc", "kappa"),
     *("loss", "brier", "calibration_error"),
 )
-OF_A_CLASS = ("precision", "recall", "specificity", "f1", "auc", "average_precision")
+CLASS_METRICS = ("precision", "recall", "specificity", "f1", "auc", "average_precision")
 
 
-def score(
+def compute_metrics(
     probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], groups: np.ndarray | None = None
 ) -> dict:
     """Score predictions; a picture's prediction is its most probable class.
@@ -41,7 +41,9 @@ def score(
     """
     _check(probabilities, labels, classes)
     once = np.ones((1, len(labels)), np.float32)
-    figures = {name: _plain(values[0]) for name, values in _figures(probabilities, labels, classes, once).items()}
+    figures = {
+        name: _plain(values[0]) for name, values in _metric_samples(probabilities, labels, classes, once).items()
+    }
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
     images = {name: {"images": int(count)} for name, count in zip(classes, confusion.sum(1), strict=True)}
@@ -50,7 +52,7 @@ def score(
     found["confusion"] = confusion.tolist()
     if groups is not None:
         resampled = bootstrap([probabilities], labels, classes, groups)[0]
-        found["intervals"] = _nested({name: interval(values) for name, values in resampled.items()}, classes)
+        found["intervals"] = _nested({name: percentile_interval(values) for name, values in resampled.items()}, classes)
     return found
 
 
@@ -71,8 +73,8 @@ def bootstrap(
         `recall of mel`.
     """
     parts = [
-        [_figures(probabilities, labels, classes, weights) for probabilities in predictions]
-        for weights in resampled(groups, resamples)
+        [_metric_samples(probabilities, labels, classes, weights) for probabilities in predictions]
+        for weights in bootstrap_weights(groups, resamples)
     ]
     return [
         {name: np.concatenate([part[number][name] for part in parts]) for name in parts[0][number]}
@@ -80,13 +82,13 @@ def bootstrap(
     ]
 
 
-def gains(
+def paired_differences(
     before: list[np.ndarray],
     after: list[np.ndarray],
     labels: np.ndarray,
     classes: tuple[str, ...],
     groups: np.ndarray,
-    figures: tuple[str, ...] = OVERALL,
+    figures: tuple[str, ...] = SUMMARY_METRICS,
 ) -> dict:
     """What `after` has more than `before`, with paired intervals: {figure: {gain, interval}}.
 
@@ -96,17 +98,20 @@ def gains(
         figures: names as `bootstrap` returns them.
     """
     once = np.ones((1, len(labels)), np.float32)
-    plain = [_figures(found, labels, classes, once) for found in (*before, *after)]
+    plain = [_metric_samples(found, labels, classes, once) for found in (*before, *after)]
     drawn = bootstrap([*before, *after], labels, classes, groups)
 
     def gain(found: list[dict], name: str) -> np.ndarray:
         low, high = ([one[name] for one in part] for part in (found[: len(before)], found[len(before) :]))
         return np.mean(high, axis=0) - np.mean(low, axis=0)
 
-    return {name: {"gain": _plain(gain(plain, name)[0]), "interval": interval(gain(drawn, name))} for name in figures}
+    return {
+        name: {"gain": _plain(gain(plain, name)[0]), "interval": percentile_interval(gain(drawn, name))}
+        for name in figures
+    }
 
 
-def interval(values: np.ndarray) -> list[float] | None:
+def percentile_interval(values: np.ndarray) -> list[float] | None:
     """The 95 % percentile interval [low, high]; None where more than 5 % of the resamples do not define the figure."""
     known = values[np.isfinite(values)]
     if len(known) < 0.95 * len(values):
@@ -124,22 +129,24 @@ def table(scores: dict) -> str:
     for name, row in scores["per_class"].items():
         cells = [_compact(row[column], intervals and intervals["per_class"][name][column]) for column in columns]
         lines.append(f"{name:<{width}}{row['images']:>8}" + "".join(f"{text:>{cell}}" for text in cells))
-    for names in (OVERALL[:3], OVERALL[4:6], OVERALL[6:]):
-        texts = [f"{name.replace('_', ' ')} {shown(scores[name], intervals and intervals[name])}" for name in names]
+    for names in (SUMMARY_METRICS[:3], SUMMARY_METRICS[4:6], SUMMARY_METRICS[6:]):
+        texts = [
+            f"{name.replace('_', ' ')} {format_metric(scores[name], intervals and intervals[name])}" for name in names
+        ]
         lines.append(",  ".join(texts))
     if intervals:
         lines.append("in brackets: 95 % intervals, by resampling lesions (groups)")
     return "\n".join(lines)
 
 
-def shown(value: float | None, interval: list[float] | None = None, form: str = ".3f") -> str:
+def format_metric(value: float | None, interval: list[float] | None = None, form: str = ".3f") -> str:
     """A figure with its interval, for people."""
     if value is None:
         return "not defined"
     return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
 
 
-def _figures(
+def _metric_samples(
     probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Each figure for each row of weights: (R, N) counts of the images, float32, to (R,) float64."""
@@ -155,7 +162,7 @@ def _figures(
         specificity = (total[:, None] - images - predicted + hits) / (total[:, None] - images)
         f1 = np.where(images > 0, 2 * hits / (images + predicted), np.nan)
         accuracy, chance = hits.sum(1) / total, (images * predicted).sum(1) / total**2
-        areas = [_areas(exact[:, number], labels == number, weights) for number in range(n_classes)]
+        areas = [_roc_auc_and_ap(exact[:, number], labels == number, weights) for number in range(n_classes)]
         auc, average_precision = np.stack([area for area, _ in areas], 1), np.stack([area for _, area in areas], 1)
         overall = {
             "accuracy": accuracy,
@@ -168,7 +175,7 @@ def _figures(
             "brier": _sums(weights, ((exact - np.eye(n_classes)[labels]) ** 2).sum(1)) / total,
             "calibration_error": _calibration_error(exact.max(1), guesses == labels, weights) / total,
         }
-    of_classes = dict(zip(OF_A_CLASS, (precision, recall, specificity, f1, auc, average_precision), strict=True))
+    of_classes = dict(zip(CLASS_METRICS, (precision, recall, specificity, f1, auc, average_precision), strict=True))
     return overall | {
         f"{name} of {label}": values[:, number]
         for name, values in of_classes.items()
@@ -176,7 +183,7 @@ def _figures(
     }
 
 
-def _areas(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _roc_auc_and_ap(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Areas under the ROC curve (as a rank statistic; ties count half) and average precision, both (R,)."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # where the score changes
@@ -203,7 +210,7 @@ def _sums(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.einsum("rn,n->r", weights, values)
 
 
-def resampled(groups: np.ndarray, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
+def bootstrap_weights(groups: np.ndarray, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
     """How often each image counts in each resample: parts of (R, N) float32, small enough for the memory."""
     _, group = np.unique(groups, return_inverse=True)
     n_groups, generator = group.max() + 1, np.random.default_rng(0)
@@ -229,8 +236,8 @@ def _check(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ..
 
 def _nested(figures: dict, classes: tuple[str, ...]) -> dict:
     """Overall figures, then {class: {figure}} under per_class."""
-    per_class = {label: {name: figures[f"{name} of {label}"] for name in OF_A_CLASS} for label in classes}
-    return {name: figures[name] for name in OVERALL} | {"per_class": per_class}
+    per_class = {label: {name: figures[f"{name} of {label}"] for name in CLASS_METRICS} for label in classes}
+    return {name: figures[name] for name in SUMMARY_METRICS} | {"per_class": per_class}
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
@@ -244,4 +251,4 @@ def _plain(value: float) -> float | None:
 
 
 def _compact(value: float | None, interval: list[float] | None) -> str:
-    return shown(value) + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval and value is not None else "")
+    return format_metric(value) + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval and value is not None else "")

@@ -13,21 +13,21 @@ from harness.config import Eval
 from harness.evaluation.calibration import (
     Prior,
     at_threshold,
+    change_prior,
     fit_temperature,
     threshold_for,
-    with_prior,
     with_temperature,
 )
-from harness.evaluation.metrics import gains, score, shown, table
+from harness.evaluation.metrics import compute_metrics, format_metric, paired_differences, table
 
 CALIBRATION = ("loss", "brier", "calibration_error")
-OF_A_CELL = ("accuracy", "balanced_accuracy", "macro_auc")
-OTHERWISE = ("accuracy", "balanced_accuracy", "macro_auc", "loss")
+SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "macro_auc")
+PRIOR_METRICS = ("accuracy", "balanced_accuracy", "macro_auc", "loss")
 FREQUENCIES = {
     "equal": "if all classes were equally frequent",
     "training": "if classes were as frequent as in training",
 }
-SMALL = 30  # images below which a breakdown's figure says little
+MIN_SUBGROUP = 30  # images below which a breakdown's figure says little
 BANDS = 6  # most bands of a column of numbers
 
 
@@ -42,13 +42,13 @@ class Predictions:
 
     keys: np.ndarray
     labels: np.ndarray
-    plain: np.ndarray
-    mean: np.ndarray
-    spread: np.ndarray
-    spins: np.ndarray | None = None
+    center_probs: np.ndarray
+    tta_probs: np.ndarray
+    tta_std: np.ndarray
+    view_probs: np.ndarray | None = None
 
 
-def judge(
+def compute_results(
     found: Predictions,
     validation: Predictions | None,
     facts: pd.DataFrame,
@@ -70,24 +70,26 @@ def judge(
     """
     groups = facts["group"].astype(str).to_numpy()
     parts = {
-        "plain": score(found.plain, found.labels, classes, groups),
-        "tta": score(found.mean, found.labels, classes, groups),
-        "gain": gains([found.plain], [found.mean], found.labels, classes, groups),
+        "plain": compute_metrics(found.center_probs, found.labels, classes, groups),
+        "tta": compute_metrics(found.tta_probs, found.labels, classes, groups),
+        "gain": paired_differences([found.center_probs], [found.tta_probs], found.labels, classes, groups),
     }
-    if found.spins is not None:  # as the 2021 notebook counted: each view is a prediction of its own
-        views = found.spins.shape[1]
+    if found.view_probs is not None:  # as the 2021 notebook counted: each view is a prediction of its own
+        views = found.view_probs.shape[1]
         pooled = (np.repeat(values, views) for values in (found.labels, groups))
-        parts["pooled"] = score(found.spins.reshape(-1, len(classes)), next(pooled), classes, next(pooled))
-    if settings.logit_adjust:
-        moved = with_prior(found.mean, prior, settings.logit_adjust)
-        way = {"to": prior.to, "strength": settings.logit_adjust}
-        shares = {"assumed": prior.assumed.tolist(), "other": prior.other.tolist()}
-        parts["adjusted"] = way | shares | score(moved, found.labels, classes, groups)
+        parts["pooled"] = compute_metrics(
+            found.view_probs.reshape(-1, len(classes)), next(pooled), classes, next(pooled)
+        )
+    if settings.prior_correction:
+        moved = change_prior(found.tta_probs, prior, settings.prior_correction)
+        way = {"to": prior.target_name, "strength": settings.prior_correction}
+        shares = {"assumed": prior.model_prior.tolist(), "other": prior.target_prior.tolist()}
+        parts["adjusted"] = way | shares | compute_metrics(moved, found.labels, classes, groups)
     if validation is not None:
         parts["calibration"] = _calibrated(found, validation, classes, groups)
         parts["operating_points"] = _operating_points(found, validation, classes, groups, settings)
     parts["breakdown"] = {
-        column: _by_value(found, facts[column], classes, groups) for column in settings.breakdown if column in facts
+        column: _by_value(found, facts[column], classes, groups) for column in settings.subgroups if column in facts
     }
     return parts
 
@@ -98,17 +100,19 @@ def summary(metrics: dict) -> str:
     lines = [f"{metrics['split']} split, {scores['images']} images, views: {metrics['views']}", table(scores)]
     if metrics["views"] != "none":
         lines.append(
-            f"the views gain {shown(gain['gain'], gain['interval'], '+.3f')} balanced accuracy over the plain one "
-            f"({shown(plain['balanced_accuracy'])})"
+            f"the views gain {format_metric(gain['gain'], gain['interval'], '+.3f')} balanced accuracy over the plain one "
+            f"({format_metric(plain['balanced_accuracy'])})"
         )
     if pooled := metrics.get("pooled"):
         lines.append(
-            f"each view as a prediction of its own: accuracy {shown(pooled['accuracy'])}, balanced accuracy "
-            f"{shown(pooled['balanced_accuracy'])}, macro f1 {shown(pooled['macro_f1'])}"
+            f"each view as a prediction of its own: accuracy {format_metric(pooled['accuracy'])}, balanced accuracy "
+            f"{format_metric(pooled['balanced_accuracy'])}, macro f1 {format_metric(pooled['macro_f1'])}"
         )
     if adjusted := metrics.get("adjusted"):
         intervals = adjusted["intervals"]
-        figures = [f"{name.replace('_', ' ')} {shown(adjusted[name], intervals[name])}" for name in OTHERWISE]
+        figures = [
+            f"{name.replace('_', ' ')} {format_metric(adjusted[name], intervals[name])}" for name in PRIOR_METRICS
+        ]
         lines.append(f"{FREQUENCIES[adjusted['to']]} (logit adjustment): {', '.join(figures)}")
     if calibration := metrics.get("calibration"):
         before, after = scores["calibration_error"], calibration["calibration_error"]
@@ -117,7 +121,7 @@ def summary(metrics: dict) -> str:
             f"{after:.3f}, loss {scores['loss']:.3f} becomes {calibration['loss']:.3f}"
         )
     for point in metrics.get("operating_points", []):
-        rates = {name: shown(**point[name]) for name in ("sensitivity", "specificity")}
+        rates = {name: format_metric(**point[name]) for name in ("sensitivity", "specificity")}
         lines.append(
             f"{point['positive']} at the threshold {point['threshold']:.3f} (sensitivity {point['wanted_sensitivity']:.2f} on "
             f"validation): sensitivity {rates['sensitivity']}, specificity {rates['specificity']}"
@@ -125,7 +129,7 @@ def summary(metrics: dict) -> str:
     return "\n".join(lines + [f"warning: {warning}" for warning in metrics["warnings"]])
 
 
-def bands(values: pd.Series) -> pd.Series:
+def bin_values(values: pd.Series) -> pd.Series:
     """Values of a column to break down by: text as it is, many numbers in bands, `unknown` where there is none.
 
     Args:
@@ -152,8 +156,8 @@ def bands(values: pd.Series) -> pd.Series:
 
 def _calibrated(found: Predictions, validation: Predictions, classes: tuple[str, ...], groups: np.ndarray) -> dict:
     """The temperature, fitted on `validation`, and what it makes of `found`."""
-    temperature = fit_temperature(validation.mean, validation.labels)
-    scores = score(with_temperature(found.mean, temperature), found.labels, classes, groups)
+    temperature = fit_temperature(validation.tta_probs, validation.labels)
+    scores = compute_metrics(with_temperature(found.tta_probs, temperature), found.labels, classes, groups)
     figures = {name: scores[name] for name in CALIBRATION}
     return {"temperature": temperature} | figures | {"intervals": {name: scores["intervals"][name] for name in figures}}
 
@@ -163,11 +167,11 @@ def _operating_points(
 ) -> list[dict]:
     """Thresholds, chosen on `validation`, and what they do on `found`."""
     points = []
-    for positive in settings.positives:
+    for positive in settings.positive_classes:
         numbers = [classes.index(name) for name in positive.split("+") if name in classes]
         if len(numbers) < len(positive.split("+")):
             continue  # of another dataset
-        here, there = ((p.mean[:, numbers].sum(1), np.isin(p.labels, numbers)) for p in (found, validation))
+        here, there = ((p.tta_probs[:, numbers].sum(1), np.isin(p.labels, numbers)) for p in (found, validation))
         threshold = threshold_for(*there, settings.sensitivity)
         if threshold is not None:
             point = {"positive": positive, "wanted_sensitivity": settings.sensitivity, "threshold": threshold}
@@ -177,11 +181,17 @@ def _operating_points(
 
 def _by_value(found: Predictions, values: pd.Series, classes: tuple[str, ...], groups: np.ndarray) -> dict[str, dict]:
     """Figures of the images with each value of a column; cells of few images are marked."""
-    cells, cut = {}, bands(values)
+    cells, cut = {}, bin_values(values)
     for value in cut.cat.categories:
         here = (cut == value).to_numpy()
-        scores = score(found.mean[here], found.labels[here], classes, groups[here])
-        counts = {"images": int(here.sum()), "groups": len(np.unique(groups[here])), "small": bool(here.sum() < SMALL)}
-        figures = {name: scores[name] for name in OF_A_CELL}
-        cells[str(value)] = counts | figures | {"intervals": {name: scores["intervals"][name] for name in OF_A_CELL}}
+        scores = compute_metrics(found.tta_probs[here], found.labels[here], classes, groups[here])
+        counts = {
+            "images": int(here.sum()),
+            "groups": len(np.unique(groups[here])),
+            "small": bool(here.sum() < MIN_SUBGROUP),
+        }
+        figures = {name: scores[name] for name in SUBGROUP_METRICS}
+        cells[str(value)] = (
+            counts | figures | {"intervals": {name: scores["intervals"][name] for name in SUBGROUP_METRICS}}
+        )
     return cells

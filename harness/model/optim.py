@@ -47,7 +47,7 @@ def lr_at(step: int, optim: Optim, steps_per_epoch: int, epochs: int) -> float:
 
 
 @dataclass(frozen=True)
-class Truth:
+class Targets:
     """What the pictures of a batch show; -1 counts for nothing.
 
     labels: (B,) int64. partners: (B,) int64, labels of the pictures that they were mixed with. shares: (B,) float32,
@@ -58,22 +58,22 @@ class Truth:
     partners: torch.Tensor | None = None
     shares: torch.Tensor | None = None
 
-    def split(self, parts: int) -> list["Truth"]:
+    def split(self, parts: int) -> list["Targets"]:
         """Cut into parts, as `tensor_split` does."""
         if self.partners is None:
-            return [Truth(labels) for labels in self.labels.tensor_split(parts)]
-        return [Truth(*cut) for cut in zip(*(x.tensor_split(parts) for x in vars(self).values()), strict=True)]
+            return [Targets(labels) for labels in self.labels.tensor_split(parts)]
+        return [Targets(*cut) for cut in zip(*(x.tensor_split(parts) for x in vars(self).values()), strict=True)]
 
-    def main(self) -> torch.Tensor:
+    def dominant_label(self) -> torch.Tensor:
         """The label of the larger part of each picture, (B,) int64."""
         return self.labels if self.partners is None else torch.where(self.shares >= 0.5, self.labels, self.partners)
 
 
-def mixed_truth(labels: torch.Tensor, shares: torch.Tensor) -> Truth:
+def mixed_targets(labels: torch.Tensor, shares: torch.Tensor) -> Targets:
     """The truth of pictures that were mixed with their neighbours; a pair with a picture that counts for nothing does, too."""
     pairs = labels.view(-1, 2)
     labels = torch.where((pairs < 0).any(1, keepdim=True), -1, pairs)
-    return Truth(labels.flatten(), labels.flip(1).flatten(), shares)
+    return Targets(labels.flatten(), labels.flip(1).flatten(), shares)
 
 
 class Loss:
@@ -93,7 +93,7 @@ class Loss:
         if optim.balance == "logit-adjust":
             self._offset = (images.clamp(min=1) / images.sum()).log()
 
-    def __call__(self, logits: torch.Tensor, truth: Truth) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, truth: Targets) -> torch.Tensor:
         """(B, C) logits to (B,) float32; a picture without a label has the loss 0."""
         if self._offset is not None:
             logits = logits + self._offset
@@ -107,7 +107,7 @@ class Loss:
         return found if self._weights is None else found * self._weights[labels.clamp(min=0)]
 
 
-class Average:
+class EMA:
     """Exponential moving average of weights, by torch.optim.swa_utils.
 
     The decay of step t is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten. Not
@@ -125,11 +125,11 @@ class Average:
         self._fresh = False
         get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), None)
 
-    def take_buffers(self, model: nn.Module) -> None:
+    def copy_buffers(self, model: nn.Module) -> None:
         """Copy the model's buffers (statistics of batch normalisation), before the average is judged or saved."""
         for averaged, current in zip(self.model.buffers(), model.buffers(), strict=True):
             averaged.copy_(current)
 
-    def go_on(self) -> None:
+    def mark_restored(self) -> None:
         """The weights have been restored: the next update mixes into them."""
         self._fresh = False

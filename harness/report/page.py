@@ -16,8 +16,8 @@ import pandas as pd
 from harness.config import Config, flat, load_config
 from harness.evaluation.calibration import with_temperature
 from harness.evaluation.gallery import AUGMENTED, FOLDER, LIST
-from harness.evaluation.metrics import OF_A_CLASS, OVERALL, shown
-from harness.evaluation.results import OF_A_CELL, SMALL
+from harness.evaluation.metrics import CLASS_METRICS, SUMMARY_METRICS, format_metric
+from harness.evaluation.results import MIN_SUBGROUP, SUBGROUP_METRICS
 from harness.report.plots import draw_confusion, draw_curves, draw_history, draw_reliability
 
 STYLE = """
@@ -109,18 +109,20 @@ def _cards(scores: dict) -> str:
         edges = scores["intervals"][name]
         between = f"{edges[0]:.3f} to {edges[1]:.3f}" if edges else ""
         cards.append(
-            f"<div class=card>{name.replace('_', ' ')}<b>{shown(scores[name])}</b><small>{between}</small></div>"
+            f"<div class=card>{name.replace('_', ' ')}<b>{format_metric(scores[name])}</b><small>{between}</small></div>"
         )
     return "<div class=cards>" + "".join(cards) + "</div>"
 
 
 def _class_table(scores: dict) -> str:
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("class", "images", *OF_A_CLASS))
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("class", "images", *CLASS_METRICS))
     lines = []
     for label, row in scores["per_class"].items():
         cells = []
-        for name in OF_A_CLASS:
-            cells.append(f"<td>{shown(row[name])}{_between(scores['intervals']['per_class'][label][name])}</td>")
+        for name in CLASS_METRICS:
+            cells.append(
+                f"<td>{format_metric(row[name])}{_between(scores['intervals']['per_class'][label][name])}</td>"
+            )
         lines.append(f"<tr><td>{_text(label)}</td><td>{row['images']}</td>{''.join(cells)}</tr>")
     return f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 
@@ -139,10 +141,12 @@ def _gain(metrics: dict) -> str:
     gains = "<th>gain of the views (paired)</th>" if metrics["views"] != "none" else ""
     head = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in readings) + gains + "</tr>"
     lines = []
-    for name in OVERALL:
-        cells = "".join(f"<td>{shown(scores[name])}</td>" for scores in readings.values())
+    for name in SUMMARY_METRICS:
+        cells = "".join(f"<td>{format_metric(scores[name])}</td>" for scores in readings.values())
         if gains:
-            cells += f"<td>{shown(metrics['gain'][name]['gain'], metrics['gain'][name]['interval'], '+.3f')}</td>"
+            cells += (
+                f"<td>{format_metric(metrics['gain'][name]['gain'], metrics['gain'][name]['interval'], '+.3f')}</td>"
+            )
         lines.append(f"<tr><td>{name.replace('_', ' ')}</td>{cells}</tr>")
     notes = []
     if "pooled" in metrics:
@@ -178,7 +182,7 @@ def _confidences(rows: pd.DataFrame, metrics: dict) -> tuple[dict[str, np.ndarra
 def _operating_points(metrics: dict) -> str:
     lines = []
     for point in metrics.get("operating_points", []):
-        rates = (shown(**point[name]) for name in ("sensitivity", "specificity", "positive_predictive_value"))
+        rates = (format_metric(**point[name]) for name in ("sensitivity", "specificity", "positive_predictive_value"))
         cells = "".join(f"<td>{rate}</td>" for rate in rates)
         lines.append(
             f"<tr><td>{_text(point['positive'])} ({point['positives']})</td><td>{point['wanted_sensitivity']:.2f}</td>"
@@ -208,14 +212,16 @@ def _breakdown(metrics: dict) -> str:
             continue  # the same for all images
         lines = []
         for value, cell in cells.items():
-            figures = "".join(f"<td>{shown(cell[name])}{_between(cell['intervals'][name])}</td>" for name in OF_A_CELL)
+            figures = "".join(
+                f"<td>{format_metric(cell[name])}{_between(cell['intervals'][name])}</td>" for name in SUBGROUP_METRICS
+            )
             small = " class=small" if cell["small"] else ""
             lines.append(f"<tr{small}><td>{_text(value)}</td><td>{cell['images']}</td>{figures}</tr>")
-        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in (column, "images", *OF_A_CELL))
+        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in (column, "images", *SUBGROUP_METRICS))
         tables.append(f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>")
     if not tables:
         return ""
-    note = f"<p class=note>Grey: fewer than {SMALL} images, which say little. Balanced accuracy is over the classes of a row.</p>"
+    note = f"<p class=note>Grey: fewer than {MIN_SUBGROUP} images, which say little. Balanced accuracy is over the classes of a row.</p>"
     return "<h2>Who the images are of</h2>" + note + "".join(tables)
 
 

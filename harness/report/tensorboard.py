@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from harness.config import flat, load_config
-from harness.evaluation.metrics import OVERALL
+from harness.evaluation.metrics import SUMMARY_METRICS
 from harness.report.page import read_results
 
 
@@ -27,7 +27,7 @@ def board_results(folder: Path, plots: dict[str, bytes]) -> None:
     """
     metrics, rows = read_results(folder)
     scores, step = metrics["tta"], json.loads((folder / "state.json").read_text())["step"] + 1
-    figures = {f"result/{name}": scores[name] for name in OVERALL if scores[name] is not None}
+    figures = {f"result/{name}": scores[name] for name in SUMMARY_METRICS if scores[name] is not None}
     with SummaryWriter(str(folder / "tensorboard"), purge_step=step) as board:
         for name, value in figures.items():
             board.add_scalar(name, value, step)

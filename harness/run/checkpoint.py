@@ -29,7 +29,7 @@ MANIFEST, AVERAGE = "manifest.json", "ema.safetensors"
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What weights were made of: model, classes in order, fingerprint of the dataset, hashes of its training groups.
 
     order: what the order of samples followed from; where it differs, `samples_seen` says nothing.
@@ -48,13 +48,13 @@ class Checkpoint:
 
     folder: Path
     progress: Progress
-    origin: Origin
+    provenance: Provenance
 
 
 def save_step(
     run: Path,
     progress: Progress,
-    origin: Origin,
+    provenance: Provenance,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler,
@@ -68,7 +68,7 @@ def save_step(
     """
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
     saved = run / "checkpoints" / f"step-{progress.step:08d}"
-    _save(saved, progress, origin, model, state, average)
+    _save(saved, progress, provenance, model, state, average)
     steps = _newest_first(run, "step-")
     later = steps.index(saved)  # damaged ones: this run continued from one before them
     for folder in steps[:later] + steps[later + keep :]:
@@ -82,12 +82,12 @@ def save_step(
         shutil.rmtree(leftover)
 
 
-def save_best(run: Path, progress: Progress, origin: Origin, model: nn.Module) -> None:
+def save_best(run: Path, progress: Progress, provenance: Provenance, model: nn.Module) -> None:
     """Save the best weights so far; the ones before are removed by the next `save_step`, which points to these."""
-    _save(run / "checkpoints" / f"best-{progress.best_step:08d}", progress, origin, model)
+    _save(run / "checkpoints" / f"best-{progress.best_step:08d}", progress, provenance, model)
 
 
-def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+def latest_valid(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     """The newest valid checkpoint to continue from, or None; what is damaged is named.
 
     Raises:
@@ -95,7 +95,7 @@ def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     """
     folders = _newest_first(run, "step-")
     for folder in folders:
-        problem = problem_of(folder)
+        problem = find_corruption(folder)
         if problem is None:
             return _read(folder)
         say(f"checkpoint {folder} is damaged ({problem}): using the one before it")
@@ -106,7 +106,7 @@ def newest(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
     return None
 
 
-def mend_best(run: Path, progress: Progress, say: Callable[[str], None] = print) -> None:
+def repair_best(run: Path, progress: Progress, say: Callable[[str], None] = print) -> None:
     """Make sure that the best weights named by a checkpoint are whole, from the checkpoint of their step if need be.
 
     Raises:
@@ -114,10 +114,10 @@ def mend_best(run: Path, progress: Progress, say: Callable[[str], None] = print)
     """
     name = f"{progress.best_step:08d}"
     folder, same = run / "checkpoints" / f"best-{name}", run / "checkpoints" / f"step-{name}"
-    problem = problem_of(folder) if progress.best_step else None
+    problem = find_corruption(folder) if progress.best_step else None
     if not problem:
         return
-    if problem_of(same):
+    if find_corruption(same):
         raise ValueError(
             f"The best weights {folder} are damaged ({problem}). Restore a copy, or remove {run} to start over."
         )
@@ -129,7 +129,7 @@ def mend_best(run: Path, progress: Progress, say: Callable[[str], None] = print)
     _put(folder / MANIFEST, _json({path.name: sha256(path) for path in sorted(folder.iterdir())}))
 
 
-def best(run: Path, progress: Progress | None = None) -> Checkpoint:
+def find_best(run: Path, progress: Progress | None = None) -> Checkpoint:
     """The best weights of a run.
 
     Args:
@@ -144,7 +144,7 @@ def best(run: Path, progress: Progress | None = None) -> Checkpoint:
         folders = [folder for folder in folders if folder.name == f"best-{progress.best_step:08d}"]
     if not folders:
         raise FileNotFoundError(f"No best weights in {run / 'checkpoints'}. Train first: the first epoch saves them.")
-    problem = problem_of(folders[0])
+    problem = find_corruption(folders[0])
     if problem:
         raise ValueError(f"The best weights {folders[0]} are damaged ({problem}). Restore a copy, or train again.")
     return _read(folders[0])
@@ -172,7 +172,7 @@ def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
 
 
-def room_needed(run: Path, model: nn.Module, optimizer: str, keep: int, averaged: bool = False) -> int:
+def required_bytes(run: Path, model: nn.Module, optimizer: str, keep: int, averaged: bool = False) -> int:
     """Bytes that the run's checkpoints will need beside what is there already.
 
     Args:
@@ -196,7 +196,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def _save(
     folder: Path,
     progress: Progress,
-    origin: Origin,
+    provenance: Provenance,
     model: nn.Module,
     state: dict | None = None,
     average: nn.Module | None = None,
@@ -210,7 +210,7 @@ def _save(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        files = _files(progress, origin, model, state, average)
+        files = _files(progress, provenance, model, state, average)
         manifest = {name: _put(temporary / name, data) for name, data in files}
         _put(temporary / MANIFEST, _json(manifest))
         sync(temporary)
@@ -227,7 +227,7 @@ def _save(
 
 
 def _files(
-    progress: Progress, origin: Origin, model: nn.Module, state: dict | None, average: nn.Module | None
+    progress: Progress, provenance: Provenance, model: nn.Module, state: dict | None, average: nn.Module | None
 ) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a checkpoint's files, one at a time."""
     for name, module in (("model.safetensors", model), (AVERAGE, average)):
@@ -238,9 +238,9 @@ def _files(
         torch.save(state, buffer)
         yield "optimizer.pt", buffer.getbuffer()
     buffer = io.BytesIO()
-    np.save(buffer, origin.train_groups)
+    np.save(buffer, provenance.train_groups)
     yield "train-groups.npy", buffer.getbuffer()
-    made_of = {name: value for name, value in asdict(origin).items() if name != "train_groups"}
+    made_of = {name: value for name, value in asdict(provenance).items() if name != "train_groups"}
     yield "progress.json", _json({"format": FORMAT, "progress": asdict(progress), "origin": made_of})
 
 
@@ -258,7 +258,7 @@ def _put(path: Path, data: bytes) -> str:
         return digest.result().hexdigest()
 
 
-def problem_of(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if each has the SHA-256 of the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -280,8 +280,8 @@ def _read(folder: Path) -> Checkpoint:
         )
     made_of = content["origin"]
     groups = np.load(folder / "train-groups.npy", allow_pickle=False)
-    origin = Origin(made_of["model"], tuple(made_of["classes"]), made_of["dataset"], groups, made_of["order"])
-    return Checkpoint(folder, Progress(**content["progress"]), origin)
+    provenance = Provenance(made_of["model"], tuple(made_of["classes"]), made_of["dataset"], groups, made_of["order"])
+    return Checkpoint(folder, Progress(**content["progress"]), provenance)
 
 
 def _best_step(folder: Path) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.config import Config, differences, flat, load_config, to_yaml
 from harness.distributed.world import World
-from harness.run.checkpoint import Checkpoint, mend_best, newest, write_atomically
+from harness.run.checkpoint import Checkpoint, latest_valid, repair_best, write_atomically
 from harness.run.lock import RunLock
 from harness.run.progress import Progress
 from shards.index import Dataset
@@ -45,10 +45,10 @@ def open_run(folder: Path, config: Config, dataset: Dataset, lock: RunLock) -> N
                 f"{folder} is finished, with other settings ({'; '.join(changed)}). Name another --run.folder; to train "
                 "on from its weights, give it --model.weights with the best-N/model.safetensors of this one."
             )
-        if changed and config.run.resume != "force":
+        if changed and config.run.on_changed_settings != "accept":
             raise ValueError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). Give these settings again to continue "
-                "it, name another --run.folder, or continue it with the new settings by --run.resume force."
+                "it, name another --run.folder, or continue it with the new settings by --run.on_changed_settings accept."
             )
     elif folder.is_dir() and any(not path.name.endswith((".tmp", "lock.json", "stop")) for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no run (no config.yaml). Name another --run.folder.")
@@ -82,7 +82,7 @@ def _changed(saved: Path, config: Config) -> list[str]:
     try:
         return differences(flat(load_config(saved)), flat(config))
     except ValueError as error:
-        if config.run.resume != "force":
+        if config.run.on_changed_settings != "accept":
             raise
         return [f"all settings: those of before are damaged ({error})"]
 
@@ -99,15 +99,15 @@ def find_start(folder: Path, dataset: Dataset) -> Checkpoint | None:
     Raises:
         ValueError: the run was trained on another dataset, or nothing that was saved is whole.
     """
-    found = newest(folder)
+    found = latest_valid(folder)
     if found is None:
         return None
-    if found.origin.dataset != dataset.fingerprint:
+    if found.provenance.dataset != dataset.fingerprint:
         raise ValueError(
-            f"{found.folder} was trained on the dataset {found.origin.dataset[:12]}, and {dataset.folder} is "
+            f"{found.folder} was trained on the dataset {found.provenance.dataset[:12]}, and {dataset.folder} is "
             f"{dataset.fingerprint[:12]}. Give the dataset of before, or name another --run.folder."
         )
-    mend_best(folder, found.progress)
+    repair_best(folder, found.progress)
     return found
 
 
@@ -148,13 +148,13 @@ def failure_noted(folder: Path, world: World) -> Iterator[None]:
                 failed = json.dumps(state | {"status": "failed"} | cause)
                 write_atomically(folder / "state.json", f"{failed}\n".encode())
 
-    watch = world.watch
-    if watch:
-        watch.note = note
+    heartbeat = world.heartbeat
+    if heartbeat:
+        heartbeat.note = note
     try:
         yield
     except Exception as error:
-        blamed = watch.cause_of_failed_collective() if watch and isinstance(error, RuntimeError) else None
+        blamed = heartbeat.failure_behind_collective() if heartbeat and isinstance(error, RuntimeError) else None
         with suppress(OSError):
             (folder / "errors").mkdir(exist_ok=True)
             (folder / "errors" / f"rank-{world.rank}.txt").write_text(traceback.format_exc())
@@ -162,8 +162,8 @@ def failure_noted(folder: Path, world: World) -> Iterator[None]:
             note(blamed)
             raise ConnectionError(f"{blamed['error']}. This run failed; the same command continues it.") from error
         note({"rank": world.rank, "error": f"{type(error).__name__}: {error}"})
-        if watch:
-            watch.report(f"rank {world.rank} ({world.who}) failed: {type(error).__name__}: {error}")
+        if heartbeat:
+            heartbeat.report(f"rank {world.rank} ({world.host_pid}) failed: {type(error).__name__}: {error}")
         raise
 
 

@@ -10,10 +10,10 @@ import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from harness.run.checkpoint import Checkpoint, newest, problem_of, write_atomically
+from harness.run.checkpoint import Checkpoint, find_corruption, latest_valid, write_atomically
 
 
-class Copies:
+class CheckpointMirror:
     """Where a run saves: its own folder, or a local one that is copied there."""
 
     def __init__(self, run: Path, local: str):
@@ -25,7 +25,7 @@ class Copies:
         self.run, self.local = run, Path(local) if local else None
         self._pool, self._copying = ThreadPoolExecutor(1, "copy"), None
 
-    def __enter__(self) -> "Copies":
+    def __enter__(self) -> "CheckpointMirror":
         """Nothing to do."""
         return self
 
@@ -33,28 +33,28 @@ class Copies:
         """Let a copy under way end."""
         self._pool.shutdown()
 
-    def place(self) -> Path:
+    def directory(self) -> Path:
         """The folder that checkpoints are saved to."""
         return self.local / _identity(self.run) if self.local else self.run
 
-    def reconcile(self) -> None:
+    def sync_on_start(self) -> None:
         """At a start: what is newest in one place comes to the other. A lost machine has lost its local folder."""
         if not self.local:
             return
-        place = self.place()
+        place = self.directory()
         here, there = _newest(place), _newest(self.run)
         if here and (not there or here.progress.step > there.progress.step):
             _mirror(place, self.run, check=True)
         elif there and (not here or there.progress.step > here.progress.step):
             _mirror(self.run, place, check=True)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """After saving: copy beside the training. Waits for the copy before, and raises what went wrong with it."""
         if self.local:
-            self.finish()
-            self._copying: Future | None = self._pool.submit(_mirror, self.place(), self.run)
+            self.wait()
+            self._copying: Future | None = self._pool.submit(_mirror, self.directory(), self.run)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait until all is copied.
 
         Raises:
@@ -65,7 +65,7 @@ class Copies:
                 self._copying.result()
             except OSError as error:
                 raise OSError(
-                    f"Cannot copy checkpoints to {self.run} ({error}). They are whole in {self.place()}. Mend the disk, "
+                    f"Cannot copy checkpoints to {self.run} ({error}). They are whole in {self.directory()}. Mend the disk, "
                     "then start the same command again."
                 ) from error
             finally:
@@ -81,7 +81,7 @@ def _mirror(source: Path, target: Path, check: bool = False) -> None:
     folders = [path for path in sorted((source / "checkpoints").iterdir()) if not path.name.startswith(".")]
     for folder in folders:
         copy = target / "checkpoints" / folder.name
-        if _manifest(copy) != _manifest(folder) or (check and problem_of(copy)):
+        if _manifest(copy) != _manifest(folder) or (check and find_corruption(copy)):
             temporary = copy.with_name(f".{copy.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(folder, temporary)
@@ -99,7 +99,7 @@ def _manifest(folder: Path) -> bytes | None:
 
 def _newest(place: Path) -> Checkpoint | None:
     try:
-        return newest(place, lambda text: None)
+        return latest_valid(place, lambda text: None)
     except ValueError:  # none is whole here
         return None
 

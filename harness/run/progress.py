@@ -24,13 +24,13 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     best_epoch: int = 0
-    stale: int = 0
+    epochs_without_improvement: int = 0
     loss: float = 0.0
     correct: float = 0.0
     images: float = 0.0
 
 
-def train_on(progress: Progress, steps: int, samples: int, loss: float, correct: float, images: float) -> Progress:
+def after_steps(progress: Progress, steps: int, samples: int, loss: float, correct: float, images: float) -> Progress:
     """Progress after some steps inside an epoch."""
     return replace(
         progress,
@@ -42,15 +42,15 @@ def train_on(progress: Progress, steps: int, samples: int, loss: float, correct:
     )
 
 
-def advance(progress: Progress, score: float | None, higher_is_better: bool) -> Progress:
+def after_epoch(progress: Progress, score: float | None, higher_is_better: bool) -> Progress:
     """Progress after an epoch and its validation; a score that is no number is never the best."""
     ended = replace(progress, epoch=progress.epoch + 1, samples_seen=0, loss=0.0, correct=0.0, images=0.0)
     better = score is not None and isfinite(score)
     if better and progress.best is not None:
         better = score > progress.best if higher_is_better else score < progress.best
     if better:
-        return replace(ended, best=score, best_step=ended.step, best_epoch=ended.epoch, stale=0)
-    return replace(ended, stale=progress.stale + 1)
+        return replace(ended, best=score, best_step=ended.step, best_epoch=ended.epoch, epochs_without_improvement=0)
+    return replace(ended, epochs_without_improvement=progress.epochs_without_improvement + 1)
 
 
 def should_stop(progress: Progress, epochs: int, patience: int) -> str | None:
@@ -59,6 +59,6 @@ def should_stop(progress: Progress, epochs: int, patience: int) -> str | None:
         return None
     if progress.epoch >= epochs:
         return f"all {epochs} epochs done"
-    if progress.stale >= patience:
+    if progress.epochs_without_improvement >= patience:
         return f"no better score for {patience} epochs"
     return None

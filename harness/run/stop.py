@@ -49,7 +49,7 @@ class StopRequest:
         if self._first:
             self.reason = self._signal
         elif now + self._longest > self._end:
-            self.reason = "run.max_minutes"
+            self.reason = "run.time_limit_minutes"
         elif self.file.exists():
             self.reason = "file"
         return bool(self.reason)

@@ -14,19 +14,19 @@ from torch import nn
 
 from harness.config import Config
 from harness.data.augment import mix, stream_checksum, training_view
-from harness.data.loader import Reading, training_batches
+from harness.data.loader import LoaderOptions, training_batches
 from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
-from harness.model.optim import Average, Loss, Truth, lr_at, mixed_truth
+from harness.model.optim import EMA, Loss, Targets, lr_at, mixed_targets
 from harness.run import checkpoint
 from harness.run.folder import write_state
 from harness.run.lock import RunLock
 from harness.run.log import Log
-from harness.run.mirror import Copies
-from harness.run.progress import Progress, train_on
+from harness.run.mirror import CheckpointMirror
+from harness.run.progress import Progress, after_steps
 from harness.run.stop import StopRequest
 from shards.plan import Plan
-from shards.reader import Store
+from shards.reader import SplitReader
 
 
 @dataclass(frozen=True)
@@ -37,30 +37,30 @@ class Session:
     world: World
     folder: Path
     plan: Plan
-    training: Store
-    validation: Store
+    training: SplitReader
+    validation: SplitReader
     model: nn.Module  # as built
-    wrapped: nn.Module  # the same weights, with gradients averaged over ranks
-    average: Average | None  # of the weights over steps
+    ddp_model: nn.Module  # the same weights, with gradients averaged over ranks
+    average: EMA | None  # of the weights over steps
     loss: Loss
     optimizer: torch.optim.Optimizer
-    origin: checkpoint.Origin
+    provenance: checkpoint.Provenance
     stop: StopRequest
     lock: RunLock
-    copies: Copies
+    mirror: CheckpointMirror
     log: Log
 
     @property
-    def judged(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The model that is validated, and whose best weights are kept."""
         if self.average is None:
             return self.model
-        self.average.take_buffers(self.model)
+        self.average.copy_buffers(self.model)
         return self.average.model
 
 
 @dataclass(frozen=True)
-class Pace:
+class EpochStats:
     """How an epoch went: last learning rate, images/s, its seconds, those waiting for data, and whether to stop.
 
     waited_first_s: the part of `waited_s` for the first batch, which nothing was done for before the epoch began.
@@ -79,7 +79,7 @@ class Pace:
         return self.waited_s / self.seconds
 
 
-def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
+def train_epoch(session: Session, progress: Progress) -> tuple[Progress, EpochStats]:
     """Collective: train to the end of the epoch, or until somebody asks to stop.
 
     Raises:
@@ -94,9 +94,11 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, correct, images, samples since the last log
     first = progress.samples_seen // plan.global_batch
     skipped = [] if config.data.on_bad_sample == "skip" else None
-    reading = Reading(decode_threads(config.data.threads), config.data.batches_ahead, world.device, skipped)
-    together = neighbours(config)
-    batches = training_batches(session.training, plan, progress.epoch, first, world.rank, world.size, reading, together)
+    options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device, skipped)
+    group_size = mix_group_size(config)
+    batches = training_batches(
+        session.training, plan, progress.epoch, first, world.rank, world.size, options, group_size
+    )
     log.begin_bar(f"epoch {progress.epoch + 1}", plan.n_batches * plan.global_batch, progress.samples_seen)
     session.model.train()
     for number, batch in enumerate(batches, start=first):
@@ -104,12 +106,12 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         lr = lr_at(step, config.optim, plan.n_batches, config.run.epochs)
         torch.manual_seed(seed + step)  # dropout is a function of the step
         views = training_view(batch.images, batch.positions, progress.epoch, seed, config.augment, size)
-        truth = Truth(batch.labels)
-        if together > 1:
+        truth = Targets(batch.labels)
+        if group_size > 1:
             views, shares = mix(views, batch.positions, progress.epoch, seed, config.augment)
-            truth = mixed_truth(batch.labels, shares)
+            truth = mixed_targets(batch.labels, shares)
         counts, of_images = optimizer_step(
-            config, world, session.wrapped, session.optimizer, views, truth, session.loss, lr
+            config, world, session.ddp_model, session.optimizer, views, truth, session.loss, lr
         )
         if session.average:
             session.average.update(session.model, step + 1)
@@ -119,20 +121,20 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         steps, waited = steps + 1, waited + batch.waited
         waited_first = waited if number == first else waited_first
         is_last = number + 1 == plan.n_batches
-        if steps < config.run.log_every and not is_last:
+        if steps < config.run.sync_every and not is_last:
             continue
         # Here the ranks meet: sums over the interval, and whether any of them was asked to stop. (Device sync.)
         due = world.is_main and time.perf_counter() - saved > 60 * config.run.save_every_minutes
         asked = torch.tensor([session.stop.asked(), due], dtype=torch.float64, device=world.device)
-        loss, correct, images, samples, stop_asked, save_asked = world.sum(torch.cat([sums, asked])).tolist()
+        loss, correct, images, samples, stop_asked, save_asked = world.all_reduce_sum(torch.cat([sums, asked])).tolist()
         if not abs(loss) < float("inf"):  # also when it is no number
-            raise FloatingPointError(_not_finite(session, progress, interval, lr))
+            raise FloatingPointError(_describe_nan_loss(session, progress, interval, lr))
         if progress.step == 0 and time.perf_counter() - met > 20 and not config.run.compile:  # compiling is slow, once
             world.print(
                 f"note: {steps} steps take {time.perf_counter() - met:.0f} s, and requests to stop are noticed as rarely: "
-                "lower run.log_every"
+                "lower run.sync_every"
             )
-        progress = train_on(progress, steps, steps * plan.global_batch, loss, correct, images)
+        progress = after_steps(progress, steps, steps * plan.global_batch, loss, correct, images)
         trained, steps, interval = trained + images, 0, []
         sums.zero_()
         speed = trained / (time.perf_counter() - began)
@@ -153,21 +155,21 @@ def train_epoch(session: Session, progress: Progress) -> tuple[Progress, Pace]:
         print(
             f"warning: rank {world.rank} skipped {len(skipped)} samples that cannot be decoded, keys {keys}", flush=True
         )
-    return progress, Pace(lr, trained / seconds, seconds, waited, waited_first, bool(stop_asked))
+    return progress, EpochStats(lr, trained / seconds, seconds, waited, waited_first, bool(stop_asked))
 
 
-def neighbours(config: Config) -> int:
+def mix_group_size(config: Config) -> int:
     """How many neighbours of the stream are mixed, and so must be on one rank: 2, or 1 for none."""
-    return 2 if config.augment.mixup or config.augment.cutmix else 1
+    return 2 if config.augment.mixup_prob or config.augment.cutmix_prob else 1
 
 
 def optimizer_step(
     config: Config,
     world: World,
-    wrapped: nn.Module,
+    ddp_model: nn.Module,
     optimizer,
     views: torch.Tensor,
-    truth: Truth,
+    truth: Targets,
     loss: Loss,
     lr: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,16 +188,16 @@ def optimizer_step(
     pieces = list(zip(views.tensor_split(parts), truth.split(parts), strict=True))
     sums, of_images = torch.zeros(3, dtype=torch.float64, device=world.device), []
     for number, (pictures, shown) in enumerate(pieces, start=1):
-        with nullcontext() if number == len(pieces) else world.without_sync(wrapped):
-            logits = wrapped(pictures.contiguous(memory_format=world.memory_format))
+        with nullcontext() if number == len(pieces) else world.without_sync(ddp_model):
+            logits = ddp_model(pictures.contiguous(memory_format=world.memory_format))
             of_images.append(loss(logits, shown))
             total = of_images[-1].sum()
             # Gradients are averaged over ranks: times the world's size, over the global batch, makes that the true mean.
-            world.backward(total * world.size / config.data.batch_size)
-        labels = shown.main()
+            world.backward(total * world.size / config.data.global_batch_size)
+        labels = shown.dominant_label()
         sums += torch.stack([total.detach(), (logits.argmax(1) == labels).sum(), (labels >= 0).sum()])
-    if config.optim.clip:
-        world.clip_gradients(wrapped, config.optim.clip)
+    if config.optim.max_grad_norm:
+        world.clip_gradients(ddp_model, config.optim.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return sums, torch.cat(of_images).detach()
@@ -213,22 +215,22 @@ def save(session: Session, progress: Progress) -> None:
 
     def write() -> None:
         session.lock.check()
-        refuse_not_finite(session.model, progress)
-        judged = session.judged
+        assert_finite_weights(session.model, progress)
+        eval_model = session.eval_model
         log.flush()
-        session.copies.finish()
-        keep, origin, place = session.config.run.keep, session.origin, session.copies.place()
+        session.mirror.wait()
+        keep, provenance, place = session.config.run.keep_checkpoints, session.provenance, session.mirror.directory()
         if progress.best_step == progress.step and not progress.samples_seen:
-            checkpoint.save_best(place, progress, origin, judged)
-        average = judged if session.average else None
-        checkpoint.save_step(place, progress, origin, session.model, optimizer, world.scaler, keep, average)
-        session.copies.begin()
+            checkpoint.save_best(place, progress, provenance, eval_model)
+        average = eval_model if session.average else None
+        checkpoint.save_step(place, progress, provenance, session.model, optimizer, world.scaler, keep, average)
+        session.mirror.start()
         write_state(session.folder, "running", progress)
 
-    world.on_main(write)
+    world.run_on_main(write)
 
 
-def refuse_not_finite(model: nn.Module, progress: Progress) -> None:
+def assert_finite_weights(model: nn.Module, progress: Progress) -> None:
     """Raise before weights are kept that cannot be continued from.
 
     Raises:
@@ -238,21 +240,21 @@ def refuse_not_finite(model: nn.Module, progress: Progress) -> None:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):  # device sync, at a checkpoint
             raise FloatingPointError(
                 f"The weights are no numbers any more by step {progress.step} (first: {name}). The checkpoint before is "
-                "kept. Lower optim.lr; --run.resume force continues from it with the new rate."
+                "kept. Lower optim.lr; --run.on_changed_settings accept continues from it with the new rate."
             )
 
 
-def _not_finite(session: Session, progress: Progress, interval: list, lr: float) -> str:
+def _describe_nan_loss(session: Session, progress: Progress, interval: list, lr: float) -> str:
     """Collective: which step of an interval had the first loss that is no number, and whose; each rank looks at its images."""
     world = session.world
     bad = [(keys[~found.isfinite()], number) for number, (keys, found) in enumerate(interval, start=progress.step + 1)]
     keys = torch.cat([keys for keys, _ in bad])
     steps = torch.cat([torch.full((len(keys),), float(step), device=keys.device) for keys, step in bad])
-    keys, steps = world.gather_rows(keys, steps)
+    keys, steps = world.all_gather_rows(keys, steps)
     step = int(steps.min()) if len(steps) else progress.step + len(interval)
     here = keys[steps == step].tolist()
     shown = ", ".join(f"{key:08d}" for key in here[:5]) + (f" and {len(here) - 5} more" if len(here) > 5 else "")
     return (
         f"The loss of step {step} is no number; samples {shown} of {session.plan.global_batch}. No checkpoint was saved "
-        f"since. Lower optim.lr (now {lr:.1e}); --run.resume force continues from the newest checkpoint with the new rate."
+        f"since. Lower optim.lr (now {lr:.1e}); --run.on_changed_settings accept continues from the newest checkpoint with the new rate."
     )

@@ -11,27 +11,27 @@ import torch
 
 from harness.config import Config, flat
 from harness.data.augment import parse_views
-from harness.distributed.hardware import check_compile, decode_threads, own_cores
+from harness.distributed.hardware import available_cores, check_compile, decode_threads
 from harness.distributed.world import World, check_trackers
-from harness.evaluation.calibration import prior_of
-from harness.evaluation.evaluate import Trained, evaluate, validate
+from harness.evaluation.calibration import class_priors
+from harness.evaluation.evaluate import EvalContext, evaluate, validate
 from harness.evaluation.metrics import HIGHER_IS_BETTER
 from harness.evaluation.results import summary
 from harness.limits import check_classes
 from harness.model.build import build_model, check_model, load_weights
-from harness.model.optim import Average, Loss, build_optimizer
+from harness.model.optim import EMA, Loss, build_optimizer
 from harness.run import checkpoint
 from harness.run.folder import changes, failure_noted, find_start, finished_metrics, note_start, open_run, write_state
 from harness.run.lock import RunLock
 from harness.run.log import RESULT, Log, verdict
-from harness.run.mirror import Copies
-from harness.run.progress import Progress, advance, should_stop
+from harness.run.mirror import CheckpointMirror
+from harness.run.progress import Progress, after_epoch, should_stop
 from harness.run.stop import StopRequest
-from harness.training.epoch import Pace, Session, neighbours, refuse_not_finite, save, train_epoch
-from harness.training.preflight import look_at_device, look_at_disk, look_at_recipe, look_at_sameness, refuse, versions
+from harness.training.epoch import EpochStats, Session, assert_finite_weights, mix_group_size, save, train_epoch
+from harness.training.preflight import check_consistency, check_device, check_disk, check_recipe, refuse, versions
 from shards.index import Dataset, load, load_groups, refuse_leak
-from shards.plan import BalancedPlan, Plan, share
-from shards.reader import Store
+from shards.plan import BalancedPlan, Plan, rank_slice
+from shards.reader import SplitReader
 
 SHOWN = ("loss", "accuracy", "balanced_accuracy", "macro_f1")
 
@@ -48,44 +48,44 @@ def train(config: Config, world: World) -> str:
         FloatingPointError: the loss is no number any more.
     """
     folder = Path(config.run.folder)
-    world.on_main(_check, config, world.size, world.device)  # what is wrong is said once, not by each rank
+    world.run_on_main(_check, config, world.size, world.device)  # what is wrong is said once, not by each rank
     dataset = load(config.data.path)
-    refuse(look_at_device())
-    world.on_main(refuse, look_at_sameness(world, dataset))
+    refuse(check_device())
+    world.run_on_main(refuse, check_consistency(world, dataset))
     counts = dataset.description.counts["train"]
-    training, validation, final = (Store(dataset, name) for name in ("train", "val", config.eval.split))
+    training, validation, final = (SplitReader(dataset, name) for name in ("train", "val", config.eval.split))
     plan = _plan(config, training)
     with (
         RunLock(folder) as lock,
-        StopRequest(folder, config.run.max_minutes) as stop,
-        Copies(folder, config.run.checkpoint_dir) as copies,
+        StopRequest(folder, config.run.time_limit_minutes) as stop,
+        CheckpointMirror(folder, config.run.checkpoint_dir) as mirror,
     ):
-        world.on_main(open_run, folder, config, dataset, lock)
-        world.on_main(stop.forget_old_file)
-        if metrics := world.on_main(finished_metrics, folder):
+        world.run_on_main(open_run, folder, config, dataset, lock)
+        world.run_on_main(stop.forget_old_file)
+        if metrics := world.run_on_main(finished_metrics, folder):
             world.print(f"{folder} is finished. Its results again; to train anew, name another --run.folder.")
             world.print("\n" + summary(metrics))
             return "finished"
         with failure_noted(folder, world):
-            world.on_main(copies.reconcile)
+            world.run_on_main(mirror.sync_on_start)
             torch.manual_seed(config.run.seed)
             model = build_model(config.model.name, len(dataset.classes))
-            start = world.on_main(find_start, folder, dataset)
+            start = world.run_on_main(find_start, folder, dataset)
             if start is None:
                 # On rank 0 alone: wrapping the model sends its weights to the others.
-                world.print(world.on_main(load_weights, model, config.model.name, config.model.weights))
+                world.print(world.run_on_main(load_weights, model, config.model.name, config.model.weights))
             if config.model.sync_batchnorm:
                 model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
             model.to(world.device, memory_format=world.memory_format)
-            average = Average(model, config.optim.ema) if config.optim.ema else None  # copied before it is wrapped
-            wrapped, optimizer = world.prepare(model, build_optimizer(model, config.optim), config.run.compile)
-            origin = _origin(config, dataset)
+            average = EMA(model, config.optim.ema) if config.optim.ema else None  # copied before it is wrapped
+            ddp_model, optimizer = world.prepare(model, build_optimizer(model, config.optim), config.run.compile)
+            provenance = _origin(config, dataset)
             progress = Progress()
             if start is not None:
                 checkpoint.restore(start, model, optimizer, world.scaler, average and average.model)
                 if average:
-                    average.go_on()
-                progress = _continue(start, origin, world)
+                    average.mark_restored()
+                progress = _continue(start, provenance, world)
                 world.print(f"continuing {folder} at epoch {progress.epoch + 1}, step {progress.step}")
             world.print(
                 f"{sum(plan.shard_sizes)} training images, {plan.n_batches} batches of {plan.global_batch} an epoch "
@@ -94,35 +94,40 @@ def train(config: Config, world: World) -> str:
             )
             for warning in dataset.description.warnings:
                 world.print(f"warning: {warning}")
-            for finding in look_at_recipe(config, model, plan.n_batches, world.size, dataset.description.size):
-                world.print(f"warning: {finding.text}. To mend it: {finding.cure}.")
+            for check in check_recipe(config, model, plan.n_batches, world.size, dataset.description.size):
+                world.print(f"warning: {check.message}. To mend it: {check.fix}.")
 
             world.begin_trackers(config.run.trackers, folder, flat(config))
             board = "tensorboard" in config.run.trackers
             with Log(folder, progress.step, world.is_main, board, world.track) as log:
                 session = Session(
-                    *(config, world, folder, plan, training, validation, model, wrapped, average),
-                    *(Loss(config.optim, counts, world.device), optimizer, origin, stop, lock, copies, log),
+                    *(config, world, folder, plan, training, validation, model, ddp_model, average),
+                    *(Loss(config.optim, counts, world.device), optimizer, provenance, stop, lock, mirror, log),
                 )
-                world.on_main(write_state, folder, "running", progress)
-                facts = {"step": progress.step, "world": world.describe(), "who": world.who, "versions": versions()}
-                world.on_main(note_start, folder, facts)
+                world.run_on_main(write_state, folder, "running", progress)
+                facts = {
+                    "step": progress.step,
+                    "world": world.describe(),
+                    "who": world.host_pid,
+                    "versions": versions(),
+                }
+                world.run_on_main(note_start, folder, facts)
                 progress, over = _train(session, progress)
                 if over is None:
                     return _stopped(session, progress)
                 world.print(
                     f"training ends: {over}; best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
                 )
-                best = checkpoint.best(folder, progress)
+                best = checkpoint.find_best(folder, progress)
                 checkpoint.load_model(best, model)
-                trained = Trained(best, changes(folder), prior_of(config.optim, counts), validation)
+                trained = EvalContext(best, changes(folder), class_priors(config.optim, counts), validation)
                 metrics = evaluate(model, final, config.eval.split, config, world, folder, trained, stop.asked)
                 if metrics is None:
                     return _stopped(session, progress)
                 scores = {"split": config.eval.split} | {name: metrics["tta"][name] for name in SHOWN}
                 log.write(RESULT, progress.step, scores)
                 log.flush()
-                world.on_main(write_state, folder, "finished", progress)
+                world.run_on_main(write_state, folder, "finished", progress)
         world.print("\n" + summary(metrics))
         world.print(f"run folder: {folder}")
     return "finished"
@@ -131,24 +136,24 @@ def train(config: Config, world: World) -> str:
 def _train(session: Session, progress: Progress) -> tuple[Progress, str | None]:
     """Epochs until training is over, and why it is; None if somebody asked to stop. All that counts is saved then."""
     config, world, plan = session.config, session.world, session.plan
-    paces = []
+    epochs = []
     while (over := should_stop(progress, config.run.epochs, config.run.patience)) is None:
-        if world.any(session.stop.asked()):  # also in the warm-up, before the first step
+        if world.any_rank(session.stop.asked()):  # also in the warm-up, before the first step
             break
-        progress, pace = train_epoch(session, progress)
-        paces.append(pace)
+        progress, stats = train_epoch(session, progress)
+        epochs.append(stats)
         if progress.samples_seen == plan.n_batches * plan.global_batch:
-            ended = _end_epoch(session, progress, pace)
+            ended = _end_epoch(session, progress, stats)
             if ended is None:  # while it validated: nothing is lost of the epoch, and its validation comes again
                 save(session, progress)
                 break
             progress = ended
-        elif pace.stop_asked:
+        elif stats.stop_asked:
             break
-    world.on_main(session.copies.finish)
-    if seconds := sum(pace.seconds for pace in paces):
-        waited, first = sum(pace.waited_s for pace in paces), sum(pace.waited_first_s for pace in paces)
-        world.print(verdict(waited / seconds, first / seconds, decode_threads(config.data.threads), own_cores()))
+    world.run_on_main(session.mirror.wait)
+    if seconds := sum(stats.seconds for stats in epochs):
+        waited, first = sum(stats.waited_s for stats in epochs), sum(stats.waited_first_s for stats in epochs)
+        world.print(verdict(waited / seconds, first / seconds, decode_threads(config.data.threads), available_cores()))
     return progress, over
 
 
@@ -159,26 +164,26 @@ def _stopped(session: Session, progress: Progress) -> str:
         session.stop.file.unlink(missing_ok=True)  # the next start is not asked to stop
         return reason
 
-    reason = session.world.on_main(note)
+    reason = session.world.run_on_main(note)
     session.world.print(f"stopped as asked ({reason}) at step {progress.step}; the same command continues")
     return "stopped"
 
 
-def _origin(config: Config, dataset: Dataset) -> checkpoint.Origin:
+def _origin(config: Config, dataset: Dataset) -> checkpoint.Provenance:
     data = config.data
-    order = f"batches of {data.batch_size}, {data.lanes} lanes, blocks of {data.block_shards}, seed {config.run.seed}"
+    order = f"batches of {data.global_batch_size}, {data.lanes} lanes, blocks of {data.shuffle_block_shards}, seed {config.run.seed}"
     order += ", classes equally often" if config.optim.balance == "sampler" else ""
-    return checkpoint.Origin(
+    return checkpoint.Provenance(
         config.model.name, dataset.classes, dataset.fingerprint, load_groups(dataset, "train"), order
     )
 
 
-def _continue(start: checkpoint.Checkpoint, origin: checkpoint.Origin, world: World) -> Progress:
+def _continue(start: checkpoint.Checkpoint, provenance: checkpoint.Provenance, world: World) -> Progress:
     """How far a run is, from its checkpoint; in another order of samples, the epoch that was begun starts over."""
-    if start.origin.order == origin.order or not start.progress.samples_seen:
+    if start.provenance.order == provenance.order or not start.progress.samples_seen:
         return start.progress
     world.print(
-        f"the order of samples changed ({start.origin.order}; now {origin.order}): epoch {start.progress.epoch + 1} starts over"
+        f"the order of samples changed ({start.provenance.order}; now {provenance.order}): epoch {start.progress.epoch + 1} starts over"
     )
     return replace(start.progress, samples_seen=0, loss=0.0, correct=0.0, images=0.0)
 
@@ -194,42 +199,44 @@ def _check(config: Config, n_ranks: int, device: torch.device) -> None:
         dataset.split(name)
     parse_views(config.eval.views)
     check_trackers(config.run.trackers)
-    share(_plan(config, Store(dataset, "train")).global_batch, 0, n_ranks, neighbours(config))  # refuses too many ranks
+    rank_slice(
+        _plan(config, SplitReader(dataset, "train")).global_batch, 0, n_ranks, mix_group_size(config)
+    )  # refuses too many ranks
     check_classes(flat(config), dataset.description.counts["train"])
     if not config.data.allow_leak:
         refuse_leak(dataset)
     check_model(config.model.name, len(dataset.classes), config.data.image_size)
     if config.eval.image_size:
         check_model(config.model.name, len(dataset.classes), config.eval.image_size, "eval.image_size")
-    refuse(look_at_disk(config, len(dataset.classes)))
+    refuse(check_disk(config, len(dataset.classes)))
 
 
-def _plan(config: Config, training: Store) -> Plan:
+def _plan(config: Config, training: SplitReader) -> Plan:
     data = config.data
-    numbers = (training.shard_sizes, data.batch_size, config.run.seed, data.lanes, data.block_shards)
+    numbers = (training.shard_sizes, data.global_batch_size, config.run.seed, data.lanes, data.shuffle_block_shards)
     if config.optim.balance == "sampler":
         return BalancedPlan(*numbers, lambda shard: training.table(shard).label)
     return Plan(*numbers)
 
 
-def _end_epoch(session: Session, progress: Progress, pace: Pace) -> Progress | None:
+def _end_epoch(session: Session, progress: Progress, stats: EpochStats) -> Progress | None:
     """Validate, keep the best weights and a checkpoint, and tell; None if somebody asked to stop meanwhile."""
     config, world, log = session.config, session.world, session.log
-    world.on_main(refuse_not_finite, session.model, progress)
-    scores = validate(session.judged, session.validation, config, world, session.stop.asked)
+    world.run_on_main(assert_finite_weights, session.model, progress)
+    scores = validate(session.eval_model, session.validation, config, world, session.stop.asked)
     if scores is None:
         return None
     monitor = config.run.monitor
-    ended = world.on_main(advance, progress, scores[monitor], HIGHER_IS_BETTER[monitor])
+    ended = world.run_on_main(after_epoch, progress, scores[monitor], HIGHER_IS_BETTER[monitor])
     images = max(1.0, progress.images)  # none, if each was skipped
     loss, accuracy = progress.loss / images, progress.correct / images
     log.write("val", ended.step, {name: scores[name] for name in SHOWN})
-    speed = {"lr": pace.lr, "images_per_s": pace.images_per_s, "waited": pace.waited}
+    speed = {"lr": stats.lr, "images_per_s": stats.images_per_s, "waited": stats.waited}
     log.write("epoch", ended.step, {"epoch": ended.epoch, "loss": loss, "accuracy": accuracy} | speed)
     world.print(
         f"epoch {ended.epoch:>3}/{config.run.epochs}  train loss {loss:.3f} acc {accuracy:.3f}  val loss "
         f"{scores['loss']:.3f} acc {scores['accuracy']:.3f} bal {scores['balanced_accuracy']:.3f} f1 "
-        f"{scores['macro_f1']:.3f}  lr {pace.lr:.1e}  {pace.images_per_s:.0f} img/s  wait {pace.waited:.0%}"
+        f"{scores['macro_f1']:.3f}  lr {stats.lr:.1e}  {stats.images_per_s:.0f} img/s  wait {stats.waited:.0%}"
         + ("  best" if ended.best_step == ended.step else "")
     )
     save(session, ended)

@@ -23,16 +23,16 @@ import torch
 from harness.config import read_config
 from harness.data.augment import training_view
 from harness.data.loader import training_batches
-from harness.distributed.hardware import own_cores
+from harness.distributed.hardware import available_cores
 from harness.evaluation.evaluate import predict
-from harness.run.checkpoint import Origin, save_step
+from harness.run.checkpoint import Provenance, save_step
 from harness.run.progress import Progress
 from launch.bench import baselines as peers
 from launch.bench.setup import Trial, rate, seconds_of, training_input
 from launch.train import DEMO
 from shards.catalogue import read_ham10000
 from shards.index import load
-from shards.reader import Store
+from shards.reader import SplitReader
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     numbers["machine"] = {
-        "cores": own_cores(),
+        "cores": available_cores(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -61,20 +61,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 def bench_loader(options) -> dict:
     """Images/s of the loader alone, and of threads that decode the same pictures from memory and do nothing else."""
-    store, plan, reading = training_input(options.config)
-    blobs = peers.all_pictures(store)
+    reader, plan, loader_options = training_input(options.config)
+    blobs = peers.all_pictures(reader)
     ours, ceiling = [], []
     for epoch in range(options.rounds):
         ours.append(
-            rate(lambda epoch=epoch: (len(b.keys) for b in training_batches(store, plan, epoch, 0, 0, 1, reading)))
+            rate(
+                lambda epoch=epoch: (
+                    len(b.keys) for b in training_batches(reader, plan, epoch, 0, 0, 1, loader_options)
+                )
+            )
         )
-        ceiling.append(peers.decode_from_memory(blobs, store, reading.threads, plan.global_batch))
+        ceiling.append(peers.decode_from_memory(blobs, reader, loader_options.threads, plan.global_batch))
     return {
         "images_per_s": max(ours),
-        "images_per_s_and_thread": max(ours) / reading.threads,
+        "images_per_s_and_thread": max(ours) / loader_options.threads,
         "decode_ceiling_images_per_s": max(ceiling),
         "share_of_the_ceiling": max(ours) / max(ceiling),
-        "threads": reading.threads,
+        "threads": loader_options.threads,
     }
 
 
@@ -150,9 +154,11 @@ def bench_resume(options) -> dict:
     """Milliseconds to the first batch, at the start of an epoch and when resuming in its middle; in turns."""
     found = {"start": [], "middle": []}
     for turn in range(2 * options.rounds):
-        store, plan, reading = training_input(options.config)  # nothing remembered: each turn has its own epoch, too
+        reader, plan, loader_options = training_input(
+            options.config
+        )  # nothing remembered: each turn has its own epoch, too
         first = 0 if turn % 2 == 0 else plan.n_batches // 2
-        batches = training_batches(store, plan, turn, first, 0, 1, reading)
+        batches = training_batches(reader, plan, turn, first, 0, 1, loader_options)
         began = time.perf_counter()
         next(batches)
         found["middle" if first else "start"].append(time.perf_counter() - began)
@@ -166,11 +172,13 @@ def bench_save(options) -> dict:
     trial = Trial(options.config)
     batch = next(iter(trial.batches(0)))
     trial.step(trial.view(batch), batch.labels)  # the optimizer has its state from here on
-    origin = Origin(options.config.model.name, ("a",), "", np.zeros(0, np.uint64), "")
+    provenance = Provenance(options.config.model.name, ("a",), "", np.zeros(0, np.uint64), "")
     found = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         for step in range(1, options.rounds + 1):
-            save = partial(save_step, Path(scratch), Progress(step=step), origin, trial.model, trial.optimizer, None, 2)
+            save = partial(
+                save_step, Path(scratch), Progress(step=step), provenance, trial.model, trial.optimizer, None, 2
+            )
             found.append(seconds_of(save, trial.world))
         size = sum(path.stat().st_size for path in Path(scratch).rglob(f"step-{step:08d}/*"))
     between = 60 * options.config.run.save_every_minutes
@@ -186,13 +194,13 @@ def bench_save(options) -> dict:
 def bench_evaluate(options) -> dict:
     """Seconds to evaluate the validation split with one view and with eight."""
     trial = Trial(options.config)
-    store = Store(load(options.config.data.path), "val")
+    reader = SplitReader(load(options.config.data.path), "val")
     seconds = {"none": [], "dihedral8": []}
     for _ in range(options.rounds):
         for views, found in seconds.items():
-            once = partial(predict, trial.model, store, store.dataset.classes, options.config, trial.world, views)
+            once = partial(predict, trial.model, reader, reader.dataset.classes, options.config, trial.world, views)
             found.append(seconds_of(once, trial.world))
-    n, one, eight = sum(store.shard_sizes), min(seconds["none"]), min(seconds["dihedral8"])
+    n, one, eight = sum(reader.shard_sizes), min(seconds["none"]), min(seconds["dihedral8"])
     return {
         "images": n,
         "one_view_s": one,
@@ -206,17 +214,17 @@ def bench_evaluate(options) -> dict:
 def bench_compare(options) -> dict:
     """Images/s of the notebook's pipeline, of a DataLoader over WebDataset, of others that are installed, and of ours."""
     config = options.config
-    store, plan, reading = training_input(config)
+    reader, plan, loader_options = training_input(config)
 
     def ours(augment: bool) -> Iterator[int]:
-        for batch in training_batches(store, plan, 0, 0, 0, 1, reading):
+        for batch in training_batches(reader, plan, 0, 0, 0, 1, loader_options):
             if augment:
                 training_view(batch.images, batch.positions, 0, 0, config.augment, config.data.image_size)
             yield len(batch.keys)
 
     with tempfile.TemporaryDirectory() as scratch:
         pipelines = {"ours": lambda: ours(False), "ours, augmented on the CPU": lambda: ours(True)}
-        pipelines |= peers.pipelines(store, options.source, Path(scratch))
+        pipelines |= peers.pipelines(reader, options.source, Path(scratch))
         rates: dict[str, list[float]] = {name: [] for name in pipelines}
         for _ in range(options.rounds):  # in turns, so that a slow minute of the machine hits all
             for name, pipeline in pipelines.items():

@@ -25,21 +25,21 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from shards.catalogue import read_ham10000
 from shards.image import decode_into
 from shards.index import load_table
-from shards.reader import Store
+from shards.reader import SplitReader
 
 BATCH = 64
 Pipeline = Callable[[], Iterator[int]]  # one epoch: sizes of its batches as they come
 
 
-def pipelines(store: Store, source: Path, scratch: Path) -> dict[str, Pipeline]:
+def pipelines(reader: SplitReader, source: Path, scratch: Path) -> dict[str, Pipeline]:
     """All of them, over the images of one split.
 
     Args:
         store: the split's shards. source: HAM10000 folder, for the raw files. scratch: folder to fill.
     """
-    dataset, blobs = store.dataset, all_pictures(store)
-    shards = [dataset.folder / shard.file for shard in store.shards]
-    tables = [load_table(dataset, shard) for shard in store.shards]
+    dataset, blobs = reader.dataset, all_pictures(reader)
+    shards = [dataset.folder / shard.file for shard in reader.shards]
+    tables = [load_table(dataset, shard) for shard in reader.shards]
     names = [(dataset.classes[row.label], row.image_id) for table in tables for row in table.itertuples()]
     raw = read_ham10000(source).images.set_index("image_id")["path"]
     tree = _link_tree([(label, Path(raw[image_id])) for label, image_id in names], scratch / "raw")
@@ -60,15 +60,15 @@ def pipelines(store: Store, source: Path, scratch: Path) -> dict[str, Pipeline]:
     return found
 
 
-def all_pictures(store: Store) -> list[bytes]:
+def all_pictures(reader: SplitReader) -> list[bytes]:
     """Every stored picture of a split, in order."""
-    sizes = enumerate(store.shard_sizes)
-    return [data for shard, size in sizes for _, data in store.read(np.full(size, shard), np.arange(size))]
+    sizes = enumerate(reader.shard_sizes)
+    return [data for shard, size in sizes for _, data in reader.read(np.full(size, shard), np.arange(size))]
 
 
-def decode_from_memory(blobs: list[bytes], store: Store, threads: int, batch: int) -> float:
+def decode_from_memory(blobs: list[bytes], reader: SplitReader, threads: int, batch: int) -> float:
     """Images/s of threads that do nothing but decode, each a batch at a time."""
-    height, width = store.dataset.height, store.dataset.width
+    height, width = reader.dataset.height, reader.dataset.width
 
     def work(first: int) -> None:
         out = np.empty((batch, height, width, 3), np.uint8)

@@ -7,15 +7,15 @@ import torch
 
 from harness.config import Config
 from harness.data.augment import training_view
-from harness.data.loader import Batch, Reading, training_batches
+from harness.data.loader import Batch, LoaderOptions, training_batches
 from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
 from harness.model.build import build_model
-from harness.model.optim import Loss, Truth, build_optimizer
+from harness.model.optim import Loss, Targets, build_optimizer
 from harness.training.epoch import optimizer_step
 from shards.index import load
 from shards.plan import Plan
-from shards.reader import Store
+from shards.reader import SplitReader
 
 
 class Trial:
@@ -24,19 +24,19 @@ class Trial:
     def __init__(self, config: Config):
         """Build everything from the settings of a run."""
         self.config, self.world = config, World(config.run.precision, config.run.channels_last)
-        self.store, self.plan, self.reading = training_input(config, self.world)
+        self.reader, self.plan, self.options = training_input(config, self.world)
         torch.manual_seed(config.run.seed)
-        self.model = build_model(config.model.name, len(self.store.dataset.classes))
+        self.model = build_model(config.model.name, len(self.reader.dataset.classes))
         self.model.to(self.world.device, memory_format=self.world.memory_format)
-        counts = self.store.dataset.description.counts["train"]
+        counts = self.reader.dataset.description.counts["train"]
         self.loss = Loss(config.optim, counts, self.world.device)
-        self.wrapped, self.optimizer = self.world.prepare(
+        self.ddp_model, self.optimizer = self.world.prepare(
             self.model, build_optimizer(self.model, config.optim), config.run.compile
         )
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """An epoch's batches on the device."""
-        return training_batches(self.store, self.plan, epoch, 0, self.world.rank, self.world.size, self.reading)
+        return training_batches(self.reader, self.plan, epoch, 0, self.world.rank, self.world.size, self.options)
 
     def view(self, batch: Batch) -> torch.Tensor:
         """Augmented, (b, 3, S, S) float32."""
@@ -45,23 +45,23 @@ class Trial:
     def step(self, views: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step."""
         self.model.train()
-        optimizer_step(self.config, self.world, self.wrapped, self.optimizer, views, Truth(labels), self.loss, 1e-4)
+        optimizer_step(self.config, self.world, self.ddp_model, self.optimizer, views, Targets(labels), self.loss, 1e-4)
 
     def describe(self) -> str:
         """The setting, for people."""
         data = self.config.data
         compiled = ", compiled" if self.config.run.compile else ""
-        return (
-            f"{self.config.model.name}, {data.image_size} px, batch {data.batch_size}, {self.world.precision}{compiled}"
-        )
+        return f"{self.config.model.name}, {data.image_size} px, batch {data.global_batch_size}, {self.world.precision}{compiled}"
 
 
-def training_input(config: Config, world: World | None = None) -> tuple[Store, Plan, Reading]:
+def training_input(config: Config, world: World | None = None) -> tuple[SplitReader, Plan, LoaderOptions]:
     """The training split, its plan, and how it is read."""
-    store = Store(load(config.data.path), "train")
-    plan = Plan(store.shard_sizes, config.data.batch_size, 0, config.data.lanes, config.data.block_shards)
+    reader = SplitReader(load(config.data.path), "train")
+    plan = Plan(
+        reader.shard_sizes, config.data.global_batch_size, 0, config.data.lanes, config.data.shuffle_block_shards
+    )
     device = world.device if world else torch.device("cpu")
-    return store, plan, Reading(decode_threads(config.data.threads), config.data.batches_ahead, device)
+    return reader, plan, LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, device)
 
 
 def rate(epoch: Callable[[], Iterator[int]]) -> float:

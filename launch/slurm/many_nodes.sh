@@ -14,10 +14,10 @@
 ##SBATCH --account=NAME
 
 trap asked=yes USR1 TERM        # a request to stop that comes before run.sh listens
-config=configs/8gpu.yaml        # settings of the run: batches of 512 over all GPUs together, here 32 images on each
+config=configs/ham10000_8gpu.yaml        # settings of the run: batches of 512 over all GPUs together, here 32 images on each
 run=runs/ham10000-many          # its folder, on a disk that all nodes see
 processes=8                     # on each node: one for each GPU (as --gpus-per-node)
-arguments=(--config "$config")  # another batch wants another rate: --data.batch_size 1024 --optim.lr 1.2e-3
+arguments=(--config "$config")  # another batch wants another rate: --data.global_batch_size 1024 --optim.lr 1.2e-3
 
 # export NCCL_SOCKET_IFNAME=ib0 # only where NCCL picks a network that does not reach the other nodes ("connection refused")
 # export NCCL_DEBUG=INFO        # what NCCL chose, for the cluster's support

@@ -16,7 +16,7 @@ trap asked=yes USR1 TERM        # a request to stop that comes before run.sh lis
 config=configs/ham10000.yaml    # settings of the run
 run=runs/ham10000               # its folder, on a disk that all nodes see
 processes=1                     # on each node: one for each GPU (as --gpus-per-node)
-arguments=(--config "$config")  # and single settings, as --run.epochs 60. For 8 GPUs: config=configs/8gpu.yaml
+arguments=(--config "$config")  # and single settings, as --run.epochs 60. For 8 GPUs: config=configs/ham10000_8gpu.yaml
 
 # source venv/bin/activate      # where python and accelerate are installed
 # In a container: --container-image=IMAGE (pyxis) at the srun of run.sh, or `apptainer exec --nv IMAGE` after its exec. The

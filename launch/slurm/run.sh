@@ -79,7 +79,7 @@ case $status in
       exit 0
     fi
     if [ "$step" = "$step_before" ] && [ "$samples" = "$samples_before" ]; then
-      say "it got no further than before: not requeued. Give the job more time, or lower run.log_every"
+      say "it got no further than before: not requeued. Give the job more time, or lower run.sync_every"
       exit 1
     fi
     say "requeued, to go on from step $step"

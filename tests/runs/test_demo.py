@@ -13,7 +13,7 @@ from shards import __main__ as cli
 from shards.index import load, load_table, verify
 from support.processes import ROOT, launch
 
-SEED_TABLE = {
+NOTEBOOK_TABLE = {
     "train": {"mel": 491, "nv": 4322, "bcc": 261, "akiec": 182, "bkl": 581, "df": 58, "vasc": 78},
     "val": {"mel": 123, "nv": 1081, "bcc": 66, "akiec": 46, "bkl": 146, "df": 15, "vasc": 20},
 }
@@ -61,8 +61,17 @@ def test_all_of_ham10000_is_packed_without_a_shared_lesion_and_trains(ham10000, 
 
 @pytest.mark.slow
 def test_the_notebooks_split_has_its_counts(ham10000, tmp_path):
-    words = [sys.executable, "-m", "shards", "pack", str(ham10000), str(tmp_path / "seed"), "--protocol", "seed"]
+    words = [
+        sys.executable,
+        "-m",
+        "shards",
+        "pack",
+        str(ham10000),
+        str(tmp_path / "notebook"),
+        "--protocol",
+        "notebook",
+    ]
     done = subprocess.run([*words, "--size", "280x224", "--fit", "squeeze"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert load(tmp_path / "seed").description.counts == SEED_TABLE
+    assert load(tmp_path / "notebook").description.counts == NOTEBOOK_TABLE
     assert "test is val under another name" in done.stdout

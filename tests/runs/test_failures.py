@@ -74,14 +74,14 @@ def test_a_loss_that_is_no_number_names_its_step_and_samples_and_keeps_the_check
     finished_run, packed, tmp_path
 ):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
-    words = ["--config", config, "--run.folder", run, "--run.save_every_minutes", "0", "--run.log_every", "2"]
+    words = ["--config", config, "--run.folder", run, "--run.save_every_minutes", "0", "--run.sync_every", "2"]
     done = launch("driven", *words, disturb="nan@3")  # a picture of the 3rd step, in the interval of the 3rd and 4th
     assert done.returncode == 1
     found = re.search(r"The loss of step 3 is no number; samples (\d{8})", done.stderr)
     assert found, done.stderr
     assert int(found[1]) in pd_keys(packed)
     assert state(run)["status"] == "failed"
-    assert "--run.resume force" in state(run)["error"]
+    assert "--run.on_changed_settings accept" in state(run)["error"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002"]
     done = launch("train", *words)  # the fault is gone
     assert done.returncode == 0, done.stderr
@@ -124,8 +124,10 @@ def test_another_rate_continues_by_force_and_the_results_say_so(finished_run, tm
     refused = launch("train", *words, "--optim.lr", "0.0005")
     assert refused.returncode == 1
     assert "optim.lr: 0.001 is now 0.0005" in refused.stderr
-    assert "--run.resume force" in refused.stderr
-    done = launch("train", *words, "--optim.lr", "0.0005", "--data.batch_size", "10", "--run.resume", "force")
+    assert "--run.on_changed_settings accept" in refused.stderr
+    done = launch(
+        "train", *words, "--optim.lr", "0.0005", "--data.global_batch_size", "10", "--run.on_changed_settings", "accept"
+    )
     assert done.returncode == 0, done.stderr
     assert "epoch 1 starts over" in done.stdout  # its batches are others now
     said = json.loads((run / "metrics.json").read_text())["warnings"]
@@ -133,7 +135,7 @@ def test_another_rate_continues_by_force_and_the_results_say_so(finished_run, tm
     again = launch("evaluate", run, "--out", tmp_path / "again")
     assert "changed during training: optim.lr" in again.stdout
     before = (run / "config.yaml").read_bytes(), (run / "changes.json").read_bytes()
-    longer = launch("train", *words, "--run.epochs", "9", "--run.resume", "force")
+    longer = launch("train", *words, "--run.epochs", "9", "--run.on_changed_settings", "accept")
     assert longer.returncode == 1
     assert "is finished, with other settings" in longer.stderr
     assert ((run / "config.yaml").read_bytes(), (run / "changes.json").read_bytes()) == before

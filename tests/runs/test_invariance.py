@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 # rate at which the loss jumps, magnifies rounding a thousandfold within ten steps.
 # 11 images a batch are uneven shares on 2, 3 and 4 processes.
 FREE_OF_NORMS = [
-    *("--model.name", "tiny_group_norm", "--data.batch_size", "11", "--run.log_every", "1"),
+    *("--model.name", "tiny_group_norm", "--data.global_batch_size", "11", "--run.sync_every", "1"),
     *("--optim.name", "sgd", "--optim.lr", "0.001", "--optim.momentum", "0", "--run.save_every_minutes", "0"),
 ]
 
@@ -85,8 +85,26 @@ def test_a_run_stopped_on_4_processes_goes_on_with_3_and_ends_on_1_as_if_undistu
 
 
 RECIPE = [
-    *("--augment.mixup", "0.4", "--augment.cutmix", "0.4", "--augment.cutout", "0.3", "--data.batch_size", "14"),
-    *("--optim.balance", "sampler", "--optim.ema", "0.9", "--optim.clip", "1.0", "--optim.label_smoothing", "0.1"),
+    *(
+        "--augment.mixup_prob",
+        "0.4",
+        "--augment.cutmix_prob",
+        "0.4",
+        "--augment.cutout",
+        "0.3",
+        "--data.global_batch_size",
+        "14",
+    ),
+    *(
+        "--optim.balance",
+        "sampler",
+        "--optim.ema",
+        "0.9",
+        "--optim.max_grad_norm",
+        "1.0",
+        "--optim.label_smoothing",
+        "0.1",
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ from shards import __main__ as cli
 from shards import pack as packing
 from shards.catalogue import read_ham10000
 from shards.index import group_hashes, load, load_groups, load_table, refuse_leak
-from shards.split import Split, lesion
+from shards.split import Split, split_by_lesion
 from support.processes import launch
 
 
@@ -33,7 +33,7 @@ def test_the_recorded_groups_are_the_tables(dataset):
 def leaking(source, tmp_path, monkeypatch) -> Path:
     """Shards in which a training lesion validates, without a word of it: no protocol of ours makes such."""
     catalogue = read_ham10000(source)
-    split = lesion(catalogue.images)
+    split = split_by_lesion(catalogue.images)
     rows = split.rows | {"val": split.rows["train"][:9]}
     left_out = dict.fromkeys(split.rows["val"].tolist(), "test") | split.left_out
     monkeypatch.setattr(packing, "check_split", lambda images, split: None)
@@ -59,7 +59,7 @@ def test_training_on_leaking_shards_on_purpose_is_marked(leaking, tiny, tmp_path
 
 
 def test_training_on_a_study_split_warns_and_the_warning_reaches_the_metrics(source, tiny, tmp_path):
-    packed = pack_small(source, tmp_path / "leaky", "--protocol", "seed-leaky")
+    packed = pack_small(source, tmp_path / "leaky", "--protocol", "notebook-leaky")
     done = launch("train", "--config", tiny, "--data.path", packed, "--run.epochs", "1")
     assert done.returncode == 0, done.stderr
     assert "warning: every validation image is a training image" in done.stdout

@@ -11,13 +11,13 @@ import torch
 from harness.config import Config, Data, Optim
 from harness.model.build import outline
 from harness.training.preflight import (
-    look_at_data,
-    look_at_disk,
-    look_at_gpu,
-    look_at_recipe,
-    look_at_sameness,
-    look_at_weights,
-    named_gpu,
+    check_consistency,
+    check_data,
+    check_disk,
+    check_gpu,
+    check_named_gpu,
+    check_recipe,
+    check_weights,
     refuse,
 )
 from launch.doctor import main
@@ -29,22 +29,22 @@ NEW = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.15's
 
 
 def test_a_p100_needs_an_older_torch_and_is_told_which():
-    (found,) = look_at_gpu("Tesla P100", (6, 0), NEW)
-    assert found.level == "problem"
-    assert "no kernels for Tesla P100 (sm_60)" in found.text
-    assert 'pip install -e ".[legacy-gpu]"' in found.cure
+    (found,) = check_gpu("Tesla P100", (6, 0), NEW)
+    assert found.level == "fail"
+    assert "no kernels for Tesla P100 (sm_60)" in found.message
+    assert 'pip install -e ".[legacy-gpu]"' in found.fix
 
 
 def test_a_p100_with_that_torch_is_fine_and_has_neither_bf16_nor_compile():
-    (found,) = look_at_gpu("Tesla P100", (6, 0), OLD)
-    assert found.level == "good"
+    (found,) = check_gpu("Tesla P100", (6, 0), OLD)
+    assert found.level == "ok"
     for word in ("fp16 with a loss scaler", "no tensor cores", "no TF32", "no torch.compile"):
-        assert word in found.text
+        assert word in found.message
 
 
 @pytest.mark.parametrize(("name", "capability"), [("p100", "sm_60"), ("H100", "sm_90"), ("8.9", "sm_89")])
 def test_a_gpu_that_is_not_here_can_be_asked_about(name, capability):
-    assert capability in named_gpu(name)[0].text
+    assert capability in check_named_gpu(name)[0].message
 
 
 def test_an_unknown_gpu_is_an_error_with_the_known_ones(capsys):
@@ -62,8 +62,8 @@ def test_ranks_that_differ_are_named():
         "dataset": "ab",
     }
     ranks = [("first", here), ("second", here), ("third, process 7", here | {"torch": "2.7.1", "dataset": "cd"})]
-    found = look_at_sameness(SimpleNamespace(gather=lambda value: ranks, who="first"), None)
-    assert [finding.text for finding in found] == [
+    found = check_consistency(SimpleNamespace(all_gather_objects=lambda value: ranks, host_pid="first"), None)
+    assert [check.message for check in found] == [
         "torch is 2.7.1 on rank 2 (third, process 7) and 2.15.0 on rank 0",
         "dataset is cd on rank 2 (third, process 7) and ab on rank 0",
     ]
@@ -77,28 +77,28 @@ def test_a_damaged_shard_is_found(packed, tiny_config, tmp_path):
     file = folder / load(folder).shards[0].file
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     config = replace(tiny_config, data=replace(tiny_config.data, path=str(folder)))
-    (found,) = look_at_data(config)
-    assert found.level == "problem"
-    assert file.name in found.text
-    (found,) = look_at_data(tiny_config)
-    assert found.level == "good"
+    (found,) = check_data(config)
+    assert found.level == "fail"
+    assert file.name in found.message
+    (found,) = check_data(tiny_config)
+    assert found.level == "ok"
 
 
 def test_a_full_disk_is_found(tiny_config, monkeypatch):
     monkeypatch.setattr("harness.training.preflight.disk_usage", lambda path: SimpleNamespace(free=10**6))
-    (found,) = look_at_disk(tiny_config, 7)
-    assert found.level == "problem"
-    assert "1 MB free" in found.text
+    (found,) = check_disk(tiny_config, 7)
+    assert found.level == "fail"
+    assert "1 MB free" in found.message
 
 
 def test_weights_are_there_or_will_be_downloaded(tiny_config, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     config = replace(tiny_config, model=replace(tiny_config.model, name="resnet50", weights="imagenet1k_v2"))
-    (found,) = look_at_weights(config)
-    assert found.level == "warning"
+    (found,) = check_weights(config)
+    assert found.level == "warn"
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / re.search(r"resnet50-\w+\.pth", found.text)[0]).touch()
-    assert look_at_weights(config)[0].level == "good"
+    (tmp_path / "checkpoints" / re.search(r"resnet50-\w+\.pth", found.message)[0]).touch()
+    assert check_weights(config)[0].level == "ok"
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_a_precision_of_the_launcher_that_the_device_lacks_is_refused(tiny):
 def test_a_process_that_meets_nobody_ends_in_time_with_one_sentence(tiny, tmp_path):
     words = command("driven", "--config", tiny, "--run.folder", tmp_path / "run")
     alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29655", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    seconds, errors = ended(start(words, MEETING_S="3", **alone), 60)
+    seconds, errors = ended(start(words, COLLECTIVE_TIMEOUT_S="3", **alone), 60)
     assert seconds < 50
     assert re.search(r"error: Process 1 of 2 on .* did not meet the others at localhost:29655", errors), errors
 
@@ -138,15 +138,15 @@ def test_a_process_that_meets_nobody_ends_in_time_with_one_sentence(tiny, tmp_pa
 def recipe(
     batch: int, ranks: int, n_batches: int = 100, model: str = "resnet18", stored=(341, 256), **optim
 ) -> list[str]:
-    config = Config(data=Data(batch_size=batch), optim=Optim(**optim))
-    return [f.text + "; " + f.cure for f in look_at_recipe(config, outline(model, 7), n_batches, ranks, stored)]
+    config = Config(data=Data(global_batch_size=batch), optim=Optim(**optim))
+    return [f.message + "; " + f.fix for f in check_recipe(config, outline(model, 7), n_batches, ranks, stored)]
 
 
 def test_few_images_on_each_process_and_few_steps_are_warned_of_with_what_to_do():
     assert recipe(64, 4) == []
     (text,) = recipe(64, 8)
     assert "sees 8 images at a time (64 over 8 processes)" in text
-    assert "--data.batch_size" in text
+    assert "--data.global_batch_size" in text
     assert "sees 8 images" in recipe(64, 1, micro_batch=8)[0]
     assert recipe(64, 8, model="convnext_tiny") == []  # no batch normalisation
     assert "an epoch has 9 steps" in recipe(640, 8, n_batches=9)[0]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from shards.catalogue import Catalogue, read_ham10000
 from shards.index import load
 from shards.pack import Packing, pack
-from shards.split import lesion
+from shards.split import split_by_lesion
 from support.processes import ROOT, command, environment, launch
 
 
@@ -32,8 +32,8 @@ def test_two_ranks_finish_and_print_as_one(two_ranks):
 
 def test_two_ranks_see_the_samples_of_one_at_the_same_steps(finished_run, two_ranks):
     logs = [map(json.loads, (run / "log.jsonl").read_text().splitlines()) for run in (finished_run, two_ranks)]
-    alone, together = ([(e["step"], e["samples"]) for e in log if e["kind"] == "train"] for log in logs)
-    assert alone == together
+    alone, group_size = ([(e["step"], e["samples"]) for e in log if e["kind"] == "train"] for log in logs)
+    assert alone == group_size
     assert len({samples for _, samples in alone}) == len(alone) > 5
 
 
@@ -60,7 +60,7 @@ def repacked(source, folder, classes: tuple[str, ...]):
     """The images of these classes again, numbered in this order."""
     images = read_ham10000(source).images
     images = images[images["label"].isin(classes)].reset_index(drop=True)
-    pack(Catalogue(images, classes, "other"), lesion(images), folder, Packing(size=(48, 36)), quiet=True)
+    pack(Catalogue(images, classes, "other"), split_by_lesion(images), folder, Packing(size=(48, 36)), quiet=True)
     return folder
 
 
@@ -90,7 +90,7 @@ def test_an_outside_set_may_have_some_of_the_classes_and_the_result_says_so(fini
 
 
 def test_weights_are_evaluated_at_another_size_beside_the_runs_own_results(finished_run):
-    done = launch("evaluate", finished_run, "--image-size", "36", "--logit-adjust", "0", "--views", "none")
+    done = launch("evaluate", finished_run, "--image-size", "36", "--prior-correction", "0", "--views", "none")
     assert done.returncode == 0, done.stderr
     out = finished_run / "evaluation-test-none-36px"
     own, found = (json.loads((folder / "metrics.json").read_text()) for folder in (finished_run, out))
@@ -107,7 +107,13 @@ def test_an_outside_set_with_unknown_classes_is_refused_by_their_names(finished_
     images = read_ham10000(source).images
     images["label"] = images["label"].replace({"df": "wart"})
     classes = tuple(sorted(set(images["label"])))
-    pack(Catalogue(images, classes, "other"), lesion(images), tmp_path / "data", Packing(size=(48, 36)), quiet=True)
+    pack(
+        Catalogue(images, classes, "other"),
+        split_by_lesion(images),
+        tmp_path / "data",
+        Packing(size=(48, 36)),
+        quiet=True,
+    )
     done = launch("evaluate", finished_run, "--data", tmp_path / "data")
     assert done.returncode == 1
     assert "does not know: wart" in done.stderr
@@ -115,13 +121,13 @@ def test_an_outside_set_with_unknown_classes_is_refused_by_their_names(finished_
 
 def test_results_that_a_rank_lost_or_doubled_are_an_error(dataset, finished_run):
     from harness.evaluation.evaluate import _incomplete
-    from shards.reader import Store
+    from shards.reader import SplitReader
 
-    store = Store(dataset, "test")
+    reader = SplitReader(dataset, "test")
     keys = torch.tensor(pd.read_csv(finished_run / "predictions.csv")["key"].to_numpy())
-    assert _incomplete(keys, store) is None
-    assert "lost 1 samples" in _incomplete(keys[1:], store)
-    assert "1 twice" in _incomplete(torch.cat([keys[:1], keys]), store)
+    assert _incomplete(keys, reader) is None
+    assert "lost 1 samples" in _incomplete(keys[1:], reader)
+    assert "1 twice" in _incomplete(torch.cat([keys[:1], keys]), reader)
 
 
 def test_a_run_of_two_ranks_killed_and_continued_on_one_goes_on(finished_run, two_ranks, tmp_path):
@@ -138,7 +144,7 @@ def test_a_run_of_two_ranks_killed_and_continued_on_one_goes_on(finished_run, tw
 
 
 def test_more_ranks_than_images_in_a_batch_is_an_error_with_the_numbers(tiny):
-    done = launch("train", "--config", tiny, "--data.batch_size", "2", ranks=3)
+    done = launch("train", "--config", tiny, "--data.global_batch_size", "2", ranks=3)
     assert done.returncode == 1
     assert done.stderr.count("2 images for 3 processes") == 1  # said once, not by each rank
 

@@ -108,7 +108,7 @@ def test_a_stop_is_noticed_in_the_middle_of_an_evaluation(finished_run, tmp_path
         shutil.copytree(finished_run, run)
         (run / "state.json").unlink()
         (run / "metrics.json").unlink()
-    done = launch("driven", "--config", config, "--run.folder", run, "--eval.unit", 8, disturb=when)
+    done = launch("driven", "--config", config, "--run.folder", run, "--eval.batch_size", 8, disturb=when)
     assert done.returncode == 75, done.stderr
     assert state(run)["status"] == "stopped"
     assert state(run)["samples_seen"] == (60 if when == "stop-val@1" else 0)  # the whole epoch, not yet validated
@@ -120,7 +120,7 @@ def test_a_stop_is_noticed_in_the_middle_of_an_evaluation(finished_run, tmp_path
 @pytest.mark.slow
 def test_a_stop_in_an_evaluation_by_one_of_two_ranks_stops_both(finished_run, tmp_path):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
-    launch("driven", "--config", config, "--run.folder", run, "--eval.unit", 8, disturb="stop-val@1:1", ranks=2)
+    launch("driven", "--config", config, "--run.folder", run, "--eval.batch_size", 8, disturb="stop-val@1:1", ranks=2)
     assert state(run)["status"] == "stopped"
     assert_it_continues_undisturbed(finished_run, run, ranks=2)
 
@@ -128,9 +128,11 @@ def test_a_stop_in_an_evaluation_by_one_of_two_ranks_stops_both(finished_run, tm
 @pytest.mark.slow
 def test_the_time_limit_stops_before_the_first_step_and_the_run_goes_on_later(finished_run, tmp_path):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
-    done = launch("train", "--config", config, "--run.folder", run, "--run.max_minutes", "1e-6")  # over before it began
+    done = launch(
+        "train", "--config", config, "--run.folder", run, "--run.time_limit_minutes", "1e-6"
+    )  # over before it began
     assert done.returncode == 75, done.stderr
-    assert "stopped as asked (run.max_minutes) at step 0" in done.stdout
+    assert "stopped as asked (run.time_limit_minutes) at step 0" in done.stdout
     assert_it_continues_undisturbed(finished_run, run)
 
 

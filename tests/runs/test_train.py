@@ -104,7 +104,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bits(finished_run, tmp_pa
 @pytest.mark.parametrize("how", ["signal", "file"])
 def test_a_run_stopped_in_an_epoch_exits_with_75_and_continues_with_the_same_bits(finished_run, tmp_path, how):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
-    process = begin(config, run, "--run.log_every", "1")
+    process = begin(config, run, "--run.sync_every", "1")
     wait_for_step(process, run, 0)
     if how == "signal":
         os.kill(process.pid, signal.SIGTERM)
@@ -164,11 +164,17 @@ def test_a_dataset_that_is_not_there_is_one_sentence_not_a_traceback(tiny):
 def test_another_dataset_under_the_same_run_is_refused(finished_run, source, tmp_path):
     from shards.catalogue import read_ham10000
     from shards.pack import Packing, pack
-    from shards.split import lesion
+    from shards.split import split_by_lesion
 
     catalogue = read_ham10000(source)
     other = tmp_path / "other"
-    pack(catalogue, lesion(catalogue.images, seed=9), other, Packing(size=(48, 36), shard_samples=10), quiet=True)
+    pack(
+        catalogue,
+        split_by_lesion(catalogue.images, seed=9),
+        other,
+        Packing(size=(48, 36), shard_samples=10),
+        quiet=True,
+    )
     run = shutil.copytree(finished_run, tmp_path / "run")
     (run / "state.json").unlink()  # as if it had been interrupted
     words = ["--config", finished_run.parent / "tiny.yaml", "--run.folder", run, "--data.path", other]

@@ -26,7 +26,9 @@ import harness.training.epoch
 from launch.train import main
 
 harness.distributed.heartbeat.DEAD_S = float(os.environ.get("DEAD_S", harness.distributed.heartbeat.DEAD_S))
-harness.distributed.world.MEETING_S = float(os.environ.get("MEETING_S", harness.distributed.world.MEETING_S))
+harness.distributed.world.COLLECTIVE_TIMEOUT_S = float(
+    os.environ.get("MEETING_S", harness.distributed.world.COLLECTIVE_TIMEOUT_S)
+)
 RANK = int(os.environ.get("RANK", "0"))
 steps, units = 0, Counter()
 
@@ -55,7 +57,7 @@ def run_folder() -> Path:
     return Path(sys.argv[sys.argv.index("--run.folder") + 1])
 
 
-def disturbed_step(config, world, wrapped, optimizer, views, *rest, step=harness.training.epoch.optimizer_step):
+def disturbed_step(config, world, ddp_model, optimizer, views, *rest, step=harness.training.epoch.optimizer_step):
     global steps
     steps += 1
     for kind in disturbances("stop die hang slow raise nan inf", steps):
@@ -71,16 +73,16 @@ def disturbed_step(config, world, wrapped, optimizer, views, *rest, step=harness
             raise ValueError("a fault that was asked for")
         elif kind == "nan":
             views[0, 0, 0, 0] = float("nan")
-    done = step(config, world, wrapped, optimizer, views, *rest)
+    done = step(config, world, ddp_model, optimizer, views, *rest)
     if disturbances("inf", steps):
         with torch.no_grad():
-            next(weight for weight in wrapped.parameters() if weight.ndim == 1)[0] = float("inf")
+            next(weight for weight in ddp_model.parameters() if weight.ndim == 1)[0] = float("inf")
     return done
 
 
-def disturbed_units(store, *rest, batches=harness.evaluation.evaluate.evaluation_batches):
-    split = store.shards[0].split
-    for batch in batches(store, *rest):
+def disturbed_units(reader, *rest, batches=harness.evaluation.evaluate.evaluation_batches):
+    split = reader.shards[0].split
+    for batch in batches(reader, *rest):
         units[split] += 1
         for _ in disturbances(f"stop-{split}", units[split]):
             (run_folder() / "stop").touch()

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-SAVING = ("--run.log_every", "1", "--run.save_every_minutes", "0")  # a checkpoint after each step
+SAVING = ("--run.sync_every", "1", "--run.save_every_minutes", "0")  # a checkpoint after each step
 
 
 def command(entry: str, *arguments, ranks: int = 1) -> list[str]:

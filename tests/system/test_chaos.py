@@ -97,7 +97,7 @@ def wait_for_moment(kind: str, run, ranks, chance: random.Random) -> None:
     time.sleep(chance.uniform(0, 0.01))
 
 
-def newest(run, kind: str = "step-"):
+def latest_valid(run, kind: str = "step-"):
     return max((run / "checkpoints").glob(f"{kind}*"))
 
 
@@ -113,24 +113,24 @@ def flip(path) -> None:
 
 # What is damaged while the run is down, and the word that the next start has for it.
 DAMAGES = [
-    (lambda run: cut(newest(run) / "model.safetensors"), "model.safetensors is not what was written"),
-    (lambda run: flip(newest(run) / "optimizer.pt"), "optimizer.pt is not what was written"),
-    (lambda run: (newest(run) / "progress.json").unlink(), "progress.json"),
-    (lambda run: (newest(run) / "manifest.json").write_text("{"), "is damaged"),
-    (lambda run: shutil.rmtree(newest(run)), "continuing"),
+    (lambda run: cut(latest_valid(run) / "model.safetensors"), "model.safetensors is not what was written"),
+    (lambda run: flip(latest_valid(run) / "optimizer.pt"), "optimizer.pt is not what was written"),
+    (lambda run: (latest_valid(run) / "progress.json").unlink(), "progress.json"),
+    (lambda run: (latest_valid(run) / "manifest.json").write_text("{"), "is damaged"),
+    (lambda run: shutil.rmtree(latest_valid(run)), "continuing"),
     (lambda run: cut(run / "state.json"), "continuing"),
     (lambda run: (run / "state.json").unlink(), "continuing"),
     (lambda run: cut(run / "dataset.json"), "dataset.json is damaged: written anew"),
     (lambda run: (run / "lock.json").write_text("{"), "continuing"),
     (lambda run: (run / "log.jsonl").open("a").write('{"kind": "train", "st'), "continuing"),
-    (lambda run: flip(newest(run, "best-") / "model.safetensors"), "made again from"),
+    (lambda run: flip(latest_valid(run, "best-") / "model.safetensors"), "made again from"),
 ]
 
 
 def test_a_run_that_is_damaged_between_its_starts_says_so_and_ends_with_the_same_bits(
     config, tmp_path, capsys, finished_run
 ):
-    words = ["--config", config, *SAVING, *LONG, "--run.keep", "40"]
+    words = ["--config", config, *SAVING, *LONG, "--run.keep_checkpoints", "40"]
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     assert launch("driven", *words, "--run.folder", undisturbed).returncode == 0
     words += ["--run.folder", run]
@@ -152,7 +152,7 @@ def test_damaged_settings_are_refused_with_a_word(config, finished_run, tmp_path
     done = launch("train", "--config", config, "--run.folder", run)
     assert done.returncode == 1
     assert "config.yaml is damaged" in done.stderr
-    done = launch("train", "--config", config, "--run.folder", run, "--run.resume", "force")
+    done = launch("train", "--config", config, "--run.folder", run, "--run.on_changed_settings", "accept")
     assert done.returncode == 0, done.stderr
     said = json.loads((run / "metrics.json").read_text())["warnings"]
     assert any("those of before are damaged" in warning for warning in said)

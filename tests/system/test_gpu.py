@@ -8,17 +8,26 @@ import torch
 
 from harness.config import Augment
 from harness.data.augment import mix, training_view, uniforms
-from harness.data.loader import Reading, training_batches
-from harness.run.checkpoint import problem_of
+from harness.data.loader import LoaderOptions, training_batches
+from harness.run.checkpoint import find_corruption
 from shards.plan import Plan
-from shards.reader import Store
+from shards.reader import SplitReader
 from support.images import pictures
 from support.processes import SAVING, command, deterministic_log, start, state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 ALL_OF_IT = (
-    *("--augment.mixup", "0.4", "--augment.cutmix", "0.4", "--augment.cutout", "0.3", "--optim.label_smoothing", "0.1"),
-    *("--optim.balance", "sampler", "--optim.clip", "1", "--optim.ema", "0.9", "--optim.micro_batch", "5"),
+    *(
+        "--augment.mixup_prob",
+        "0.4",
+        "--augment.cutmix_prob",
+        "0.4",
+        "--augment.cutout",
+        "0.3",
+        "--optim.label_smoothing",
+        "0.1",
+    ),
+    *("--optim.balance", "sampler", "--optim.max_grad_norm", "1", "--optim.ema", "0.9", "--optim.micro_batch", "5"),
     *("--model.sync_batchnorm", "true", "--eval.views", "spins:2"),
 )
 
@@ -32,15 +41,15 @@ def run(entry: str, *arguments, disturb: str = "") -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("ahead", [1, 4])
 def test_batches_on_the_gpu_are_those_of_the_cpu_while_it_is_busy(dataset, ahead):
-    store = Store(dataset, "train")
-    plan = Plan(store.shard_sizes, 12, seed=0)
+    reader = SplitReader(dataset, "train")
+    plan = Plan(reader.shard_sizes, 12, seed=0)
     big = torch.randn(4096, 4096, device="cuda")
     for epoch in range(8):
         found = []
-        for batch in training_batches(store, plan, epoch, 0, 0, 1, Reading(3, ahead, torch.device("cuda"))):
+        for batch in training_batches(reader, plan, epoch, 0, 0, 1, LoaderOptions(3, ahead, torch.device("cuda"))):
             big = torch.tanh(big @ big)  # the GPU falls behind: what is read or freed too early is wrong below
             found.append((batch.images + 0, batch.labels + 0, batch.positions + 0, batch.keys + 0))
-        wanted = list(training_batches(store, plan, epoch, 0, 0, 1, Reading(3, 4, torch.device("cpu"))))
+        wanted = list(training_batches(reader, plan, epoch, 0, 0, 1, LoaderOptions(3, 4, torch.device("cpu"))))
         assert len(found) == len(wanted) == plan.n_batches
         for (images, labels, positions, keys), batch in zip(found, wanted, strict=True):
             assert torch.equal(images.cpu(), batch.images)
@@ -51,10 +60,10 @@ def test_batches_on_the_gpu_are_those_of_the_cpu_while_it_is_busy(dataset, ahead
 
 
 def test_the_gpus_memory_does_not_grow_from_epoch_to_epoch(dataset):
-    store, reserved = Store(dataset, "train"), []
-    plan = Plan(store.shard_sizes, 60, seed=0)
+    reader, reserved = SplitReader(dataset, "train"), []
+    plan = Plan(reader.shard_sizes, 60, seed=0)
     for epoch in range(40):
-        for batch in training_batches(store, plan, epoch, 0, 0, 1, Reading(3, 4, torch.device("cuda"))):
+        for batch in training_batches(reader, plan, epoch, 0, 0, 1, LoaderOptions(3, 4, torch.device("cuda"))):
             batch.images.sum()
         torch.cuda.synchronize()
         reserved.append(torch.cuda.memory_reserved())
@@ -63,7 +72,7 @@ def test_the_gpus_memory_does_not_grow_from_epoch_to_epoch(dataset):
 
 def test_a_picture_is_varied_on_the_gpu_as_on_the_cpu():
     images, positions = pictures(64), torch.arange(1000, 1064)
-    augment = Augment(cutout=0.3, mixup=0.4, cutmix=0.4)
+    augment = Augment(cutout=0.3, mixup_prob=0.4, cutmix_prob=0.4)
     assert torch.equal(uniforms(7, 3, positions, 12), uniforms(7, 3, positions.cuda(), 12).cpu())
     here = training_view(images, positions, 3, 7, augment, 48)
     there = training_view(images.cuda(), positions.cuda(), 3, 7, augment, 48)
@@ -107,7 +116,7 @@ def test_every_setting_of_a_recipe_runs_on_a_gpu(tiny, tmp_path):
     assert code == 0, error
     kept = list((tmp_path / "run" / "checkpoints").iterdir())
     assert kept
-    assert all(problem_of(folder) is None for folder in kept)
+    assert all(find_corruption(folder) is None for folder in kept)
 
 
 def samples(folder: Path) -> list[tuple[int, str]]:

@@ -21,7 +21,14 @@ from harness.data.augment import (
 from support.images import pictures
 
 STILL = Augment(
-    scale=(1, 1), flip=0, flip_vertical=0, rotate=0, rotate_probability=0, brightness=0, contrast=0, saturation=0
+    crop_side=(1, 1),
+    hflip_prob=0,
+    vflip_prob=0,
+    rotation_degrees=0,
+    rotation_prob=0,
+    brightness=0,
+    contrast=0,
+    saturation=0,
 )
 
 
@@ -44,11 +51,11 @@ def test_without_variation_the_training_view_is_the_plain_view():
 
 
 def test_flips_and_half_turns_are_exact():
-    images, square = pictures(), Augment(**{**vars(STILL), "corners": "black"})
-    flipped = training_view(images, torch.arange(4), 0, 0, Augment(**{**vars(square), "flip": 1.0}), 48)
+    images, square = pictures(), Augment(**{**vars(STILL), "fill": "black"})
+    flipped = training_view(images, torch.arange(4), 0, 0, Augment(**{**vars(square), "hflip_prob": 1.0}), 48)
     upright = plain_view(images, square, 48)
     assert torch.allclose(flipped, upright.flip(3), atol=1e-3)
-    upside = training_view(images, torch.arange(4), 0, 0, Augment(**{**vars(square), "flip_vertical": 1.0}), 48)
+    upside = training_view(images, torch.arange(4), 0, 0, Augment(**{**vars(square), "vflip_prob": 1.0}), 48)
     assert torch.allclose(upside, upright.flip(2), atol=1e-3)
 
 
@@ -61,30 +68,30 @@ def test_shrinking_averages_instead_of_skipping_pixels():
 
 def test_a_constant_picture_stays_constant_inside_at_any_scale():
     grey = torch.full((64, 3, 96, 128), 77, dtype=torch.uint8)
-    augment = Augment(**{**vars(Augment()), "brightness": 0, "contrast": 0, "saturation": 0, "scale": (0.3, 0.6)})
+    augment = Augment(**{**vars(Augment()), "brightness": 0, "contrast": 0, "saturation": 0, "crop_side": (0.3, 0.6)})
     view = colours(training_view(grey, torch.arange(64), 0, 0, augment, 32))
     assert (view[:, :, 8:24, 8:24] - 77).abs().max() < 0.01
 
 
 def test_corners_show_the_picture_or_black_as_asked():
     white = torch.full((32, 3, 48, 96), 255, dtype=torch.uint8)
-    turning = {**vars(STILL), "rotate": 45.0, "rotate_probability": 1.0}
+    turning = {**vars(STILL), "rotation_degrees": 45.0, "rotation_prob": 1.0}
     shown = {}
-    for corners in ("picture", "black"):
-        view = colours(training_view(white, torch.arange(32), 0, 0, Augment(**turning | {"corners": corners}), 48))
-        shown[corners] = float((view < 128).float().mean())
-    assert 0 < shown["picture"] < shown["black"]
+    for fill in ("image", "black"):
+        view = colours(training_view(white, torch.arange(32), 0, 0, Augment(**turning | {"fill": fill}), 48))
+        shown[fill] = float((view < 128).float().mean())
+    assert 0 < shown["image"] < shown["black"]
 
 
 @given(
     st.integers(0, 2**31), st.integers(0, 500), st.lists(st.integers(0, 2**40), min_size=1, max_size=9), st.randoms()
 )
 def test_random_numbers_belong_to_the_position_not_to_its_company(seed, epoch, positions, random):
-    together = uniforms(seed, epoch, torch.tensor(positions), 5)
+    group_size = uniforms(seed, epoch, torch.tensor(positions), 5)
     number = random.randrange(len(positions))
     alone = uniforms(seed, epoch, torch.tensor(positions[number : number + 1]), 5)
-    assert torch.equal(together[number : number + 1], alone)
-    assert ((together >= 0) & (together < 1)).all()
+    assert torch.equal(group_size[number : number + 1], alone)
+    assert ((group_size >= 0) & (group_size < 1)).all()
 
 
 def test_random_numbers_are_splitmix64():
@@ -185,7 +192,7 @@ def pairs(n: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_mixing_is_the_same_on_any_share_of_a_batch():
     views, positions = pairs(24)
-    augment = Augment(mixup=0.4, cutmix=0.4)
+    augment = Augment(mixup_prob=0.4, cutmix_prob=0.4)
     whole, shares = mix(views, positions, 3, 7, augment)
     for cut in (slice(0, 8), slice(8, 10), slice(10, 24)):
         part, part_shares = mix(views[cut], positions[cut], 3, 7, augment)
@@ -196,12 +203,12 @@ def test_mixing_is_the_same_on_any_share_of_a_batch():
 
 def test_mixup_blends_by_the_share_and_cutmix_exchanges_as_much_as_it_says():
     views, positions = pairs(400)
-    blended, shares = mix(views, positions, 0, 0, Augment(mixup=1.0))
+    blended, shares = mix(views, positions, 0, 0, Augment(mixup_prob=1.0))
     own = torch.arange(400.0)
     other = own.view(-1, 2).flip(1).flatten()
     assert torch.allclose(blended[:, 0, 0, 0], shares * own + (1 - shares) * other, atol=1e-3)
     assert ((shares < 0.1) | (shares > 0.9)).float().mean() == pytest.approx(0.41, abs=0.08)  # Beta(1/2, 1/2)
-    cut, shares = mix(views, positions, 0, 0, Augment(cutmix=1.0))
+    cut, shares = mix(views, positions, 0, 0, Augment(cutmix_prob=1.0))
     mine = (cut == own[:, None, None, None]).float().mean((1, 2, 3))
     assert torch.allclose(mine, shares, atol=1e-6)
     assert set((cut - own[:, None, None, None]).abs().unique().tolist()) == {0.0, 1.0}  # its own or its neighbour's
@@ -210,7 +217,7 @@ def test_mixup_blends_by_the_share_and_cutmix_exchanges_as_much_as_it_says():
 
 def test_some_pairs_stay_as_they_are():
     views, positions = pairs(2000, 4)
-    mixed, shares = mix(views, positions, 0, 0, Augment(mixup=0.2, cutmix=0.3))
+    mixed, shares = mix(views, positions, 0, 0, Augment(mixup_prob=0.2, cutmix_prob=0.3))
     whole = (mixed == views).all(1).all(1).all(1)
     assert whole[shares == 1].all()
     assert not whole[shares < 0.999].any()
@@ -219,7 +226,7 @@ def test_some_pairs_stay_as_they_are():
 
 def test_cutout_blanks_a_square_of_its_side_inside_the_picture_at_most():
     images = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
-    augment = Augment(scale=(1.0, 1.0), rotate=0, brightness=0, contrast=0, saturation=0, cutout=0.5)
+    augment = Augment(crop_side=(1.0, 1.0), rotation_degrees=0, brightness=0, contrast=0, saturation=0, cutout=0.5)
     views = training_view(images, torch.arange(200), 0, 0, augment, 32)
     blank = (views == 0).all(1).float().mean((1, 2))
     assert blank.max() == pytest.approx(0.25, abs=0.02)

@@ -10,13 +10,13 @@ from harness.config import Optim
 from harness.evaluation.calibration import (
     Prior,
     at_threshold,
+    change_prior,
+    class_priors,
     fit_temperature,
-    prior_of,
     threshold_for,
-    with_prior,
     with_temperature,
 )
-from harness.evaluation.metrics import score
+from harness.evaluation.metrics import compute_metrics
 
 
 def overconfident(n: int, temperature: float, seed: int = 0):
@@ -40,7 +40,7 @@ def test_the_log_loss_on_the_split_that_it_was_fitted_on_is_never_worse(n, seed)
     probabilities, labels = generator.dirichlet(np.ones(3) * 0.3, n), generator.integers(0, 3, n)
     after = with_temperature(probabilities, fit_temperature(probabilities, labels))
     names = ("a", "b", "c")
-    assert score(after, labels, names)["loss"] <= score(probabilities, labels, names)["loss"] + 1e-9
+    assert compute_metrics(after, labels, names)["loss"] <= compute_metrics(probabilities, labels, names)["loss"] + 1e-9
     assert (after.argmax(1) == with_temperature(probabilities, 1.0).argmax(1)).all()  # no prediction changes
 
 
@@ -49,7 +49,7 @@ def test_on_another_split_the_calibration_error_falls():
     others, their_labels = overconfident(2000, 3.0, seed=1)
     after = with_temperature(others, fit_temperature(probabilities, labels))
     names = tuple("abcd")
-    before, now = score(others, their_labels, names), score(after, their_labels, names)
+    before, now = compute_metrics(others, their_labels, names), compute_metrics(after, their_labels, names)
     assert now["calibration_error"] < before["calibration_error"] / 3
     assert now["loss"] == pytest.approx(log_loss(their_labels, after), rel=1e-6)
 
@@ -97,11 +97,15 @@ def test_rates_that_are_not_defined_are_none():
 def test_the_frequencies_that_a_model_takes_for_granted_are_those_of_its_training_unless_they_were_made_up_for():
     counts = {"mel": 10, "nv": 80, "bcc": 10, "df": 0}
     training, equal = [0.1, 0.8, 0.1, 0], pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
-    plain = prior_of(Optim(), counts)
-    assert (plain.assumed.tolist(), plain.other.tolist(), plain.to) == (training, equal, "equal")
+    plain = class_priors(Optim(), counts)
+    assert (plain.model_prior.tolist(), plain.target_prior.tolist(), plain.target_name) == (training, equal, "equal")
     for balance in ("weights", "logit-adjust", "sampler"):
-        balanced = prior_of(Optim(balance=balance), counts)
-        assert (balanced.assumed.tolist(), balanced.other.tolist(), balanced.to) == (equal, training, "training")
+        balanced = class_priors(Optim(balance=balance), counts)
+        assert (balanced.model_prior.tolist(), balanced.target_prior.tolist(), balanced.target_name) == (
+            equal,
+            training,
+            "training",
+        )
 
 
 def test_changing_the_class_frequencies_is_bayes_rule_and_has_a_way_back():
@@ -110,7 +114,7 @@ def test_changing_the_class_frequencies_is_bayes_rule_and_has_a_way_back():
     likelihoods = draw.random((50, 4))
     posterior = likelihoods * np.array([0.1, 0.8, 0.1, 0.0])
     posterior /= posterior.sum(1, keepdims=True)
-    flat = with_prior(posterior, Prior(training, equal, "equal"))
+    flat = change_prior(posterior, Prior(training, equal, "equal"))
     assert flat[:, :3] == pytest.approx(likelihoods[:, :3] / likelihoods[:, :3].sum(1, keepdims=True))
-    assert with_prior(flat, Prior(equal, training, "training")) == pytest.approx(posterior)
-    assert with_prior(posterior, Prior(training, equal, "equal"), 0.0) == pytest.approx(posterior)
+    assert change_prior(flat, Prior(equal, training, "training")) == pytest.approx(posterior)
+    assert change_prior(posterior, Prior(training, equal, "equal"), 0.0) == pytest.approx(posterior)

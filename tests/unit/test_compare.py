@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harness.evaluation.calibration import Prior, with_prior
+from harness.evaluation.calibration import Prior, change_prior
 from launch.compare import main
 
 
@@ -68,7 +68,7 @@ def test_runs_trained_in_different_ways_are_compared_at_one_frequency_of_the_cla
     back = {"to": "training", "strength": 1.0, "assumed": adjusted["other"], "other": adjusted["assumed"]}
     balanced = tmp_path / "balanced"  # the same knowledge, told as if all classes were equally frequent
     balanced.mkdir()
-    rows[columns] = with_prior(rows[columns].to_numpy(), there)
+    rows[columns] = change_prior(rows[columns].to_numpy(), there)
     rows.to_csv(balanced / "predictions.csv", index=False)
     told = metrics | {"tta": adjusted, "adjusted": metrics["tta"] | back}
     (balanced / "metrics.json").write_text(json.dumps(told))
@@ -88,7 +88,7 @@ def test_a_result_without_its_second_reading_is_not_read_at_other_frequencies(be
     metrics["adjusted"]["strength"] = 0.5
     (better / "metrics.json").write_text(json.dumps(metrics))
     assert main(["--frequencies", "equal", str(better)]) == 1
-    assert "--logit-adjust 1" in capsys.readouterr().err
+    assert "--prior-correction 1" in capsys.readouterr().err
 
 
 def test_results_on_different_images_are_not_paired(finished_run, better, capsys):

@@ -50,7 +50,7 @@ def test_unknown_keys_are_named(capsys, tmp_path):
 
 
 def test_wrong_types_and_missing_files_are_named(capsys):
-    assert "data.batch_size" in refused(["--data.batch_size", "many"], capsys)
+    assert "data.global_batch_size" in refused(["--data.global_batch_size", "many"], capsys)
     assert "optim.name" in refused(["--optim.name", "lion"], capsys)
     assert "nowhere.yaml" in refused(["--config", "nowhere.yaml"], capsys)
 
@@ -58,9 +58,9 @@ def test_wrong_types_and_missing_files_are_named(capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--data.batch_size", "0"], "'data.batch_size' setting must be at least 2. Got 0"),
-        (["--augment.scale", "[0.9, 0.5]"], "augment.scale"),
-        (["--augment.flip", "1.5"], "'augment.flip' setting must be between 0 and 1. Got 1.5"),
+        (["--data.global_batch_size", "0"], "'data.global_batch_size' setting must be at least 2. Got 0"),
+        (["--augment.crop_side", "[0.9, 0.5]"], "augment.crop_side"),
+        (["--augment.hflip_prob", "1.5"], "'augment.hflip_prob' setting must be between 0 and 1. Got 1.5"),
         (["--optim.warmup_epochs", "50"], "'run.epochs'"),
         (["--optim.lr", "nan"], "optim.lr"),
     ],
@@ -82,8 +82,8 @@ def test_only_settings_that_change_the_result_count_as_different():
     old = Config()
     moved = replace(old, data=replace(old.data, path="elsewhere", threads=7))
     assert differences(flat(old), flat(moved)) == []
-    other = replace(old, data=replace(old.data, batch_size=32))
-    assert differences(flat(old), flat(other)) == ["data.batch_size: 64 is now 32"]
+    other = replace(old, data=replace(old.data, global_batch_size=32))
+    assert differences(flat(old), flat(other)) == ["data.global_batch_size: 64 is now 32"]
     assert differences({"data.gone": 1} | flat(old), flat(old)) == ["data.gone: 1 is now absent"]
 
 
@@ -101,11 +101,17 @@ def test_check_accepts_the_defaults():
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--augment.mixup", "0.7", "--augment.cutmix", "0.6"], ("augment.mixup", "augment.cutmix")),
-        (["--augment.mixup", "0.2", "--data.batch_size", "31"], ("augment.mixup", "data.batch_size")),
+        (
+            ["--augment.mixup_prob", "0.7", "--augment.cutmix_prob", "0.6"],
+            ("augment.mixup_prob", "augment.cutmix_prob"),
+        ),
+        (
+            ["--augment.mixup_prob", "0.2", "--data.global_batch_size", "31"],
+            ("augment.mixup_prob", "data.global_batch_size"),
+        ),
         (["--optim.warmup_epochs", "9", "--run.epochs", "8"], ("optim.warmup_epochs", "run.epochs")),
         (["--optim.ema", "1.0"], ("optim.ema", "0.999")),
-        (["--optim.clip", "-1"], ("optim.clip", "-1")),
+        (["--optim.max_grad_norm", "-1"], ("optim.max_grad_norm", "-1")),
         (["--eval.image_size", "8"], ("eval.image_size", "8")),
         (["--augment.cutout", "1.5"], ("augment.cutout", "1.5")),
     ],
@@ -119,7 +125,7 @@ def test_a_recipe_that_contradicts_itself_is_refused_with_both_keys(words, named
 
 def test_mixing_and_balancing_one_class_is_refused():
     counts = {"mel": 40, "nv": 0}
-    for key, value in (("augment.cutmix", 0.5), ("optim.balance", "sampler")):
+    for key, value in (("augment.cutmix_prob", 0.5), ("optim.balance", "sampler")):
         with pytest.raises(ValueError, match=rf"'{key}' .* needs several classes, and .* 'data.path'"):
             check_classes(flat(Config()) | {key: value}, counts)
     check_classes(flat(Config()), counts)

@@ -14,7 +14,7 @@ from torch import nn
 from harness.config import Config
 from harness.data.augment import training_view
 from harness.distributed.world import World
-from harness.model.optim import Loss, Truth, build_optimizer, lr_at
+from harness.model.optim import Loss, Targets, build_optimizer, lr_at
 from harness.training.epoch import optimizer_step
 from shards.plan import Plan
 from support.processes import ROOT
@@ -57,7 +57,7 @@ def losses(name: str) -> list[float]:
     base = Config()
     config = replace(
         base,
-        data=replace(base.data, batch_size=PLAN.global_batch),
+        data=replace(base.data, global_batch_size=PLAN.global_batch),
         optim=replace(base.optim, name=name, lr=0.02, label_smoothing=0.1, micro_batch=4, warmup_epochs=0.5),
     )
     world, network, found = World("fp32"), model(), []
@@ -70,7 +70,7 @@ def losses(name: str) -> list[float]:
             keys = torch.from_numpy(shards * 100 + rows)
             views = training_view(pictures(keys), positions, epoch, 5, config.augment, 16).double()
             lr = lr_at(len(found), config.optim, PLAN.n_batches, EPOCHS)
-            sums, _ = optimizer_step(config, world, network, optimizer, views, Truth(keys % 3), loss, lr)
+            sums, _ = optimizer_step(config, world, network, optimizer, views, Targets(keys % 3), loss, lr)
             found.append((sums[0] / sums[2]).item())
     return found
 

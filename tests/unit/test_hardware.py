@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from harness.distributed import hardware
-from harness.distributed.hardware import check_wheel, choose_memory_format, choose_precision, decode_threads, use_device
+from harness.distributed.hardware import (
+    check_wheel,
+    choose_memory_format,
+    choose_precision,
+    decode_threads,
+    set_thread_device,
+)
 
 NEW = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch 2.15's
 OLD = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # torch 2.7.1's
@@ -91,5 +97,5 @@ def test_a_thread_keeps_its_own_gpu_where_the_device_has_no_number(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for name in ("cpu", "cuda", "cuda:1"):
-        use_device(torch.device(name))
+        set_thread_device(torch.device(name))
     assert chosen == [torch.device("cuda:1")]

@@ -13,22 +13,22 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.data.loader import Reading, evaluation_batches, training_batches
+from harness.data.loader import LoaderOptions, evaluation_batches, training_batches
 from shards.index import load, load_table
 from shards.plan import Plan
-from shards.reader import Store
+from shards.reader import SplitReader
 from support.processes import ROOT
 
-READING = Reading(2, 3, torch.device("cpu"))
+READING = LoaderOptions(2, 3, torch.device("cpu"))
 
 
-def plan_of(store: Store, batch: int = 12) -> Plan:
-    return Plan(store.shard_sizes, batch, seed=0)
+def plan_of(reader: SplitReader, batch: int = 12) -> Plan:
+    return Plan(reader.shard_sizes, batch, seed=0)
 
 
-def batches(dataset, rank=0, world=1, first=0, epoch=0, batch=12, reading=READING):
-    store = Store(dataset, "train")
-    return list(training_batches(store, plan_of(store, batch), epoch, first, rank, world, reading))
+def batches(dataset, rank=0, world=1, first=0, epoch=0, batch=12, options=READING):
+    reader = SplitReader(dataset, "train")
+    return list(training_batches(reader, plan_of(reader, batch), epoch, first, rank, world, options))
 
 
 def test_batches_hold_the_planned_samples_with_their_labels(dataset):
@@ -65,8 +65,8 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch(dataset):
 
 
 def test_evaluation_covers_the_split_in_order_once(dataset):
-    store = Store(dataset, "val")
-    keys = [b.keys for rank in range(3) for b in evaluation_batches(store, 4, rank, 3, READING)]
+    reader = SplitReader(dataset, "val")
+    keys = [b.keys for rank in range(3) for b in evaluation_batches(reader, 4, rank, 3, READING)]
     expected = pd.concat(load_table(dataset, shard) for shard in dataset.split("val"))["key"]
     assert sorted(torch.cat(keys).tolist()) == expected.tolist()
     assert max(map(len, keys)) == 4
@@ -81,8 +81,8 @@ def assert_threads_end(before: int) -> None:
 
 
 def test_leaving_early_leaves_no_thread_behind(dataset):
-    store, before = Store(dataset, "train"), _thread._count()
-    for _ in training_batches(store, plan_of(store, 4), 0, 0, 0, 1, READING):
+    reader, before = SplitReader(dataset, "train"), _thread._count()
+    for _ in training_batches(reader, plan_of(reader, 4), 0, 0, 0, 1, READING):
         assert _thread._count() == before + READING.threads
         break
     assert_threads_end(before)
@@ -125,7 +125,7 @@ def test_a_thread_that_cannot_use_the_device_fails_the_batch(dataset, monkeypatc
     def broken(device):
         raise ValueError(f"no {device} for this thread")
 
-    monkeypatch.setattr("harness.data.loader.use_device", broken)
+    monkeypatch.setattr("harness.data.loader.set_thread_device", broken)
     with pytest.raises(ValueError, match="no cpu for this thread"):
         batches(dataset)
 
@@ -152,17 +152,17 @@ def test_a_table_or_shard_that_is_not_what_was_packed_is_refused(packed, tmp_pat
 
 def test_open_files_are_bounded(dataset, monkeypatch):
     monkeypatch.setattr("shards.reader.OPEN_FILES", 2)
-    store = Store(dataset, "train")
+    reader = SplitReader(dataset, "train")
     for shard in [0, 1, 2, 0, 1, 2]:
-        list(store.read(np.array([shard]), np.array([0])))
-        assert len(store._files) <= 2
-    assert np.array_equal(store.table(0).key, load_table(dataset, dataset.split("train")[0])["key"])
+        list(reader.read(np.array([shard]), np.array([0])))
+        assert len(reader._files) <= 2
+    assert np.array_equal(reader.table(0).key, load_table(dataset, dataset.split("train")[0])["key"])
 
 
 def test_a_skipped_sample_counts_for_nothing_and_is_reported(packed, tmp_path):
     dataset, key, _, _ = spoiled(packed, tmp_path, zero_the_middle)
     skipped = []
-    whole = batches(dataset, reading=Reading(2, 3, torch.device("cpu"), skipped))
+    whole = batches(dataset, options=LoaderOptions(2, 3, torch.device("cpu"), skipped))
     assert skipped == [int(key)]
     undamaged = batches(load(packed))
     for batch, before in zip(whole, undamaged, strict=True):
@@ -181,7 +181,7 @@ def test_a_batch_that_threads_share_is_that_of_one_thread(packed, tmp_path, batc
     found = []
     for threads in (1, 3, 8):
         skipped = []
-        found.append(batches(dataset, batch=batch, reading=Reading(threads, 2, torch.device("cpu"), skipped)))
+        found.append(batches(dataset, batch=batch, options=LoaderOptions(threads, 2, torch.device("cpu"), skipped)))
         assert skipped == [int(key)]
     for number, alone in enumerate(found[0]):
         for shared in (found[1][number], found[2][number]):
@@ -196,21 +196,21 @@ def test_evaluation_never_skips(packed, tmp_path):
     row = load_table(load(folder), shard).iloc[0]
     data = bytearray((folder / shard.file).read_bytes())
     (folder / shard.file).write_bytes(not_even_a_picture(data, int(row["offset"]), int(row["size"])))
-    store = Store(load(folder), "val")
+    reader = SplitReader(load(folder), "val")
     with pytest.raises(ValueError, match="damaged after packing"):
-        list(evaluation_batches(store, 4, 0, 1, Reading(2, 3, torch.device("cpu"), [])))
+        list(evaluation_batches(reader, 4, 0, 1, LoaderOptions(2, 3, torch.device("cpu"), [])))
 
 
 def test_memory_stays_flat_over_hundreds_of_batches(dataset):
-    store = Store(dataset, "train")
-    plan = plan_of(store)
+    reader = SplitReader(dataset, "train")
+    plan = plan_of(reader)
     page = resource.getpagesize()
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * page
 
     for epoch in range(130):
-        for _ in training_batches(store, plan, epoch, 0, 0, 1, READING):
+        for _ in training_batches(reader, plan, epoch, 0, 0, 1, READING):
             pass
         if epoch == 30:
             before = resident()
@@ -222,15 +222,15 @@ INTERRUPTED = """
 import random, signal, torch
 from harness.data.loader import *
 from shards.index import load
-store = Store(load(PATH), 'train')
-plan = Plan(store.shard_sizes, 4, 0)
+reader = SplitReader(load(PATH), 'train')
+plan = Plan(reader.shard_sizes, 4, 0)
 signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C does
 draw, ended = random.Random(0), 0
 for _ in range(300):
     signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.002, 0.012))
     try:
         for epoch in range(1000):  # seconds, were it not interrupted
-            for batch in training_batches(store, plan, epoch, 0, 0, 1, Reading(2, 3, torch.device('cpu'))):
+            for batch in training_batches(reader, plan, epoch, 0, 0, 1, LoaderOptions(2, 3, torch.device('cpu'))):
                 pass
     except KeyboardInterrupt:
         ended += 1

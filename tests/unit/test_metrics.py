@@ -6,7 +6,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from harness.evaluation.metrics import _figures, bootstrap, gains, interval, score, table
+from harness.evaluation.metrics import (
+    _metric_samples,
+    bootstrap,
+    compute_metrics,
+    paired_differences,
+    percentile_interval,
+    table,
+)
 
 NAMES = ("a", "b", "c", "d")
 
@@ -22,7 +29,7 @@ def predictions(draw):
 @given(predictions())
 def test_scores_equal_scikit_learns(drawn):
     probabilities, labels = drawn
-    found = score(probabilities, labels, NAMES)
+    found = compute_metrics(probabilities, labels, NAMES)
     guesses, present = probabilities.argmax(1), np.unique(labels)
     assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, guesses))
     recalls = sk.recall_score(labels, guesses, labels=present, average=None, zero_division=0)
@@ -48,7 +55,7 @@ def test_scores_equal_scikit_learns(drawn):
 
 def test_a_hand_worked_example():
     probabilities = np.array([[0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.1, 0.9]])
-    found = score(probabilities, np.array([0, 0, 1, 1]), ("x", "y"))
+    found = compute_metrics(probabilities, np.array([0, 0, 1, 1]), ("x", "y"))
     assert found["accuracy"] == 0.75
     assert found["balanced_accuracy"] == 0.75
     assert found["per_class"]["x"] == {
@@ -69,7 +76,7 @@ def test_weighted_figures_equal_scikit_learns(drawn, seed):
     probabilities, labels = drawn
     weights = np.random.default_rng(seed).integers(0, 4, len(labels)).astype(np.float32)
     assume(weights.sum())
-    found = {name: values[0] for name, values in _figures(probabilities, labels, NAMES, weights[None]).items()}
+    found = {name: values[0] for name, values in _metric_samples(probabilities, labels, NAMES, weights[None]).items()}
     guesses, drawn_labels = probabilities.argmax(1), np.unique(labels[weights > 0])
     assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, guesses, sample_weight=weights))
     f1 = {"labels": drawn_labels, "sample_weight": weights, "zero_division": 0}
@@ -90,7 +97,7 @@ def test_weighted_figures_equal_scikit_learns(drawn, seed):
 def test_tied_scores_count_half():
     probabilities = np.array([[0.5, 0.5], [0.5, 0.5], [0.9, 0.1], [0.1, 0.9]])
     labels = np.array([0, 1, 0, 1])
-    found = score(probabilities, labels, ("x", "y"))["per_class"]["y"]
+    found = compute_metrics(probabilities, labels, ("x", "y"))["per_class"]["y"]
     assert found["auc"] == sk.roc_auc_score(labels, probabilities[:, 1]) == 0.875
     assert found["average_precision"] == pytest.approx(sk.average_precision_score(labels, probabilities[:, 1]))
 
@@ -111,7 +118,7 @@ def test_95_percent_intervals_cover_the_truth_in_93_to_97_percent():
         probabilities, labels, groups = drawn_predictions(generator, 150, 2)
         (found,) = bootstrap([probabilities], labels, ("x", "y"), groups, 400)
         for name in covered:
-            low, high = interval(found[name])
+            low, high = percentile_interval(found[name])
             covered[name] += low <= 0.8 <= high
     for name, count in covered.items():
         assert 0.93 <= count / trials <= 0.97, (name, count / trials)
@@ -122,12 +129,12 @@ def test_intervals_resample_groups_not_images():
     probabilities, labels, groups = drawn_predictions(np.random.default_rng(1), 60, 1)
     (alone,) = bootstrap([probabilities], labels, ("x", "y"), groups)
     (copied,) = bootstrap([np.repeat(probabilities, 10, 0)], np.repeat(labels, 10), ("x", "y"), np.repeat(groups, 10))
-    assert interval(copied["accuracy"]) == pytest.approx(interval(alone["accuracy"]))
+    assert percentile_interval(copied["accuracy"]) == pytest.approx(percentile_interval(alone["accuracy"]))
 
 
 def test_a_figure_that_few_resamples_define_has_no_interval():
     probabilities = np.array([[0.8, 0.2], [0.7, 0.3], [0.3, 0.7]])
-    found = score(probabilities, np.array([0, 0, 1]), ("x", "y"), np.arange(3))
+    found = compute_metrics(probabilities, np.array([0, 0, 1]), ("x", "y"), np.arange(3))
     assert found["per_class"]["y"]["recall"] == 1.0
     assert found["intervals"]["per_class"]["y"]["recall"] is None  # a third of the resamples have no y
     assert found["intervals"]["loss"][0] <= found["loss"] <= found["intervals"]["loss"][1]
@@ -139,15 +146,15 @@ def test_paired_gains_are_surer_than_two_intervals():
     labels = generator.integers(0, 3, 400)
     after = 0.95 * before + 0.05 * np.eye(3)[labels]
     names, groups = ("a", "b", "c"), np.arange(400)
-    gain = gains([before], [after], labels, names, groups)["loss"]
+    gain = paired_differences([before], [after], labels, names, groups)["loss"]
     assert gain["interval"][1] < 0  # surely better
-    one, other = (score(p, labels, names, groups)["intervals"]["loss"] for p in (before, after))
+    one, other = (compute_metrics(p, labels, names, groups)["intervals"]["loss"] for p in (before, after))
     assert gain["interval"][1] - gain["interval"][0] < one[1] - one[0]
     assert other[1] > one[0] - 1
 
 
 def test_a_class_without_images_is_shown_as_not_defined():
-    shown = table(score(np.array([[0.8, 0.2]]), np.array([0]), ("x", "y")))
+    shown = table(compute_metrics(np.array([[0.8, 0.2]]), np.array([0]), ("x", "y")))
     assert "not defined" in shown.splitlines()[2]
     assert "0.000" not in shown
 
@@ -164,4 +171,4 @@ def test_a_class_without_images_is_shown_as_not_defined():
 )
 def test_broken_predictions_are_refused(probabilities, labels):
     with pytest.raises(ValueError, match=r"robabilities|Labels"):
-        score(probabilities, labels, ("x", "y"))
+        compute_metrics(probabilities, labels, ("x", "y"))

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from harness.run import checkpoint
-from harness.run.checkpoint import Origin
-from harness.run.mirror import Copies
+from harness.run.checkpoint import Provenance
+from harness.run.mirror import CheckpointMirror
 from harness.run.progress import Progress
 from support.processes import assert_equal_weights, launch, state, weights
 
-ORIGIN = Origin("m", ("a", "b"), "d", np.array([1], dtype=np.uint64), "o")
+ORIGIN = Provenance("m", ("a", "b"), "d", np.array([1], dtype=np.uint64), "o")
 
 
 @pytest.fixture
@@ -22,15 +22,15 @@ def places(tmp_path):
     return tmp_path / "run", tmp_path / "local"
 
 
-def save(copies: Copies, step: int, best_step: int = 0) -> None:
+def save(mirror: CheckpointMirror, step: int, best_step: int = 0) -> None:
     torch.manual_seed(step)
     model = nn.Linear(2, 2)
     progress = Progress(step=step, best_step=best_step)
-    copies.finish()
+    mirror.wait()
     if best_step == step:
-        checkpoint.save_best(copies.place(), progress, ORIGIN, model)
-    checkpoint.save_step(copies.place(), progress, ORIGIN, model, torch.optim.SGD(model.parameters()), None, 2)
-    copies.begin()
+        checkpoint.save_best(mirror.directory(), progress, ORIGIN, model)
+    checkpoint.save_step(mirror.directory(), progress, ORIGIN, model, torch.optim.SGD(model.parameters()), None, 2)
+    mirror.start()
 
 
 def names(place) -> list[str]:
@@ -39,39 +39,39 @@ def names(place) -> list[str]:
 
 def test_the_run_folder_gets_what_was_saved_and_loses_what_was_removed(places):
     run, local = places
-    with Copies(run, str(local)) as copies:
+    with CheckpointMirror(run, str(local)) as mirror:
         for step in (1, 2, 3):
-            save(copies, step, best_step=1)
-        copies.finish()
-        assert names(copies.place()) == names(run) == ["best-00000001", "step-00000002", "step-00000003"]
-    assert checkpoint.newest(run).progress.step == 3
+            save(mirror, step, best_step=1)
+        mirror.wait()
+        assert names(mirror.directory()) == names(run) == ["best-00000001", "step-00000002", "step-00000003"]
+    assert checkpoint.latest_valid(run).progress.step == 3
 
 
 def test_without_a_local_folder_the_run_folder_is_the_place(places):
     run, _ = places
-    with Copies(run, "") as copies:
-        copies.reconcile()
-        save(copies, 1)
-        assert copies.place() == run
+    with CheckpointMirror(run, "") as mirror:
+        mirror.sync_on_start()
+        save(mirror, 1)
+        assert mirror.directory() == run
         assert names(run) == ["step-00000001"]
 
 
 def test_a_new_machine_continues_from_the_run_folder(places):
     run, local = places
-    with Copies(run, str(local)) as copies:
-        save(copies, 1, best_step=1)
+    with CheckpointMirror(run, str(local)) as mirror:
+        save(mirror, 1, best_step=1)
     shutil.rmtree(local)
-    with Copies(run, str(local)) as copies:
-        copies.reconcile()
-        assert names(copies.place()) == ["best-00000001", "step-00000001"]
+    with CheckpointMirror(run, str(local)) as mirror:
+        mirror.sync_on_start()
+        assert names(mirror.directory()) == ["best-00000001", "step-00000001"]
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut", "flipped"])
 def test_a_copy_that_is_not_whole_is_made_again(places, damage):
     run, local = places
-    with Copies(run, str(local)) as copies:
-        save(copies, 1)
-        save(copies, 2)
+    with CheckpointMirror(run, str(local)) as mirror:
+        save(mirror, 1)
+        save(mirror, 2)
     file = run / "checkpoints" / "step-00000002" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -79,33 +79,33 @@ def test_a_copy_that_is_not_whole_is_made_again(places, damage):
         shutil.rmtree(file.parent)
     else:
         file.write_bytes(data if damage == "flipped" else data[:-9])
-    with Copies(run, str(local)) as copies:
-        copies.reconcile()
-    assert checkpoint.newest(run, lambda text: pytest.fail(text)).progress.step == 2
+    with CheckpointMirror(run, str(local)) as mirror:
+        mirror.sync_on_start()
+    assert checkpoint.latest_valid(run, lambda text: pytest.fail(text)).progress.step == 2
 
 
 def test_the_local_folder_of_another_run_is_not_taken_for_this_ones(places, tmp_path):
     run, local = places
-    with Copies(run, str(local)) as copies:
-        save(copies, 5)
+    with CheckpointMirror(run, str(local)) as mirror:
+        save(mirror, 5)
     other = tmp_path / "other"
     other.mkdir()
-    with Copies(other, str(local)) as copies:
-        copies.reconcile()
-        assert not (copies.place() / "checkpoints").exists()
-    assert checkpoint.newest(other) is None
+    with CheckpointMirror(other, str(local)) as mirror:
+        mirror.sync_on_start()
+        assert not (mirror.directory() / "checkpoints").exists()
+    assert checkpoint.latest_valid(other) is None
 
 
 def test_a_copy_that_cannot_be_made_is_said_before_the_next_is_saved(places):
     run, local = places
-    with Copies(run, str(local)) as copies:
-        save(copies, 1)
-        copies.finish()
+    with CheckpointMirror(run, str(local)) as mirror:
+        save(mirror, 1)
+        mirror.wait()
         shutil.rmtree(run / "checkpoints")
         (run / "checkpoints").write_text("in the way")
-        copies.begin()
+        mirror.start()
         with pytest.raises(OSError, match=r"Cannot copy checkpoints to .*They are whole in"):
-            copies.finish()
+            mirror.wait()
 
 
 @pytest.mark.slow

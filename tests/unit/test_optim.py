@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from harness.config import Optim
-from harness.model.optim import Average, Loss, Truth, build_optimizer, lr_at, mixed_truth
+from harness.model.optim import EMA, Loss, Targets, build_optimizer, lr_at, mixed_targets
 
 
 def test_golden_values_of_the_cosine_with_warm_up():
@@ -39,8 +39,8 @@ def test_adamw_spares_biases_and_norms_and_adam_does_not():
 def test_the_loss_is_a_sum_so_that_shares_add_up():
     logits, labels = torch.randn(10, 7), torch.randint(0, 7, (10,))
     loss = Loss(Optim(label_smoothing=0.1), dict.fromkeys("abcdefg", 1), torch.device("cpu"))
-    parts = sum(loss(logits[cut], Truth(labels[cut])).sum() for cut in (slice(0, 3), slice(3, 10)))
-    assert torch.allclose(parts, loss(logits, Truth(labels)).sum())
+    parts = sum(loss(logits[cut], Targets(labels[cut])).sum() for cut in (slice(0, 3), slice(3, 10)))
+    assert torch.allclose(parts, loss(logits, Targets(labels)).sum())
 
 
 COUNTS = {"mel": 10, "nv": 80, "bcc": 10, "df": 0}
@@ -52,7 +52,7 @@ def loss(balance: str) -> Loss:
 
 def test_class_weights_are_1_on_average_over_the_training_images():
     logits, labels = torch.randn(100, 4), torch.tensor([0] * 10 + [1] * 80 + [2] * 10)
-    plain, weighted = loss("none")(logits, Truth(labels)), loss("weights")(logits, Truth(labels))
+    plain, weighted = loss("none")(logits, Targets(labels)), loss("weights")(logits, Targets(labels))
     weights = weighted / plain
     assert weights[0] == pytest.approx(100 / (3 * 10))
     assert weights[10] == pytest.approx(100 / (3 * 80))
@@ -61,16 +61,16 @@ def test_class_weights_are_1_on_average_over_the_training_images():
 
 def test_adjusted_logits_at_the_prior_are_as_sure_as_the_class_is_frequent():
     equal = torch.zeros(3, 4)
-    found = loss("logit-adjust")(equal, Truth(torch.tensor([0, 1, -1])))
+    found = loss("logit-adjust")(equal, Targets(torch.tensor([0, 1, -1])))
     assert (-found).exp()[:2].tolist() == pytest.approx([10 / 101, 80 / 101], rel=1e-5)  # the absent class counts as 1
     assert found[2] == 0
 
 
 def test_the_loss_of_a_mixed_picture_is_shared_between_its_labels():
     logits, labels, shares = torch.randn(4, 4), torch.tensor([0, 1, 2, 2]), torch.tensor([0.3, 0.3, 1.0, 1.0])
-    truth = mixed_truth(labels, shares)
+    truth = mixed_targets(labels, shares)
     assert truth.partners.tolist() == [1, 0, 2, 2]
-    assert truth.main().tolist() == [1, 0, 2, 2]
+    assert truth.dominant_label().tolist() == [1, 0, 2, 2]
     own, other = (F.cross_entropy(logits, which, reduction="none") for which in (labels, truth.partners))
     assert torch.allclose(loss("none")(logits, truth), shares * own + (1 - shares) * other)
     for parts in (1, 2, 3):
@@ -79,15 +79,15 @@ def test_the_loss_of_a_mixed_picture_is_shared_between_its_labels():
 
 
 def test_a_pair_with_a_picture_that_could_not_be_decoded_counts_for_nothing():
-    truth = mixed_truth(torch.tensor([3, -1, 0, 1]), torch.tensor([0.7, 0.7, 0.7, 0.7]))
+    truth = mixed_targets(torch.tensor([3, -1, 0, 1]), torch.tensor([0.7, 0.7, 0.7, 0.7]))
     found = loss("none")(torch.randn(4, 4), truth)
     assert found[:2].tolist() == [0, 0]
-    assert (truth.main() >= 0).tolist() == [False, False, True, True]
+    assert (truth.dominant_label() >= 0).tolist() == [False, False, True, True]
 
 
 def test_the_average_of_weights_equals_the_formula_and_takes_buffers():
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.BatchNorm1d(2))
-    average, expected = Average(model, 0.5), None
+    average, expected = EMA(model, 0.5), None
     for step in range(1, 12):
         with torch.no_grad():
             model[0].weight.normal_()
@@ -98,17 +98,17 @@ def test_the_average_of_weights_equals_the_formula_and_takes_buffers():
         expected = weight if expected is None else decay * expected + (1 - decay) * weight
         assert torch.allclose(average.model[0].weight, expected, atol=1e-6)
     assert not torch.equal(average.model[1].running_mean, model[1].running_mean)
-    average.take_buffers(model)
+    average.copy_buffers(model)
     assert torch.equal(average.model[1].running_mean, model[1].running_mean)
 
 
 def test_an_average_goes_on_from_restored_weights():
     model = nn.Linear(3, 2)
-    whole = Average(model, 0.9)
+    whole = EMA(model, 0.9)
     whole.update(model, 1)
-    half = Average(model, 0.9)
+    half = EMA(model, 0.9)
     half.model.load_state_dict(whole.model.state_dict())
-    half.go_on()
+    half.mark_restored()
     with torch.no_grad():
         model.weight.add_(1)
     whole.update(model, 2)

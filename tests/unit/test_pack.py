@@ -14,7 +14,7 @@ from shards import __main__ as cli
 from shards.catalogue import read_ham10000
 from shards.index import load, load_table, verify
 from shards.pack import Packing, pack
-from shards.split import lesion
+from shards.split import split_by_lesion
 
 
 def digests(folder) -> dict[str, str]:
@@ -57,7 +57,9 @@ def test_the_same_input_gives_the_same_bytes_with_any_number_of_threads(source, 
     for threads in (1, 3):
         catalogue = read_ham10000(source)
         out = tmp_path / str(threads)
-        pack(catalogue, lesion(catalogue.images), out, Packing((48, 36), shard_samples=10), threads, quiet=True)
+        pack(
+            catalogue, split_by_lesion(catalogue.images), out, Packing((48, 36), shard_samples=10), threads, quiet=True
+        )
         assert digests(out) == digests(packed)
 
 
@@ -117,7 +119,7 @@ def test_what_a_killed_pack_left_is_removed_by_the_next(source, tmp_path):
 
 def test_show_prints_the_class_table_and_that_validation_doubles_as_test(source, tmp_path, capsys):
     out = str(tmp_path / "out")
-    assert cli.main(["pack", str(source), out, "--protocol", "seed", "--size", "48x36", "--fit", "squeeze"]) == 0
+    assert cli.main(["pack", str(source), out, "--protocol", "notebook", "--size", "48x36", "--fit", "squeeze"]) == 0
     capsys.readouterr()
     assert cli.main(["show", out]) == 0
     shown = capsys.readouterr().out
@@ -164,7 +166,7 @@ def test_mean_colour_says_next_to_nothing_about_a_drawn_lesions_class(tmp_path):
 
     cli.main(["demo", str(tmp_path / "demo"), "--images", "700"])
     catalogue = read_ham10000(tmp_path / "demo")
-    images, rows = catalogue.images, lesion(catalogue.images).rows
+    images, rows = catalogue.images, split_by_lesion(catalogue.images).rows
     colours = np.array([np.asarray(Image.open(path).reduce(10)).mean((0, 1)) for path in images["path"]])
     scaler = StandardScaler().fit(colours[rows["train"]])
     model = LogisticRegression(class_weight="balanced", max_iter=1000)

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from shards import plan as plan_module
-from shards.plan import BalancedPlan, Plan, evaluation_units, locate_in_order, share
+from shards.plan import BalancedPlan, Plan, evaluation_ranges, locate_in_order, rank_slice
 
 
 @st.composite
@@ -43,7 +43,7 @@ def test_ranks_together_see_the_batch_whatever_their_number_and_order(plan, epoc
         ranks = list(range(world))
         random.shuffle(ranks)
         for rank in ranks:
-            start, stop = share(plan.global_batch, rank, world)
+            start, stop = rank_slice(plan.global_batch, rank, world)
             shards, rows = plan.locate(epoch, np.arange(base + start, base + stop))
             found |= dict(enumerate(zip(shards.tolist(), rows.tolist(), strict=True), start=base + start))
         assert [found[place] for place in sorted(found)] == whole[base : base + plan.global_batch]
@@ -52,7 +52,7 @@ def test_ranks_together_see_the_batch_whatever_their_number_and_order(plan, epoc
 @given(plans())
 def test_lanes_and_blocks_keep_to_their_shards(plan):
     samples = stream(plan, 0)
-    if plan.lanes == 1 and plan.block_shards:
+    if plan.lanes == 1 and plan.shuffle_block_shards:
         starts = np.concatenate([[0], np.cumsum(plan.shard_sizes)])
         order = []  # shards by first appearance: a block's shards come before the next block's
         for shard, _ in samples:
@@ -65,7 +65,7 @@ def test_lanes_and_blocks_keep_to_their_shards(plan):
 
 
 def test_a_block_holds_only_its_own_shards():
-    plan = Plan((10,) * 6, 10, seed=1, block_shards=2)
+    plan = Plan((10,) * 6, 10, seed=1, shuffle_block_shards=2)
     samples = stream(plan, 4)
     blocks = [{shard for shard, _ in samples[start : start + 20]} for start in range(0, 60, 20)]
     assert [len(block) for block in blocks] == [2, 2, 2]
@@ -104,8 +104,8 @@ def test_the_full_shuffle_is_uniform_enough():
 
 @given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 9))
 def test_every_evaluation_sample_has_exactly_one_rank_and_units_do_not_depend_on_the_world(n, unit, world):
-    units = [cut for rank in range(world) for cut in evaluation_units(n, unit, rank, world)]
-    assert sorted(units) == evaluation_units(n, unit, 0, 1)
+    units = [cut for rank in range(world) for cut in evaluation_ranges(n, unit, rank, world)]
+    assert sorted(units) == evaluation_ranges(n, unit, 0, 1)
     assert sorted(place for start, stop in units for place in range(start, stop)) == list(range(n))
 
 
@@ -118,7 +118,7 @@ def test_samples_in_order_are_the_shards_rows_in_order(sizes):
 
 def test_more_ranks_than_images_is_an_error_with_the_numbers():
     with pytest.raises(ValueError, match="4 images for 5 processes"):
-        share(4, 0, 5)
+        rank_slice(4, 0, 5)
 
 
 def test_plans_that_cannot_be_are_refused():
@@ -129,13 +129,13 @@ def test_plans_that_cannot_be_are_refused():
 
 
 @given(st.integers(1, 20), st.integers(1, 12), st.sampled_from([1, 2, 3, 4, 8]))
-def test_shares_never_cut_a_pair(pairs, together, world):
+def test_shares_never_cut_a_pair(pairs, group_size, world):
     assume(world <= pairs)
-    edges = [share(pairs * together, rank, world, together) for rank in range(world)]
+    edges = [rank_slice(pairs * group_size, rank, world, group_size) for rank in range(world)]
     assert edges[0][0] == 0
-    assert edges[-1][1] == pairs * together
+    assert edges[-1][1] == pairs * group_size
     assert all(stop == start for (_, stop), (start, _) in pairwise(edges))
-    assert all(start < stop and start % together == 0 for start, stop in edges)
+    assert all(start < stop and start % group_size == 0 for start, stop in edges)
 
 
 @st.composite
@@ -147,7 +147,7 @@ def balanced_plans(draw):
         random.choice(n_classes, size, p=random.dirichlet(np.ones(n_classes) * 0.7)) for size in plain.shard_sizes
     ]
     return BalancedPlan(
-        *(getattr(plain, name) for name in ("shard_sizes", "global_batch", "seed", "lanes", "block_shards")),
+        *(getattr(plain, name) for name in ("shard_sizes", "global_batch", "seed", "lanes", "shuffle_block_shards")),
         labels=lambda shard: tables[shard],
     ), tables
 
@@ -155,7 +155,7 @@ def balanced_plans(draw):
 @given(balanced_plans(), st.integers(0, 50))
 def test_a_balanced_epoch_draws_classes_equally_often_and_their_samples_too(drawn, epoch):
     plan, tables = drawn
-    assume(plan.lanes == 1 and plan.block_shards == 0)
+    assume(plan.lanes == 1 and plan.shuffle_block_shards == 0)
     whole = sum(plan.shard_sizes)
     shards, rows = plan.locate(epoch, np.arange(plan.n_batches * plan.global_batch))
     order = plan.arrange(epoch, 0, whole, np.random.default_rng(epoch))
@@ -185,7 +185,7 @@ def test_a_balanced_stream_is_the_same_however_it_is_looked_up(drawn, epoch, wor
     spans = [(n, rank) for n in range(plan.n_batches) for rank in range(world)]
     random.shuffle(spans)
     for number, rank in spans:
-        start, stop = share(plan.global_batch, rank, world)
+        start, stop = rank_slice(plan.global_batch, rank, world)
         positions = np.arange(number * plan.global_batch + start, number * plan.global_batch + stop)
         shards, rows = plan.locate(epoch, positions)
         found |= dict(zip(positions.tolist(), zip(shards.tolist(), rows.tolist(), strict=True), strict=True))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.run.progress import Progress, advance, should_stop, train_on
+from harness.run.progress import Progress, after_epoch, after_steps, should_stop
 
 
 def run(scores, patience, epochs, higher=True):
@@ -13,7 +13,7 @@ def run(scores, patience, epochs, higher=True):
     for score in scores:
         if should_stop(progress, epochs, patience):
             break
-        progress = advance(train_on(progress, 10, 320, 1.0, 2.0, 3.0), score, higher)
+        progress = after_epoch(after_steps(progress, 10, 320, 1.0, 2.0, 3.0), score, higher)
     return progress
 
 
@@ -24,24 +24,24 @@ def test_training_stops_after_patience_epochs_without_a_better_score(scores, pat
     assert progress.best == (max(seen) if higher else min(seen))
     assert progress.best_epoch == seen.index(progress.best) + 1  # the first of equals
     assert progress.best_step == 10 * progress.best_epoch
-    assert progress.stale == progress.epoch - progress.best_epoch <= patience
+    assert progress.epochs_without_improvement == progress.epoch - progress.best_epoch <= patience
     if progress.epoch < min(epochs, len(scores)):
-        assert progress.stale == patience
+        assert progress.epochs_without_improvement == patience
 
 
 def test_a_score_that_is_no_number_is_never_the_best():
     for score in (float("nan"), float("inf"), None):
-        assert advance(Progress(), score, True).best is None
-        assert advance(Progress(best=0.5), score, False).stale == 1
+        assert after_epoch(Progress(), score, True).best is None
+        assert after_epoch(Progress(best=0.5), score, False).epochs_without_improvement == 1
 
 
 def test_an_epoch_in_progress_does_not_stop():
-    done = Progress(epoch=5, stale=5)
+    done = Progress(epoch=5, epochs_without_improvement=5)
     assert should_stop(done, 5, 3) == "all 5 epochs done"
     assert should_stop(done, 9, 3) == "no better score for 3 epochs"
     assert should_stop(replace(done, samples_seen=32), 5, 3) is None
 
 
 def test_an_ended_epoch_starts_the_next_with_empty_sums():
-    ended = advance(train_on(Progress(), 2, 64, 5.0, 6.0, 64.0), 0.5, True)
+    ended = after_epoch(after_steps(Progress(), 2, 64, 5.0, 6.0, 64.0), 0.5, True)
     assert (ended.epoch, ended.samples_seen, ended.step, ended.loss, ended.correct, ended.images) == (1, 0, 2, 0, 0, 0)

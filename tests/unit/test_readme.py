@@ -11,7 +11,7 @@ FAULTS = {
     "it is asked to stop: SIGTERM, Ctrl-C, SIGUSR1 or `touch RUN/stop`": "train::stopped_in_an_epoch_exits_with_75",
     "it is asked again more than a second later": "stopping::a_second_request_leaves_at_once",
     "it is asked while it validates or evaluates": "stopping::noticed_in_the_middle_of_an_evaluation",
-    "`run.max_minutes` is nearly over": "stopping::time_limit_leaves_room",
+    "`run.time_limit_minutes` is nearly over": "stopping::time_limit_leaves_room",
     "the launcher is killed": "stopping::launcher_was_killed_stop_with_a_checkpoint",
     "one process dies": "failures::a_rank_is_killed",
     "one process hangs for a minute": "failures::a_rank_hangs",

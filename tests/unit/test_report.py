@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from harness.evaluation.gallery import least_sure, worst_mistakes
 from harness.report.page import draw_results
 from harness.report.tensorboard import board_results
-from shards.reader import Store
+from shards.reader import SplitReader
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def test_the_pictures_that_were_kept_are_those_of_the_predictions(run, dataset):
     listed = json.loads((run / "pictures" / "pictures.json").read_text())
     rows = pd.read_csv(run / "predictions.csv").set_index("key")
     assert all(rows.loc[key, "label"] != rows.loc[key, "prediction"] for key in listed["mistakes"])
-    store = Store(dataset, "test")
-    (place,) = [n for n, key in enumerate(store.table(0).key) if key == listed["unsure"][0]]
-    ((_, data),) = store.read(np.array([0]), np.array([place]))
+    reader = SplitReader(dataset, "test")
+    (place,) = [n for n, key in enumerate(reader.table(0).key) if key == listed["unsure"][0]]
+    ((_, data),) = reader.read(np.array([0]), np.array([place]))
     kept = Image.open(run / "pictures" / f"{listed['unsure'][0]:08d}.jpg")
     difference = np.asarray(kept, float) - np.asarray(Image.open(io.BytesIO(data)), float)
     assert abs(difference).mean() < 3  # encoded twice

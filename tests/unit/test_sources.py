@@ -192,8 +192,8 @@ def test_a_bad_ground_truth_is_named(source, challenge, change, words):
     ("words", "expected"),
     [
         (["--protocol", "isic2018"], "needs --test-source"),
-        (["--protocol", "lesions"], "must be one of lesion, image, seed, seed-leaky"),
-        (["--protocol", "seed", "--folds", "5"], "--folds goes with --protocol lesion"),
+        (["--protocol", "lesions"], "must be one of lesion, image, seed, notebook-leaky"),
+        (["--protocol", "notebook", "--folds", "5"], "--folds goes with --protocol lesion"),
         (["--protocol", "column:sex", "--holdout", "0.2"], "a test split of its own"),
         (["--protocol", "test", "--holdout", "0.2"], "a test split of its own"),
         (["--holdout", "2"], "'--holdout' must be a share"),
@@ -206,9 +206,11 @@ def test_options_that_do_not_go_together_are_refused(source, tmp_path, capsys, w
 
 
 def test_study_protocols_are_marked_in_the_dataset(source, tmp_path):
-    assert cli.main(["pack", str(source), str(tmp_path / "out"), "--protocol", "seed-leaky", "--size", "32x24"]) == 0
+    assert (
+        cli.main(["pack", str(source), str(tmp_path / "out"), "--protocol", "notebook-leaky", "--size", "32x24"]) == 0
+    )
     content = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert content["protocol"] == {"name": "seed-leaky", "seed": 0, "leaks": True}
+    assert content["protocol"] == {"name": "notebook-leaky", "seed": 0, "leaks": True}
     assert "scores mean nothing" in content["warnings"][0]
 
 

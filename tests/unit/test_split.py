@@ -7,19 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.split import (
-    DOUBLES,
-    EASTER_EGG,
     FRACTIONS,
+    NOT_A_LESION,
+    VAL_IS_TEST,
     check_split,
-    column,
-    folds,
-    hold_out,
-    image,
-    isic2018,
-    lesion,
-    outside,
-    seed,
-    seed_leaky,
+    external_test,
+    split_by_column,
+    split_by_fold,
+    split_by_image,
+    split_by_lesion,
+    split_isic2018,
+    split_notebook,
+    split_notebook_leaky,
+    with_holdout,
 )
 
 
@@ -44,7 +44,7 @@ def check(table, split):
 
 @given(catalogues(), st.integers(0, 5))
 def test_lesion_split_is_disjoint_stratified_and_complete(table, number):
-    split = lesion(table, number)
+    split = split_by_lesion(table, number)
     check(table, split)
     for _label, rows in table.groupby("label"):
         n = rows["group"].nunique()
@@ -59,7 +59,7 @@ def test_lesion_split_is_disjoint_stratified_and_complete(table, number):
 
 @given(catalogues(), st.integers(0, 5))
 def test_seed_split_is_the_notebooks_without_its_leak(table, number):
-    split = seed(table, number)
+    split = split_notebook(table, number)
     check(table, split)
     assert split.aliases == {"test": "val"}
     assert "doubles" in split.warnings[0]
@@ -77,32 +77,32 @@ def test_lesion_split_of_groups_does_not_depend_on_the_order_of_rows(table, rand
     order = list(range(len(table)))
     random.shuffle(order)
     shuffled = table.iloc[order].reset_index(drop=True)
-    for name, rows in lesion(table).rows.items():
-        assert set(table["group"].iloc[rows]) == set(shuffled["group"].iloc[lesion(shuffled).rows[name]])
+    for name, rows in split_by_lesion(table).rows.items():
+        assert set(table["group"].iloc[rows]) == set(shuffled["group"].iloc[split_by_lesion(shuffled).rows[name]])
 
 
 def test_another_seed_is_another_split():
     table = pd.DataFrame(
         {"image_id": [f"i{n}" for n in range(60)], "label": "a", "group": [f"g{n}" for n in range(60)]}
     )
-    assert set(lesion(table, 0).rows["val"]) != set(lesion(table, 1).rows["val"])
+    assert set(split_by_lesion(table, 0).rows["val"]) != set(split_by_lesion(table, 1).rows["val"])
 
 
 def test_a_class_with_fewer_groups_than_splits_is_refused():
     table = pd.DataFrame({"image_id": ["a", "b", "c"], "label": ["x"] * 3, "group": ["g", "g", "h"]})
     with pytest.raises(ValueError, match="Class x has 2 group"):
-        lesion(table)
+        split_by_lesion(table)
 
 
 def test_fractions_must_be_shares_of_one():
     table = pd.DataFrame({"image_id": ["a"], "label": ["x"], "group": ["g"]})
     with pytest.raises(ValueError, match="fractions"):
-        lesion(table, fractions=(0.7, 0.2, 0.2))
+        split_by_lesion(table, fractions=(0.7, 0.2, 0.2))
 
 
 def test_a_group_in_two_splits_is_refused():
     table = pd.DataFrame({"image_id": ["a", "b"], "label": ["x"] * 2, "group": ["g", "g"]})
-    leaking = seed(pd.DataFrame({"image_id": list("abc"), "label": ["x"] * 3, "group": list("ghi")}))
+    leaking = split_notebook(pd.DataFrame({"image_id": list("abc"), "label": ["x"] * 3, "group": list("ghi")}))
     object.__setattr__(leaking, "rows", {"train": np.array([0]), "val": np.array([1])})
     with pytest.raises(ValueError, match="Group g is in train and in val"):
         check_split(table, leaking)
@@ -110,7 +110,7 @@ def test_a_group_in_two_splits_is_refused():
 
 @given(catalogues(), st.integers(0, 5))
 def test_image_split_is_stratified_keeps_every_image_and_says_that_it_leaks(table, number):
-    split = image(table, number)
+    split = split_by_image(table, number)
     assert split.leaks
     assert "too high" in split.warnings[0]
     assert not split.left_out
@@ -124,7 +124,7 @@ def test_image_split_is_stratified_keeps_every_image_and_says_that_it_leaks(tabl
 
 @given(catalogues(), st.integers(0, 5))
 def test_the_leaky_split_is_the_notebooks_mistake(table, number):
-    split = seed_leaky(table, number)
+    split = split_notebook_leaky(table, number)
     check(table, split)
     assert split.leaks
     assert "training image" in split.warnings[0]
@@ -136,14 +136,14 @@ def test_the_leaky_split_is_the_notebooks_mistake(table, number):
         assert len(val & of_class) == n - int(0.8 * n)
         if n >= 5:
             assert val & of_class <= train  # the leak
-    assert train == set(seed(table, number).rows["train"])  # the honest split differs in validation alone
+    assert train == set(split_notebook(table, number).rows["train"])  # the honest split differs in validation alone
 
 
 @given(catalogues(least_groups=5), st.integers(0, 3), st.integers(3, 5))
 def test_folds_test_each_group_exactly_once_over_all_of_them(table, number, n):
     tested: list[str] = []
     for fold in range(n):
-        split = folds(table, number, n, fold)
+        split = split_by_fold(table, number, n, fold)
         check(table, split)
         assert split.protocol["fold"] == fold
         tested += list(table["group"].iloc[split.rows["test"]])
@@ -156,9 +156,9 @@ def test_folds_that_cannot_be_are_refused():
     table = pd.DataFrame({"image_id": list("abcd"), "label": ["x"] * 4, "group": list("ghij")})
     for n, fold in ((2, 0), (4, 4), (4, -1)):
         with pytest.raises(ValueError, match="--folds"):
-            folds(table, 0, n, fold)
+            split_by_fold(table, 0, n, fold)
     with pytest.raises(ValueError, match="fewer than the 5 folds"):
-        folds(table, 0, 5, 0)
+        split_by_fold(table, 0, 5, 0)
 
 
 def two_parts(share=FRACTIONS[0] / (FRACTIONS[0] + FRACTIONS[1])):
@@ -168,18 +168,18 @@ def two_parts(share=FRACTIONS[0] / (FRACTIONS[0] + FRACTIONS[1])):
 @given(catalogues(least_groups=4), st.integers(0, 3), st.sampled_from([0.1, 0.2, 0.5]))
 def test_protocols_with_the_same_holdout_are_tested_on_the_same_unseen_images(table, number, fraction):
     protocols = [
-        lambda images: lesion(images, number, two_parts()),
-        lambda images: image(images, number + 1, two_parts()),
-        lambda images: seed(images, number),
-        lambda images: seed_leaky(images, number),
+        lambda images: split_by_lesion(images, number, two_parts()),
+        lambda images: split_by_image(images, number + 1, two_parts()),
+        lambda images: split_notebook(images, number),
+        lambda images: split_notebook_leaky(images, number),
     ]
     tests = []
     for protocol in protocols:
-        split = hold_out(table, fraction, protocol)
+        split = with_holdout(table, fraction, protocol)
         check(table, split)
         assert split.protocol["holdout"] == fraction
         assert "test" not in split.aliases
-        assert DOUBLES not in split.warnings
+        assert VAL_IS_TEST not in split.warnings
         tests.append(split.rows["test"].tolist())
         seen = np.concatenate([split.rows["train"], split.rows["val"]])
         assert not set(table["group"].iloc[seen]) & set(table["group"].iloc[split.rows["test"]])
@@ -191,15 +191,15 @@ def test_protocols_with_the_same_holdout_are_tested_on_the_same_unseen_images(ta
 def test_isic2018_tests_on_the_challenges_images_and_on_nothing_else(table, number):
     classes = table["label"].unique()
     challenge = pd.DataFrame(
-        {"image_id": [f"t{n}" for n in range(9)] + [EASTER_EGG], "label": [*classes, *["c0"] * 10][:10]}
+        {"image_id": [f"t{n}" for n in range(9)] + [NOT_A_LESION], "label": [*classes, *["c0"] * 10][:10]}
     )
     table = pd.concat(
         [table.assign(part="train"), challenge.assign(group=challenge["image_id"], part="test")], ignore_index=True
     )
-    split = isic2018(table, number)
+    split = split_isic2018(table, number)
     check(table, split)
     assert sorted(table["image_id"].iloc[split.rows["test"]]) == [f"t{n}" for n in range(9)]
-    assert "easter egg" in split.left_out[int(np.flatnonzero(table["image_id"] == EASTER_EGG)[0])]
+    assert "easter egg" in split.left_out[int(np.flatnonzero(table["image_id"] == NOT_A_LESION)[0])]
     assert (table["part"].iloc[np.concatenate([split.rows["train"], split.rows["val"]])] == "train").all()
 
 
@@ -212,43 +212,43 @@ def said(words) -> pd.DataFrame:
 
 def test_a_column_that_says_train_val_or_test_is_followed():
     table = said(["train", "Validation", "test", "training", "val"])
-    split = column(table, "part")
+    split = split_by_column(table, "part")
     assert {name: sorted(rows) for name, rows in split.rows.items()} == {"train": [0, 3], "val": [1, 4], "test": [2]}
-    without = column(said(["train", "val", "val"]), "part")
+    without = split_by_column(said(["train", "val", "val"]), "part")
     assert without.aliases == {"test": "val"}
-    assert without.warnings == (DOUBLES,)
+    assert without.warnings == (VAL_IS_TEST,)
 
 
 @given(catalogues())
 def test_an_outside_set_is_all_test(table):
-    split = outside(table)
+    split = external_test(table)
     check(table, split)
     assert list(split.rows) == ["test"]
 
 
 def test_a_column_that_says_something_else_is_refused():
     with pytest.raises(ValueError, match=r"must say train, val or test.*'holiday'"):
-        column(said(["train", "holiday"]), "part")
+        split_by_column(said(["train", "holiday"]), "part")
     with pytest.raises(ValueError, match="no val rows"):
-        column(said(["train", "test"]), "part")
+        split_by_column(said(["train", "test"]), "part")
     with pytest.raises(ValueError, match="no column 'fold'"):
-        column(said(["train"]), "fold")
+        split_by_column(said(["train"]), "fold")
 
 
 def test_a_column_that_puts_one_group_in_two_splits_is_refused():
     table = said(["train", "val"]).assign(group="g")
     with pytest.raises(ValueError, match=r"Group g is in train and in val.*--protocol lesion"):
-        check_split(table, column(table, "part"))
+        check_split(table, split_by_column(table, "part"))
 
 
 def test_test_classes_unknown_to_train_are_refused():
     table = said(["train", "val", "test"])
     table.loc[2, "label"] = "rare"
     with pytest.raises(ValueError, match=r"test split has classes that train has not: rare"):
-        check_split(table, column(table, "part"))
+        check_split(table, split_by_column(table, "part"))
 
 
 def test_a_holdout_that_is_no_share_is_refused():
     for fraction in (-0.1, 1.0):
         with pytest.raises(ValueError, match="--holdout"):
-            hold_out(said(["train"] * 4), fraction, seed)
+            with_holdout(said(["train"] * 4), fraction, split_notebook)
