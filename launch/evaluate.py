@@ -13,7 +13,7 @@ from harness.config import Config, flat, load_config
 from harness.data.augment import parse_views
 from harness.distributed.world import World
 from harness.evaluation.calibration import Prior, class_priors
-from harness.evaluation.evaluate import EvalContext, evaluate, leak_warnings
+from harness.evaluation.evaluate import EvalContext, evaluate
 from harness.evaluation.results import summary
 from harness.limits import check
 from harness.model.build import build_model
@@ -21,6 +21,7 @@ from harness.report.page import draw_results
 from harness.run import checkpoint
 from harness.run.folder import changes
 from shards.index import Dataset, load
+from shards.leaks import refuse_trained_groups
 from shards.reader import SplitReader
 
 
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         dataset, best = load(config.data.path), checkpoint.find_best(options.run)
         reader = SplitReader(dataset, config.eval.split)
         check_classes(best, dataset)
-        check_leak(best, dataset, config.eval.split, options.allow_leak)
+        if not options.allow_leak:
+            refuse_trained_groups(dataset, config.eval.split, best.provenance.train_groups)
         out = options.out or options.run / _folder_name(config, best, dataset)
         if out.resolve() == options.run.resolve():
             raise ValueError(f"--out {out} is the run's folder, whose results are those of its training. Name another.")
@@ -80,15 +82,6 @@ def check_classes(best: checkpoint.Checkpoint, dataset: Dataset) -> None:
         raise ValueError(
             f"{dataset.folder} has classes that the model does not know: {', '.join(unknown)}. It knows "
             f"{', '.join(best.provenance.classes)}. Rename or leave out the others in the source, and pack it again."
-        )
-
-
-def check_leak(best: checkpoint.Checkpoint, dataset: Dataset, split: str, allowed: bool) -> None:
-    """Refuse to evaluate on lesions that the weights were trained on, unless that was asked for."""
-    warnings = leak_warnings(dataset, split, best.provenance)
-    if warnings and not allowed:
-        raise ValueError(
-            f"{dataset.folder}: {warnings[0]}. Give other data; --allow-leak evaluates all the same and says so."
         )
 
 

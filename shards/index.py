@@ -6,13 +6,14 @@ each file's SHA-256 stands in a file above it, and `dataset.json` carries its ow
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from shards.files import sha256
 
 FORMAT = 1
 SHARD_COLUMNS = ("file", "split", "samples", "bytes", "sha256", "table_sha256")
@@ -126,7 +127,7 @@ def load(folder: Path | str) -> Dataset:
             f"Pack one with `python -m shards pack SOURCE {folder}`, or give its folder as --data.path."
         )
     description = _load_description(folder / "dataset.json")
-    table = _read_listed(folder, "shards.csv", description.files)
+    table = read_listed(folder, "shards.csv", description.files)
     rows = pd.read_csv(table, dtype={"file": str, "split": str}).itertuples(index=False)
     return Dataset(folder, description, tuple(Shard(*row) for row in rows))
 
@@ -139,49 +140,11 @@ def load_table(dataset: Dataset, shard: Shard) -> pd.DataFrame:
     Raises:
         ValueError, FileNotFoundError: the table is not what was packed, or missing.
     """
-    path = _read_listed(dataset.folder, shard.table, {shard.table: shard.table_sha256})
+    path = read_listed(dataset.folder, shard.table, {shard.table: shard.table_sha256})
     numbers = {"key": np.int64, "offset": np.int64, "size": np.int64, "label": np.int64}
     columns = pd.read_csv(path, nrows=0).columns
     types = {column: numbers.get(column, str) for column in columns}
     return pd.read_csv(path, dtype=types, keep_default_na=False)
-
-
-def group_hashes(groups: Iterable[str]) -> np.ndarray:
-    """Groups as sorted 64-bit hashes (the start of their SHA-256), each once: enough to find shared ones, 8 bytes each."""
-    hashes = [int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "little") for group in set(groups)]
-    return np.sort(np.array(hashes, dtype=np.uint64))
-
-
-def load_groups(dataset: Dataset, split: str) -> np.ndarray:
-    """The groups of a split, as from `group_hashes`.
-
-    Raises:
-        ValueError, FileNotFoundError: there is no such split, or the file is damaged or missing.
-    """
-    real = dataset.split(split)[0].split
-    return np.load(_read_listed(dataset.folder, f"{real}.groups.npy", dataset.description.files), allow_pickle=False)
-
-
-def refuse_leak(dataset: Dataset) -> None:
-    """Refuse to train on a dataset with training groups in its evaluation splits, unless it is marked as a study of that.
-
-    Raises:
-        ValueError: naming the splits and the number of shared groups.
-    """
-    train = load_groups(dataset, "train")
-    for name in dataset.description.counts:
-        shared = len(np.intersect1d(train, load_groups(dataset, name))) if name != "train" else 0
-        if shared and not dataset.description.protocol.get("leaks"):
-            raise ValueError(
-                f"{dataset.folder}: {shared} training groups (lesions) are also in the {name} split, so its scores would leak. "
-                "Pack the source again with `--protocol lesion`."
-            )
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path | str) -> list[str]:
@@ -228,7 +191,12 @@ def _load_description(path: Path) -> Description:
     return description
 
 
-def _read_listed(folder: Path, name: str, files: dict[str, str]) -> Path:
+def read_listed(folder: Path, name: str, files: dict[str, str]) -> Path:
+    """The path of an index file, after its SHA-256 was compared with the recorded one.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing, or was changed after packing.
+    """
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Copy the dataset again, or pack it again.")

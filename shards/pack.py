@@ -5,17 +5,15 @@ not at all (it is written beside its name and renamed at the end); the same inpu
 number of threads; memory does not depend on the number of images.
 """
 
-import errno
 import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +22,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from shards.catalogue import Catalogue
+from shards.files import new_folder, sha256, write_durably
 from shards.image import FITS, encode, fit, open_rgb
-from shards.index import FORMAT, SHARD_COLUMNS, Description, Shard, group_hashes, sha256
+from shards.index import FORMAT, SHARD_COLUMNS, Description, Shard
+from shards.leaks import group_hashes
 from shards.split import Split, check_split
 
 
@@ -128,7 +128,7 @@ def _write_index(
     for name, rows in split.rows.items():
         hashes = io.BytesIO()
         np.save(hashes, group_hashes(images["group"].iloc[rows]))
-        _write(folder / f"{name}.groups.npy", hashes.getvalue())
+        write_durably(folder / f"{name}.groups.npy", hashes.getvalue())
     files = ["shards.csv", "left_out.csv", *(f"{name}.groups.npy" for name in split.rows)]
     description = Description(
         format=FORMAT,
@@ -144,33 +144,8 @@ def _write_index(
         source={"name": catalogue.name, "images": len(images), "fingerprint": fingerprint},
         files={name: sha256(folder / name) for name in files},
     )
-    _write(folder / "dataset.json", description.to_bytes())
+    write_durably(folder / "dataset.json", description.to_bytes())
     return description
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name only when the block ends well."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already. Give another folder, or remove it first: rm -r {out}")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        sync(partial)
-        os.rename(partial, out)  # takes the place of an empty folder, too
-        sync(out.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                f"The disk of {out} is full: nothing was kept. Free space there, or give another folder."
-            ) from error
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _encoded(
@@ -246,20 +221,4 @@ def _class_counts(catalogue: Catalogue, rows: np.ndarray) -> dict[str, int]:
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:
-    _write(path, table.to_csv(index=False, lineterminator="\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_durably(path, table.to_csv(index=False, lineterminator="\n").encode())

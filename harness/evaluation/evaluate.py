@@ -26,8 +26,10 @@ from harness.evaluation.calibration import Prior
 from harness.evaluation.gallery import save_pictures
 from harness.evaluation.metrics import compute_metrics
 from harness.evaluation.results import Predictions, compute_results
-from harness.run.checkpoint import Checkpoint, Provenance, write_atomically
-from shards.index import Dataset, load_groups, load_table
+from harness.run.checkpoint import Checkpoint, Provenance
+from shards.files import write_atomically
+from shards.index import Dataset, load_table
+from shards.leaks import leak_warnings
 from shards.reader import SplitReader
 
 
@@ -161,7 +163,7 @@ def evaluate(
             "protocol": description.protocol,
             "warnings": [
                 *description.warnings,
-                *leak_warnings(reader.dataset, split, provenance),
+                *leak_warnings(reader.dataset, split, provenance.train_groups),
                 *class_warnings(reader.dataset, provenance),
                 *(f"changed during training: {change}" for change in trained.changed),
             ],
@@ -178,15 +180,6 @@ def evaluate(
         return metrics
 
     return world.run_on_main(write)
-
-
-def leak_warnings(dataset: Dataset, split: str, provenance: Provenance) -> list[str]:
-    """One sentence if groups of a split are among those that the weights were trained on, else nothing."""
-    groups = load_groups(dataset, split)
-    shared = len(np.intersect1d(groups, provenance.train_groups))
-    if not shared:
-        return []
-    return [f"{shared} of {len(groups)} groups (lesions) of the {split} split were trained on: the scores are too high"]
 
 
 def class_warnings(dataset: Dataset, provenance: Provenance) -> list[str]:

@@ -5,13 +5,11 @@ stays true: a folder takes its name only when every byte is on disk; its manifes
 nothing is deleted before what replaces it is safe; a damaged checkpoint is named and the one before it is used.
 """
 
-import hashlib
 import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,8 +19,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from harness.run.progress import Progress
-from shards.index import sha256
-from shards.pack import sync
+from shards.files import sha256, sync, write_durably
 
 FORMAT = 1
 MANIFEST, AVERAGE = "manifest.json", "ema.safetensors"
@@ -126,7 +123,7 @@ def repair_best(run: Path, progress: Progress, say: Callable[[str], None] = prin
     shutil.copytree(same, folder, ignore=shutil.ignore_patterns("optimizer.pt", MANIFEST))
     if (folder / AVERAGE).is_file():  # the best weights are those that were judged
         os.replace(folder / AVERAGE, folder / "model.safetensors")
-    _put(folder / MANIFEST, _json({path.name: sha256(path) for path in sorted(folder.iterdir())}))
+    write_durably(folder / MANIFEST, _json({path.name: sha256(path) for path in sorted(folder.iterdir())}))
 
 
 def find_best(run: Path, progress: Progress | None = None) -> Checkpoint:
@@ -185,14 +182,6 @@ def required_bytes(run: Path, model: nn.Module, optimizer: str, keep: int, avera
     return max((keep + 1) * whole + 2 * weights - there, whole + weights)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file so that readers, and a crash, see the old or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _put(temporary, data)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
 def _save(
     folder: Path,
     progress: Progress,
@@ -211,8 +200,8 @@ def _save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         files = _files(progress, provenance, model, state, average)
-        manifest = {name: _put(temporary / name, data) for name, data in files}
-        _put(temporary / MANIFEST, _json(manifest))
+        manifest = {name: write_durably(temporary / name, data) for name, data in files}
+        write_durably(temporary / MANIFEST, _json(manifest))
         sync(temporary)
         if folder.exists():  # from before a crash: the same step again, so nothing is lost if this one replaces it
             shutil.rmtree(folder)
@@ -246,16 +235,6 @@ def _files(
 
 def _json(content: dict) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _put(path: Path, data: bytes) -> str:
-    """Write a file to the disk itself; its SHA-256, computed meanwhile by another thread."""
-    with ThreadPoolExecutor(1) as pool, open(path, "wb") as file:
-        digest = pool.submit(hashlib.sha256, data)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        return digest.result().hexdigest()
 
 
 def find_corruption(folder: Path) -> str | None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from harness.config import Config, differences, flat, load_config, to_yaml
 from harness.distributed.world import World
-from harness.run.checkpoint import Checkpoint, latest_valid, repair_best, write_atomically
+from harness.run.checkpoint import Checkpoint, latest_valid, repair_best
 from harness.run.lock import RunLock
 from harness.run.progress import Progress
+from shards.files import write_atomically
 from shards.index import Dataset
 
 CHANGES = "changes.json"

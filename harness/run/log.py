@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from harness.run.checkpoint import write_atomically
+from shards.files import write_atomically
 
 RESULT = "result"  # kind of the entry of the final evaluation
 

@@ -29,7 +29,8 @@ from harness.run.progress import Progress, after_epoch, should_stop
 from harness.run.stop import StopRequest
 from harness.training.epoch import EpochStats, Session, assert_finite_weights, mix_group_size, save, train_epoch
 from harness.training.preflight import check_consistency, check_device, check_disk, check_recipe, refuse, versions
-from shards.index import Dataset, load, load_groups, refuse_leak
+from shards.index import Dataset, load
+from shards.leaks import load_groups, refuse_leak
 from shards.plan import BalancedPlan, Plan, rank_slice
 from shards.reader import SplitReader
 

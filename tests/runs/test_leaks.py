@@ -12,7 +12,8 @@ from launch import preview as show
 from shards import __main__ as cli
 from shards import pack as packing
 from shards.catalogue import read_ham10000
-from shards.index import group_hashes, load, load_groups, load_table, refuse_leak
+from shards.index import load, load_table
+from shards.leaks import group_hashes, load_groups, refuse_leak
 from shards.split import Split, split_by_lesion
 from support.processes import launch
 

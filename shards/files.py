@@ -1,0 +1,72 @@
+"""Files that are whole or not there: durable writes, checksums, folders that appear at once.
+
+In: paths and bytes. Out: files on the disk itself, and their SHA-256. Invariants: a reader, or a crash at any moment, sees the
+old content or the new one and nothing between; a file counts as written only when it is on the disk.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_durably(path: Path, data: bytes | memoryview) -> str:
+    """Write a file to the disk itself; its SHA-256 as hex, computed meanwhile by another thread."""
+    with ThreadPoolExecutor(1) as pool, open(path, "wb") as file:
+        digest = pool.submit(hashlib.sha256, data)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return digest.result().hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file so that readers, and a crash, see the old or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_durably(temporary, data)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that takes its name only when the block ends well."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already. Give another folder, or remove it first: rm -r {out}")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync(partial)
+        os.rename(partial, out)  # takes the place of an empty folder, too
+        sync(out.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"The disk of {out} is full: nothing was kept. Free space there, or give another folder."
+            ) from error
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

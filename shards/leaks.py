@@ -1,0 +1,69 @@
+"""No leak between splits: groups (lesions, patients) as hashes, and what is refused or said where two sets share some.
+
+In: group names, or a packed dataset. Out: hashes, an error, or a warning. Invariants: what no split may cut is the group; a
+leak is refused unless it was asked for, and then it is said in every result.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from shards.index import Dataset, read_listed
+
+
+def group_hashes(groups: Iterable[str]) -> np.ndarray:
+    """Groups as sorted 64-bit hashes (the start of their SHA-256), each once: enough to find shared ones, 8 bytes each."""
+    hashes = [int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "little") for group in set(groups)]
+    return np.sort(np.array(hashes, dtype=np.uint64))
+
+
+def load_groups(dataset: Dataset, split: str) -> np.ndarray:
+    """The groups of a split, as from `group_hashes`.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such split, or the file is damaged or missing.
+    """
+    real = dataset.split(split)[0].split
+    return np.load(read_listed(dataset.folder, f"{real}.groups.npy", dataset.description.files), allow_pickle=False)
+
+
+def refuse_leak(dataset: Dataset) -> None:
+    """Refuse to train on a dataset with training groups in its evaluation splits, unless it is marked as a study of that.
+
+    Raises:
+        ValueError: naming the splits and the number of shared groups.
+    """
+    train = load_groups(dataset, "train")
+    for name in dataset.description.counts:
+        shared = len(np.intersect1d(train, load_groups(dataset, name))) if name != "train" else 0
+        if shared and not dataset.description.protocol.get("leaks"):
+            raise ValueError(
+                f"{dataset.folder}: {shared} training groups (lesions) are also in the {name} split, so its scores would leak. "
+                "Pack the source again with `--protocol lesion`."
+            )
+
+
+def leak_warnings(dataset: Dataset, split: str, train_groups: np.ndarray) -> list[str]:
+    """One sentence if groups of a split are among those that a model was trained on, else nothing.
+
+    Args:
+        train_groups: hashes of the model's training groups, as from `group_hashes`.
+    """
+    groups = load_groups(dataset, split)
+    shared = len(np.intersect1d(groups, train_groups))
+    if not shared:
+        return []
+    return [f"{shared} of {len(groups)} groups (lesions) of the {split} split were trained on: the scores are too high"]
+
+
+def refuse_trained_groups(dataset: Dataset, split: str, train_groups: np.ndarray) -> None:
+    """Refuse to evaluate on groups that a model was trained on.
+
+    Raises:
+        ValueError: saying how many there are.
+    """
+    if warnings := leak_warnings(dataset, split, train_groups):
+        raise ValueError(
+            f"{dataset.folder}: {warnings[0]}. Give other data; --allow-leak evaluates all the same and says so."
+        )
