@@ -8,7 +8,6 @@ from pathlib import Path
 
 from harness.config import read_config
 from harness.evaluation.gallery import augmented_rows
-from launch.train import DEMO
 from shards.contact_sheet import draw_sheet
 from shards.index import load
 
@@ -16,7 +15,7 @@ from shards.index import load
 def main(arguments: list[str] | None = None) -> int:
     """Draw; takes --out FILE.png and the settings that training takes."""
     words, out = _out(sys.argv[1:] if arguments is None else arguments)
-    config = read_config(words, DEMO)
+    config = read_config(words)
     try:
         dataset = load(config.data.path)
         out = out or dataset.folder.resolve().with_name(f"{dataset.folder.resolve().name}-augmented.png")

@@ -29,7 +29,6 @@ from harness.run.checkpoint import Provenance, save_step
 from harness.run.progress import Progress
 from launch.bench import baselines as peers
 from launch.bench.setup import Trial, rate, seconds_of, training_input
-from launch.train import DEMO
 from shards.catalogue import read_ham10000
 from shards.index import load
 from shards.reader import SplitReader
@@ -41,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if settings and options.run is bench_pack:
         _parser().error(f"unknown words: {' '.join(settings)}")
     try:
-        options.config = read_config(settings, DEMO)
+        options.config = read_config(settings)
         numbers = options.run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

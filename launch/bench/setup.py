@@ -12,7 +12,8 @@ from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
 from harness.model.build import build_model
 from harness.model.optim import Loss, Targets, build_optimizer
-from harness.training.epoch import optimizer_step
+from harness.training.state import TrainState
+from harness.training.step import optimizer_step
 from shards.index import load
 from shards.plan import Plan
 from shards.reader import SplitReader
@@ -29,10 +30,11 @@ class Trial:
         self.model = build_model(config.model.name, len(self.reader.dataset.classes))
         self.model.to(self.world.device, memory_format=self.world.memory_format)
         counts = self.reader.dataset.description.counts["train"]
-        self.loss = Loss(config.optim, counts, self.world.device)
-        self.ddp_model, self.optimizer = self.world.prepare(
+        loss_fn = Loss(config.optim, counts, self.world.device)
+        ddp_model, self.optimizer = self.world.prepare(
             self.model, build_optimizer(self.model, config.optim), config.run.compile
         )
+        self.state = TrainState(model=self.model, ddp_model=ddp_model, optimizer=self.optimizer, loss_fn=loss_fn)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """An epoch's batches on the device."""
@@ -45,7 +47,7 @@ class Trial:
     def step(self, views: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step."""
         self.model.train()
-        optimizer_step(self.config, self.world, self.ddp_model, self.optimizer, views, Targets(labels), self.loss, 1e-4)
+        optimizer_step(self.config, self.world, self.state, views, Targets(labels), 1e-4)
 
     def describe(self) -> str:
         """The setting, for people."""
