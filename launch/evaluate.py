@@ -17,7 +17,7 @@ from harness.evaluation.evaluate import EvalContext, evaluate
 from harness.evaluation.results import summary
 from harness.model.build import build_model
 from harness.report.page import draw_results
-from harness.run import checkpoint
+from harness.run import checkpoint, recovery
 from harness.run.state import changes
 from shards.index import Dataset, load
 from shards.leaks import refuse_trained_groups
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = _settings(options)
         parse_views(config.eval.views)
-        dataset, best = load(config.data.path), checkpoint.find_best(options.run)
+        dataset, best = load(config.data.path), recovery.find_best(options.run)
         reader = SplitReader(dataset, config.eval.split)
         check_classes(best, dataset)
         if not options.allow_leak:

@@ -98,7 +98,9 @@ class World:
         heartbeat.start()
         return heartbeat
 
-    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False):
+    def prepare(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False
+    ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's.
 
         Args:
@@ -106,7 +108,7 @@ class World:
                 itself stays as it is, so that what is evaluated does not depend on it.
         """
         ddp_model, optimizer = self._accelerator.prepare(model, optimizer)
-        return (torch.compile(ddp_model, dynamic=False) if compiled else ddp_model), optimizer
+        return (cast(torch.nn.Module, torch.compile(ddp_model, dynamic=False)) if compiled else ddp_model), optimizer
 
     @contextmanager
     def reproducible_threads(self) -> Iterator[int]:

@@ -158,7 +158,7 @@ def check_recipe(
     synced = all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
     piece = min(images, config.optim.micro_batch or images)
     if norms and not synced and piece < FEW_IMAGES:
-        text = f"batch normalisation sees {piece} images at a time ({config.data.global_batch_size} over {n_ranks} processes)"
+        text = f"batch normalisation sees {piece} images at a time ({config.data.global_batch_size} over {n_ranks} process(es))"
         fix = (
             "raise --data.global_batch_size (and the learning rate with it), or set --model.sync_batchnorm true on GPUs"
         )

@@ -11,7 +11,7 @@ from harness.evaluation.calibration import class_priors
 from harness.evaluation.evaluate import EvalContext, evaluate, validate
 from harness.evaluation.metrics import HIGHER_IS_BETTER
 from harness.evaluation.results import summary
-from harness.run import checkpoint
+from harness.run import checkpoint, recovery
 from harness.run.folder import Run, open_run
 from harness.run.log import RESULT, verdict
 from harness.run.progress import Progress, after_epoch, should_stop
@@ -139,7 +139,7 @@ def say_verdict(config: Config, world: World, epochs: list[EpochStats]) -> None:
 
 def evaluate_best(config: Config, world: World, data: Data, state: TrainState, run: Run, progress: Progress) -> str:
     """Collective: evaluate the best weights of a run; `finished`, or `stopped` if somebody asked meanwhile."""
-    best = checkpoint.find_best(run.folder, progress)
+    best = recovery.find_best(run.folder, progress)
     checkpoint.load_model(best, state.model)
     prior = class_priors(config.optim, data.dataset.description.counts["train"])
     context = EvalContext(best, changes(run.folder), prior, data.val)

@@ -139,18 +139,18 @@ def test_a_folder_that_holds_something_else_is_refused(tiny, tmp_path):
 
 
 def test_a_start_that_was_killed_before_it_wrote_its_settings_starts_again(tiny_config, dataset, tmp_path):
-    from harness.run.folder import open_run
+    from harness.run.folder import claim_folder
     from harness.run.lock import RunLock
 
     run = tmp_path / "run"
     run.mkdir()
     (run / ".config.yaml.123.tmp").write_text("half")
     with RunLock(run) as lock:
-        open_run(run, tiny_config, dataset, lock)
+        claim_folder(run, tiny_config, dataset, lock)
     assert load_config(run / "config.yaml") == tiny_config
     (run / "dataset.json").unlink()  # killed between the two files
     with RunLock(run) as lock:
-        open_run(run, tiny_config, dataset, lock)
+        claim_folder(run, tiny_config, dataset, lock)
     assert (run / "dataset.json").is_file()
 
 
