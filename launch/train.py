@@ -16,9 +16,9 @@ from harness.report.tensorboard import board_results
 from harness.run.stop import STOPPED, follow_launcher
 from harness.training.train import train
 from shards import demo
-from shards.catalogue import read_ham10000
 from shards.index import load
 from shards.pack import pack
+from shards.sources import read_ham10000
 from shards.split import split_by_lesion
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"

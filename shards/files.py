@@ -47,11 +47,25 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name only when the block ends well."""
+def refuse_used_folder(out: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        FileExistsError: `out` exists and is not an empty folder.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already. Give another folder, or remove it first: rm -r {out}")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that takes its name only when the block ends well.
+
+    Raises:
+        FileExistsError: `out` exists and is not an empty folder.
+        OSError: a full disk, among others; nothing is kept then.
+    """
+    refuse_used_folder(out)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -99,6 +99,12 @@ class Dataset:
         """SHA-256 that stands for every byte of the dataset."""
         return self.description.checksum
 
+    def describe_split(self) -> str:
+        """The split's protocol and parameters, in one line."""
+        protocol = self.description.protocol
+        settings = ", ".join(f"{name} {value}" for name, value in protocol.items() if name != "name")
+        return f"protocol {protocol['name']} ({settings})"
+
     def split(self, name: str) -> tuple[Shard, ...]:
         """The shards of a split, in order; an alias gives the shards it stands for.
 

@@ -8,7 +8,9 @@ import hashlib
 from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 
+from shards.grouping import Split
 from shards.index import Dataset, read_listed
 
 
@@ -26,6 +28,35 @@ def load_groups(dataset: Dataset, split: str) -> np.ndarray:
     """
     real = dataset.split(split)[0].split
     return np.load(read_listed(dataset.folder, f"{real}.groups.npy", dataset.description.files), allow_pickle=False)
+
+
+def check_split(images: pd.DataFrame, split: Split) -> None:
+    """Refuse a split that loses an image, tests what it does not train, or leaks without saying so.
+
+    Raises:
+        ValueError: naming a group and where it was found, or an image.
+    """
+    placed = np.concatenate([*split.rows.values(), np.fromiter(split.left_out, dtype=np.int64)])
+    if not np.array_equal(np.unique(placed), np.arange(len(images))):
+        raise ValueError("A split must place each image or say why it is left out; this one does not.")
+    trained = set(images["label"].iloc[split.rows["train"]]) if "train" in split.rows else set(images["label"])
+    for name, rows in split.rows.items():
+        if unknown := sorted(set(images["label"].iloc[rows]) - trained):
+            raise ValueError(
+                f"The {name} split has classes that train has not: {', '.join(unknown)}. Add training images of them."
+            )
+    if split.leaks:
+        return
+    split_of: dict[str, str] = {}
+    for name, rows in split.rows.items():
+        for group in images["group"].iloc[rows].unique():
+            if split_of.setdefault(group, name) != name:
+                raise ValueError(
+                    f"Group {group} is in {split_of[group]} and in {name}: scores would leak. "
+                    "Give each group one split, or let `--protocol lesion` split."
+                )
+    if len(np.unique(placed)) != len(placed):
+        raise ValueError("A split must place each image once; this one places some twice.")
 
 
 def refuse_leak(dataset: Dataset) -> None:

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from shards.catalogue import Catalogue
 from shards.files import new_folder, sha256, write_durably
+from shards.grouping import Split
 from shards.image import FITS, encode, fit, open_rgb
 from shards.index import FORMAT, SHARD_COLUMNS, Description, Shard
-from shards.leaks import group_hashes
-from shards.split import Split, check_split
+from shards.leaks import check_split, group_hashes
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from harness.run.progress import Progress
 from launch.bench import baselines as peers
 from launch.bench.setup import Trial, rate, seconds_of, training_input
 from launch.train import DEMO
-from shards.catalogue import read_ham10000
 from shards.index import load
 from shards.reader import SplitReader
+from shards.sources import read_ham10000
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from shards import __main__ as cli
+from shards import cli
 from shards.index import load, load_table, verify
 from support.processes import ROOT, launch
 

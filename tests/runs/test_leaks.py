@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from launch import preview as show
-from shards import __main__ as cli
+from shards import cli
 from shards import pack as packing
-from shards.catalogue import read_ham10000
+from shards.grouping import Split
 from shards.index import load, load_table
 from shards.leaks import group_hashes, load_groups, refuse_leak
-from shards.split import Split, split_by_lesion
+from shards.sources import read_ham10000
+from shards.split import split_by_lesion
 from support.processes import launch
 
 

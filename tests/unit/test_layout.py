@@ -57,5 +57,11 @@ def test_inside_a_room_there_is_no_circle():
 
 
 def test_shards_do_not_import_torch_at_start():
-    code = "import shards.__main__, shards.reader, shards.plan, sys; sys.exit('torch' in sys.modules)"
+    code = "import shards.cli, shards.pack, shards.sources, shards.reader, shards.plan, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_command_line_of_shards_starts_without_slow_imports():
+    code = "import shards.cli, sys; print(sorted({'pandas', 'numpy', 'PIL', 'torch'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"

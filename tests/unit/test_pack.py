@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards import __main__ as cli
-from shards.catalogue import read_ham10000
+from shards import cli
 from shards.index import load, load_table, verify
 from shards.pack import Packing, pack
+from shards.sources import read_ham10000
 from shards.split import split_by_lesion
 
 

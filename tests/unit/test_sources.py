@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from shards import __main__ as cli
-from shards.catalogue import NO_GROUPS, read_class_folders, read_isic2018, read_table
+from shards import cli
+from shards.catalogue import NO_GROUPS
 from shards.index import load, load_table, verify
+from shards.sources import read_class_folders, read_isic2018, read_table
 
 RNG = np.random.default_rng(0)
 
@@ -192,7 +193,7 @@ def test_a_bad_ground_truth_is_named(source, challenge, change, words):
     ("words", "expected"),
     [
         (["--protocol", "isic2018"], "needs --test-source"),
-        (["--protocol", "lesions"], "must be one of lesion, image, seed, notebook-leaky"),
+        (["--protocol", "lesions"], "must be one of lesion, notebook, isic2018, column:NAME, test, image, notebook-leaky"),
         (["--protocol", "notebook", "--folds", "5"], "--folds goes with --protocol lesion"),
         (["--protocol", "column:sex", "--holdout", "0.2"], "a test split of its own"),
         (["--protocol", "test", "--holdout", "0.2"], "a test split of its own"),
