@@ -24,12 +24,17 @@ class Catalogue:
     classes: class names; a class's number is its place here.
     name: where the images came from, for people.
     warnings: what a reader of a score must be told of the source.
+    group_name: what a group is, in the singular: lesion, patient, group.
+    citation, license: of the images, as the dataset and its reports state them; empty where unknown.
     """
 
     images: pd.DataFrame
     classes: tuple[str, ...]
     name: str
     warnings: tuple[str, ...] = ()
+    group_name: str = "group"
+    citation: str = ""
+    license: str = ""
 
     @property
     def extra_columns(self) -> list[str]:
@@ -64,11 +69,12 @@ def validate(catalogue: Catalogue) -> Catalogue:
             f"Known classes: {', '.join(catalogue.classes)}. Correct the label or remove the row."
         )
     labels = images.groupby("group")["label"].unique()
-    torn = labels[labels.map(len) > 1]
-    if len(torn):
+    conflicts = labels[labels.map(len) > 1]
+    if len(conflicts):
         raise ValueError(
-            f"Group {torn.index[0]} of {name} has the labels {', '.join(sorted(torn.iloc[0]))}; {len(torn)} such group(s). "
-            "A group (lesion) has one label: correct the metadata, or give a --group-column of lesions instead of patients."
+            f"Group {conflicts.index[0]} of {name} has the labels {', '.join(sorted(conflicts.iloc[0]))}; {len(conflicts)} such group(s). "
+            "All images of a group must have one label: correct the metadata, or give a --group-column of lesions "
+            "instead of patients."
         )
     for path in images["path"]:
         if not Path(path).is_file():

@@ -7,6 +7,7 @@ making is one sentence; --help costs no import of pandas, NumPy or Pillow, so ea
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ def _pack(options: argparse.Namespace) -> int:
     packings = [(out, Packing(size, fit, options.quality, options.shard_samples)) for out, size, fit in outputs]
     protocol = choose_protocol(options.protocol, options.seed, options.folds, options.fold, options.holdout)
     source = _read_source(options)
+    source = replace(source, citation=options.citation or source.citation, license=options.license or source.license)
     described = pack_several(source, protocol(source.images), packings, options.threads)[0]
     seconds = time.perf_counter() - start
     dataset = index.load(options.out)
@@ -118,6 +120,9 @@ def _print_table(out: Path, dataset: "Dataset") -> None:
     for label in dataset.classes:
         print(f"{label:<12}" + "".join(f"{about.counts[name][label]:>8}" for name in names))
     print(f"{'images':<12}" + "".join(f"{sum(about.counts[name].values()):>8}" for name in names))
+    for what in ("citation", "license"):
+        if text := getattr(about, what):
+            print(f"{what}: {text}")
     for alias, real in about.aliases.items():
         print(f"{alias} is {real} under another name")
     for warning in about.warnings:
@@ -191,6 +196,8 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
         "--group-column",
         help="of a CSV or Parquet file: lesion or patient, whose images have one label; never cut by a split",
     )
+    add("--citation", default="", help="whose images these are; HAM10000 and ISIC 2018 bring their own")
+    add("--license", default="", help="licence of the images; HAM10000 and ISIC 2018 bring their own")
     add("--test-source", type=Path, help="folder of the ISIC 2018 test images and their ground truth")
 
 

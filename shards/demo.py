@@ -12,11 +12,11 @@ import pandas as pd
 from PIL import Image
 
 from shards.files import new_folder
-from shards.sources import HAM10000_CLASSES
+from shards.sources import DRAWN, HAM10000_CLASSES
 
 SHARES = {"mel": 0.14, "nv": 0.22, "bcc": 0.13, "akiec": 0.13, "bkl": 0.14, "df": 0.12, "vasc": 0.12}
 WIDTH, HEIGHT = 600, 450
-DRAWN = 2  # pixels of a picture to one that is drawn: the rest is interpolated, which is four times faster
+STEP = 2  # pixels of an image to one that is drawn: the rest is interpolated, which is four times faster
 
 
 def draw(out: Path, images: int = 700, seed: int = 0) -> None:
@@ -59,7 +59,7 @@ def _draw_all(out: Path, images: int, seed: int) -> None:
                     folder / f"{image_id}.jpg", quality=90
                 )
                 place = str(rng.choice(["back", "trunk", "face", "lower extremity"]))
-                row = {"lesion_id": f"DRAWN_{lesion:07d}", "image_id": image_id, "dx": label, "dx_type": "drawn"}
+                row = {"lesion_id": f"DRAWN_{lesion:07d}", "image_id": image_id, "dx": label, "dx_type": DRAWN}
                 rows.append(row | person | {"localization": place})
                 wanted -= 1
             lesion += 1
@@ -74,7 +74,7 @@ def _picture(label: str, shape: np.random.Generator, view: np.random.Generator) 
     )
     radius = np.float32(shape.uniform(110, 170))
     turn, centre = np.float32(view.uniform(0, 2 * np.pi)), view.uniform(-30, 30, 2).astype(np.float32)
-    y, x = np.mgrid[0:HEIGHT:DRAWN, 0:WIDTH:DRAWN].astype(np.float32)
+    y, x = np.mgrid[0:HEIGHT:STEP, 0:WIDTH:STEP].astype(np.float32)
     x, y = (x - WIDTH / 2 - centre[0]) / radius, (y - HEIGHT / 2 - centre[1]) / radius
     x, y = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
     r, angle = np.hypot(x, y), np.arctan2(y, x)

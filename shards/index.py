@@ -15,7 +15,8 @@ import pandas as pd
 
 from shards.files import sha256
 
-FORMAT = 1
+FORMAT = 2
+ADDED_IN_FORMAT = {"group_name": 2, "citation": 2, "license": 2}  # the format that a field of `dataset.json` came with
 SHARD_COLUMNS = ("file", "split", "samples", "bytes", "sha256", "table_sha256")
 
 
@@ -45,6 +46,7 @@ class Description:
     counts: split -> class -> images. left_out: number of source images stored nowhere.
     warnings: what a reader of a score must be told. source: name, number of images, fingerprint (SHA-256 over ids,
     labels, groups and original bytes). files: name -> SHA-256 of the index files.
+    group_name: what a group is, in the singular. citation, license: of the images, empty where unknown. (Since format 2.)
     """
 
     format: int
@@ -59,16 +61,23 @@ class Description:
     warnings: list[str]
     source: dict
     files: dict[str, str]
+    group_name: str = "group"
+    citation: str = ""
+    license: str = ""
 
     def to_bytes(self) -> bytes:
         """The bytes of `dataset.json`, with a checksum of everything else in them."""
-        content = asdict(self)
-        return (json.dumps(content | {"checksum": self.checksum}, indent=1, ensure_ascii=False) + "\n").encode()
+        content = self._content() | {"checksum": self.checksum}
+        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
     @property
     def checksum(self) -> str:
         """SHA-256 over the content; since it covers every file's SHA-256, it identifies the whole dataset."""
-        return hashlib.sha256(json.dumps(asdict(self), ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._content(), ensure_ascii=False).encode()).hexdigest()
+
+    def _content(self) -> dict:
+        """The fields that the dataset's format has: an older dataset keeps its bytes and its checksum."""
+        return {name: value for name, value in asdict(self).items() if ADDED_IN_FORMAT.get(name, 1) <= self.format}
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,19 @@ class Dataset:
     def height(self) -> int:
         """Stored height in pixels."""
         return self.description.size[1]
+
+    @property
+    def group_name(self) -> str:
+        """What a group is, in the singular: lesion, patient, group."""
+        return self.description.group_name
+
+    @property
+    def groups_name(self) -> str:
+        """What groups are, in the plural: lesions, patients, groups."""
+        name = self.group_name
+        if name.endswith("s"):  # series
+            return name
+        return f"{name[:-1]}ies" if name.endswith("y") and name[-2:-1] not in "aeiou" else f"{name}s"
 
     @cached_property
     def fingerprint(self) -> str:

@@ -70,7 +70,7 @@ def refuse_leak(dataset: Dataset) -> None:
         shared = len(np.intersect1d(train, load_groups(dataset, name))) if name != "train" else 0
         if shared and not dataset.description.protocol.get("leaks"):
             raise ValueError(
-                f"{dataset.folder}: {shared} training groups (lesions) are also in the {name} split, so its scores would leak. "
+                f"{dataset.folder}: {shared} training {dataset.groups_name} are also in the {name} split, so its scores would leak. "
                 "Pack the source again with `--protocol lesion`."
             )
 
@@ -85,7 +85,8 @@ def leak_warnings(dataset: Dataset, split: str, train_groups: np.ndarray) -> lis
     shared = len(np.intersect1d(groups, train_groups))
     if not shared:
         return []
-    return [f"{shared} of {len(groups)} groups (lesions) of the {split} split were trained on: the scores are too high"]
+    whose = f"{shared} of {len(groups)} {dataset.groups_name} of the {split} split"
+    return [f"{whose} were trained on: the scores are too high"]
 
 
 def refuse_trained_groups(dataset: Dataset, split: str, train_groups: np.ndarray) -> None:

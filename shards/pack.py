@@ -143,6 +143,9 @@ def _write_index(
         warnings=[*catalogue.warnings, *split.warnings],
         source={"name": catalogue.name, "images": len(images), "fingerprint": fingerprint},
         files={name: sha256(folder / name) for name in files},
+        group_name=catalogue.group_name,
+        citation=catalogue.citation,
+        license=catalogue.license,
     )
     write_durably(folder / "dataset.json", description.to_bytes())
     return description

@@ -5,6 +5,7 @@ becomes an extra column; an image that a table names and that is not there is an
 """
 
 import filecmp
+import re
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,15 @@ from shards.catalogue import IMAGE_SUFFIXES, NO_GROUPS, REQUIRED, Catalogue, pre
 
 HAM10000_CLASSES = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")  # the order of the ISIC 2018 challenge
 METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata")  # as Kaggle and as Dataverse name it
+GROUND_TRUTH = "ISIC2018_Task3_Test_GroundTruth.csv"
+HAM10000_CITATION = (
+    "Tschandl, Rosendahl, Kittler: The HAM10000 dataset, Scientific Data 5, 180161 (2018), doi:10.1038/sdata.2018.161"
+)
+ISIC2018_CITATION = (
+    "Codella et al.: Skin Lesion Analysis Toward Melanoma Detection 2018, arXiv:1902.03368 (2019); " + HAM10000_CITATION
+)
+CC_BY_NC = "CC BY-NC 4.0"  # of both
+DRAWN = "drawn"  # the `dx_type` of the demo's images, which are nobody's
 
 
 def read_ham10000(folder: Path) -> Catalogue:
@@ -39,7 +49,11 @@ def read_ham10000(folder: Path) -> Catalogue:
     table = table.rename(columns=columns)
     table["path"] = _paths(table["image_id"], _find_images(folder, set(table["image_id"])), folder)
     images = pd.concat([table[list(REQUIRED)], _extras(table, set(REQUIRED))], axis=1)
-    return validate(Catalogue(images, HAM10000_CLASSES, folder.name))
+    is_demo = "dx_type" in table.columns and bool((table["dx_type"] == DRAWN).all())
+    citation, terms = ("drawn by the demo", "no limits") if is_demo else (HAM10000_CITATION, CC_BY_NC)
+    return validate(
+        Catalogue(images, HAM10000_CLASSES, folder.name, group_name="lesion", citation=citation, license=terms)
+    )
 
 
 def read_isic2018(folder: Path, test: Path) -> Catalogue:
@@ -54,10 +68,11 @@ def read_isic2018(folder: Path, test: Path) -> Catalogue:
         FileNotFoundError, ValueError: as `read_ham10000`; also classes unknown to it, and rows that are not one-hot.
     """
     ham, test = read_ham10000(folder), Path(test)
-    name = "ISIC2018_Task3_Test_GroundTruth.csv"
-    files = sorted(test.rglob(name)) if test.is_dir() else []
+    files = sorted(test.rglob(GROUND_TRUTH)) if test.is_dir() else []
     if not files:
-        raise FileNotFoundError(f"No {name} in {test}. Give the folder that holds it and the challenge's test images.")
+        raise FileNotFoundError(
+            f"No {GROUND_TRUTH} in {test}. Give the folder that holds it and the challenge's test images."
+        )
     truth = _read_csv(files[0])
     unknown = [column for column in truth.columns if column != "image" and column.lower() not in HAM10000_CLASSES]
     if "image" not in truth.columns or unknown:
@@ -72,7 +87,10 @@ def read_isic2018(folder: Path, test: Path) -> Catalogue:
     found = _find_images(test, set(rows["image_id"]))
     rows["path"] = _paths(rows["image_id"], found, test)
     both = pd.concat([ham.images.assign(part="train"), rows.assign(part="test")], ignore_index=True).fillna("")
-    return validate(Catalogue(both, HAM10000_CLASSES, f"{ham.name} with the ISIC 2018 test images"))
+    name = f"{ham.name} with the ISIC 2018 test images"
+    return validate(
+        Catalogue(both, HAM10000_CLASSES, name, group_name="lesion", citation=ISIC2018_CITATION, license=CC_BY_NC)
+    )
 
 
 def read_class_folders(root: Path) -> Catalogue:
@@ -136,7 +154,8 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
     }
     images = pd.concat([pd.DataFrame(core), _extras(table, set(wanted.values()))], axis=1)
     classes = tuple(sorted(set(images["label"]) - {""}))
-    return validate(Catalogue(images, classes, path.name, () if group_column else (NO_GROUPS,)))
+    warned = () if group_column else (NO_GROUPS,)
+    return validate(Catalogue(images, classes, path.name, warned, _group_name(group_column)))
 
 
 def _read_metadata(folder: Path) -> pd.DataFrame:
@@ -151,6 +170,12 @@ def _read_metadata(folder: Path) -> pd.DataFrame:
         f"No HAM10000_metadata.csv in {folder}. Give the folder that holds it beside the image folders; "
         "`python -m shards demo OUT` draws an example of the layout."
     )
+
+
+def _group_name(column: str | None) -> str:
+    """What a group is, from the name of its column: `patient_id` holds patients."""
+    name = re.sub(r"[ _-]?ids?$", "", (column or "").strip(), flags=re.IGNORECASE)
+    return name.replace("_", " ").lower() or "group"
 
 
 def _extras(table: pd.DataFrame, used: set) -> pd.DataFrame:

@@ -29,6 +29,15 @@ def test_every_metadata_row_becomes_one_checked_image(source):
     assert catalogue.extra_columns == ["dx_type", "age", "sex", "localization"]
 
 
+def test_the_demo_is_nobodys_and_ham10000_has_its_citation_and_licence(copy):
+    drawn = read_ham10000(copy)
+    assert (drawn.group_name, drawn.citation, drawn.license) == ("lesion", "drawn by the demo", "no limits")
+    rewrite(copy, metadata(copy).assign(dx_type="histo"))
+    real = read_ham10000(copy)
+    assert (real.group_name, real.license) == ("lesion", "CC BY-NC 4.0")
+    assert "doi:10.1038/sdata.2018.161" in real.citation
+
+
 def test_images_may_lie_in_one_folder_beside_the_csv_or_twice(copy):
     for path in list((copy / "HAM10000_images_part_2").iterdir()):
         shutil.copy(path, copy)

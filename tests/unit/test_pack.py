@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -143,6 +144,46 @@ def test_a_dataset_of_a_newer_format_says_to_update(packed, tmp_path):
     (folder / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"format 99.*Update"):
         load(folder)
+
+
+def as_format_1(folder):
+    """Rewrite a dataset's description as the first format had it: no group name, citation or licence."""
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    old = {name: content[name] for name in content if name not in ("group_name", "citation", "license", "checksum")}
+    old |= {"format": 1, "protocol": old["protocol"] | {"name": "seed"}}
+    checksum = hashlib.sha256(json.dumps(old, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(old | {"checksum": checksum}, indent=1, ensure_ascii=False) + "\n"
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+    return checksum
+
+
+def test_a_dataset_of_format_1_is_read_and_still_verifies(packed, tmp_path, capsys):
+    folder = shutil.copytree(packed, tmp_path / "old")
+    checksum = as_format_1(folder)
+    dataset = load(folder)
+    assert verify(folder) == []
+    assert dataset.fingerprint == checksum
+    assert (dataset.group_name, dataset.groups_name, dataset.description.citation) == ("group", "groups", "")
+    assert cli.main(["show", str(folder)]) == 0
+    assert "protocol seed (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [("citation", "x"), ("format", 2), ("quality", 91)])
+def test_a_changed_dataset_of_format_1_is_refused(packed, tmp_path, change):
+    folder = shutil.copytree(packed, tmp_path / "old")
+    as_format_1(folder)
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8")) | dict([change])
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="was changed after packing"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("one", "many"), [("lesion", "lesions"), ("patient", "patients"), ("body", "bodies"), ("series", "series")]
+)
+def test_groups_are_named_in_the_plural(dataset, one, many):
+    assert replace(dataset, description=replace(dataset.description, group_name=one)).groups_name == many
 
 
 def test_no_dataset_says_how_to_pack_one(tmp_path):

@@ -81,9 +81,28 @@ def test_a_csv_keeps_groups_together_and_carries_its_other_columns(table, tmp_pa
     rows = pd.concat(load_table(dataset, shard) for shard in dataset.shards)
     assert set(rows.columns) == {"key", "offset", "size", "label", "group", "image_id", "camera"}
     assert dataset.classes == ("m", "n")
+    assert (dataset.group_name, dataset.groups_name) == ("patient", "patients")
     assert dataset.description.warnings == []
     train = set(pd.concat(load_table(dataset, shard) for shard in dataset.split("train"))["group"])
     assert not train & set(pd.concat(load_table(dataset, shard) for shard in dataset.split("val"))["group"])
+
+
+@pytest.mark.parametrize(
+    ("column", "name"),
+    [("patient", "patient"), ("Patient_ID", "patient"), ("id", "group"), ("imaging day", "imaging day")],
+)
+def test_a_csvs_group_column_says_what_a_group_is(table, column, name):
+    pd.read_csv(table).rename(columns={"patient": column}).to_csv(table, index=False)
+    assert read_table(table, "file", "diagnosis", column).group_name == name
+    assert read_table(table, "file", "diagnosis", None).group_name == "group"
+
+
+def test_citation_and_license_of_a_source_are_kept_and_shown(tree, tmp_path, capsys):
+    words = ["--size", "32x24", "--citation", "Müller (2024)", "--license", "CC0"]
+    assert cli.main(["pack", str(tree), str(tmp_path / "out"), *words]) == 0
+    about = load(tmp_path / "out").description
+    assert (about.format, about.citation, about.license, about.group_name) == (2, "Müller (2024)", "CC0", "group")
+    assert "citation: Müller (2024)\nlicense: CC0" in capsys.readouterr().out
 
 
 def test_parquet_is_read_as_csv_is(table, tmp_path):
@@ -169,6 +188,8 @@ def test_isic2018_trains_on_ham10000_and_tests_on_the_challenge(source, challeng
     assert dataset.description.counts["test"] == dict.fromkeys(dataset.classes, 1)
     left_out = pd.read_csv(tmp_path / "out" / "left_out.csv").set_index("image_id")["reason"]
     assert "easter egg" in left_out["ISIC_0035068"]
+    assert dataset.group_name == "lesion"
+    assert "1902.03368" in dataset.description.citation
     assert verify(tmp_path / "out") == []
 
 
@@ -193,7 +214,10 @@ def test_a_bad_ground_truth_is_named(source, challenge, change, words):
     ("words", "expected"),
     [
         (["--protocol", "isic2018"], "needs --test-source"),
-        (["--protocol", "lesions"], "must be one of lesion, notebook, isic2018, column:NAME, test, image, notebook-leaky"),
+        (
+            ["--protocol", "lesions"],
+            "must be one of lesion, notebook, isic2018, column:NAME, test, image, notebook-leaky",
+        ),
         (["--protocol", "notebook", "--folds", "5"], "--folds goes with --protocol lesion"),
         (["--protocol", "column:sex", "--holdout", "0.2"], "a test split of its own"),
         (["--protocol", "test", "--holdout", "0.2"], "a test split of its own"),
