@@ -31,7 +31,7 @@ from harness.training.epoch import EpochStats, Session, assert_finite_weights, m
 from harness.training.preflight import check_consistency, check_device, check_disk, check_recipe, refuse, versions
 from shards.index import Dataset, load
 from shards.leaks import load_groups, refuse_leak
-from shards.plan import BalancedPlan, Plan, rank_slice
+from shards.plan import Plan, rank_slice
 from shards.reader import SplitReader
 
 SHOWN = ("loss", "accuracy", "balanced_accuracy", "macro_f1")
@@ -90,7 +90,7 @@ def train(config: Config, world: World) -> str:
                 world.print(f"continuing {folder} at epoch {progress.epoch + 1}, step {progress.step}")
             world.print(
                 f"{sum(plan.shard_sizes)} training images, {plan.n_batches} batches of {plan.global_batch} an epoch "
-                f"({plan.note}); {sum(validation.shard_sizes)} validation images; "
+                f"({plan.describe()}); {sum(validation.shard_sizes)} validation images; "
                 f"dataset {dataset.fingerprint[:12]}"
             )
             for warning in dataset.description.warnings:
@@ -216,7 +216,7 @@ def _plan(config: Config, training: SplitReader) -> Plan:
     data = config.data
     numbers = (training.shard_sizes, data.global_batch_size, config.run.seed, data.lanes, data.shuffle_block_shards)
     if config.optim.balance == "sampler":
-        return BalancedPlan(*numbers, lambda shard: training.table(shard).label)
+        return Plan(*numbers, lambda shard: training.table(shard).label)
     return Plan(*numbers)
 
 
