@@ -4,6 +4,7 @@ In: rows as a reader of `shards.sources` found them. Out: a `Catalogue`, every r
 are unique, every image file exists and is not empty, every label is a known class, every group (lesion) has one label.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ class Catalogue:
     images: one row an image, all columns text: `image_id, path, label, group`, then what else the source knows
         (blank where unknown). `label` is a class name, `group` what must never be cut by a split (the lesion).
     classes: class names; a class's number is its place here.
-    name: where the images came from, for people.
+    name: human-readable, where the images came from.
     warnings: what a reader of a score must be told of the source.
     group_name: what a group is, in the singular: lesion, patient, group.
     citation, license: of the images, as the dataset and its reports state them; empty where unknown.
@@ -47,7 +48,7 @@ def validate(catalogue: Catalogue) -> Catalogue:
 
     Raises:
         ValueError: blank or repeated ids, blank groups, unknown labels, a group with two labels, an empty file.
-        FileNotFoundError: a picture that is not there.
+        FileNotFoundError: an image file that does not exist.
     """
     images, name = catalogue.images, catalogue.name
     if images.empty:
@@ -59,28 +60,31 @@ def validate(catalogue: Catalogue) -> Catalogue:
                 f"The source {name} has a blank {column} in row(s) {preview([str(row + 2) for row in blank])} of its table "
                 "(row 1 is the header). Fill it in or remove the row."
             )
-    repeated = images["image_id"][images["image_id"].duplicated()].unique()
-    if len(repeated):
+    ids, labels = images["image_id"].tolist(), images["label"].tolist()
+    repeated = [image_id for image_id, times in Counter(ids).items() if times > 1]
+    if repeated:
         raise ValueError(f"{preview(repeated)} of {name}: image id repeated. Keep one row for each image.")
-    unknown = images[~images["label"].isin(catalogue.classes)]
-    if len(unknown):
+    unknown = {image_id: label for image_id, label in zip(ids, labels, strict=True) if label not in catalogue.classes}
+    if unknown:
         raise ValueError(
-            f"{preview(unknown['image_id'])} of {name}: unknown label {preview(unknown['label'].unique())}. "
+            f"{preview(unknown)} of {name}: unknown label {preview(dict.fromkeys(unknown.values()))}. "
             f"Known classes: {', '.join(catalogue.classes)}. Correct the label or remove the row."
         )
-    labels = images.groupby("group")["label"].unique()
-    conflicts = labels[labels.map(len) > 1]
-    if len(conflicts):
+    labels_of: dict[str, set[str]] = {}
+    for group, label in zip(images["group"], labels, strict=True):
+        labels_of.setdefault(group, set()).add(label)
+    conflicts = sorted(group for group, of_group in labels_of.items() if len(of_group) > 1)
+    if conflicts:
         raise ValueError(
-            f"Group {conflicts.index[0]} of {name} has the labels {', '.join(sorted(conflicts.iloc[0]))}; {len(conflicts)} such group(s). "
+            f"Group {conflicts[0]} of {name} has the labels {', '.join(sorted(labels_of[conflicts[0]]))}; {len(conflicts)} such group(s). "
             "All images of a group must have one label: correct the metadata, or give a --group-column of lesions "
             "instead of patients."
         )
     for path in images["path"]:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"The picture {path} of {name} is not there. Restore it or remove its row.")
+            raise FileNotFoundError(f"The image {path} of {name} does not exist. Restore it or remove its row.")
         if Path(path).stat().st_size == 0:
-            raise ValueError(f"The picture {path} is empty (0 bytes). Download it again or remove its row.")
+            raise ValueError(f"The image {path} is empty (0 bytes). Download it again or remove its row.")
     return catalogue
 
 

@@ -1,7 +1,8 @@
 """`python -m shards demo | pack | verify | show`: make packed datasets and look at them.
 
-In: words of the command line. Out: files, a table on the console and an exit code. Invariants: an error of the user's
-making is one sentence; --help costs no import of pandas, NumPy or Pillow, so each command imports what it needs.
+In: arguments of the command line. Out: files, a table on the console and an exit code. Invariants: invalid input ends
+with one sentence and exit code 1; --help imports neither pandas nor NumPy nor Pillow, so each command imports what it
+needs.
 """
 
 import argparse
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; errors of the user's making end as one sentence and exit code 1."""
+    """Run one subcommand; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser(describes_protocols=argv[:1] == ["pack"]).parse_args(argv)
     try:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was left behind", file=sys.stderr)
+        print("interrupted; no partial output was kept", file=sys.stderr)
         return 130
 
 
@@ -172,7 +173,7 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
 def _add_demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", type=Path, help="folder to make")
     command.add_argument("--images", type=int, default=700, help="images to draw (default 700)")
-    command.add_argument("--seed", type=int, default=0, help="another seed draws other lesions (default 0)")
+    command.add_argument("--seed", type=int, default=0, help="a different seed draws different lesions (default 0)")
     command.set_defaults(run=_demo)
 
 
@@ -180,7 +181,7 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("source", type=Path, help="HAM10000 folder, folder with one folder a class, CSV or Parquet file")
     add("out", type=Path, help="folder to make")
-    add("--seed", type=int, default=0, help="another seed gives another split (default 0)")
+    add("--seed", type=int, default=0, help="a different seed gives a different split (default 0)")
     add("--threads", type=int, default=0, help="decoding threads (default: one a core)")
     _add_source_options(command.add_argument_group("source"))
     _add_split_options(command.add_argument_group("split"))
@@ -196,8 +197,8 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
         "--group-column",
         help="of a CSV or Parquet file: lesion or patient, whose images have one label; never cut by a split",
     )
-    add("--citation", default="", help="whose images these are; HAM10000 and ISIC 2018 bring their own")
-    add("--license", default="", help="licence of the images; HAM10000 and ISIC 2018 bring their own")
+    add("--citation", default="", help="how to cite the images (HAM10000 and ISIC 2018 are cited by themselves)")
+    add("--license", default="", help="licence of the images (that of HAM10000 and ISIC 2018 is known)")
     add("--test-source", type=Path, help="folder of the ISIC 2018 test images and their ground truth")
 
 

@@ -6,7 +6,7 @@ its groups, evaluation splits keep one.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Sized
 from dataclasses import dataclass, field
 from math import floor
 
@@ -47,7 +47,7 @@ def with_holdout(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.D
     the same fraction are tested on the same unseen images, one of each group.
 
     Raises:
-        ValueError: a fraction that is no share, or a class too small for it.
+        ValueError: a fraction outside 0 to 1, or a class too small for it.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"'--holdout' must be a share of the groups between 0 and 1. Got {fraction} instead.")
@@ -56,26 +56,25 @@ def with_holdout(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.D
         require_groups(label, groups, 2, "parts")
         n = min(len(groups) - 1, max(1, floor(len(groups) * fraction + 0.5)))
         held |= set(sort_by_hash(groups, "holdout")[:n])
-    is_held = images["group"].isin(list(held))
+    is_held = is_in(column_of(images, "group"), held)
     rest = np.flatnonzero(~is_held)
     inner = protocol(images.iloc[rest].reset_index(drop=True))
     rows = {name: rest[members] for name, members in inner.rows.items()}
-    repeated = is_held & images["group"].duplicated()
+    repeated = is_held & is_repeated(images)
     rows["test"] = stored_rows(images, is_held & ~repeated, 0)
-    left_out = {int(rest[row]): reason for row, reason in inner.left_out.items()} | one_image_reasons(
-        images, repeated, "test"
-    )
+    left_out = {int(rest[row]): reason for row, reason in inner.left_out.items()}
+    left_out |= one_image_reasons(images, repeated, "test")
     warnings = tuple(warning for warning in inner.warnings if warning != VAL_IS_TEST)
     return Split(inner.protocol | {"holdout": fraction}, rows, left_out, {}, warnings)
 
 
 def split_of_groups(images: pd.DataFrame, split_of: dict[str, str], seed: int, protocol: dict) -> Split:
     """A split by group: train keeps all images, the others the first of each group."""
-    names = split_names(images["group"], split_of)
-    repeated = images["group"].duplicated() & (names != "train")
+    names = split_names(column_of(images, "group"), split_of)
+    repeated = is_repeated(images) & (names != "train")
     parts = [name for name in SPLITS if name in set(split_of.values())]
     rows = {name: stored_rows(images, (names == name) & ~repeated, seed) for name in parts}
-    left_out = {}
+    left_out: dict[int, str] = {}
     for name in parts[1:]:
         left_out |= one_image_reasons(images, repeated & (names == name), name)
     return Split(protocol, rows, left_out)
@@ -85,7 +84,7 @@ def cut_classes(images: pd.DataFrame, column: str, seed: int, fractions: tuple[f
     """Group or image -> split, cut at the fractions inside each class; `column` holds what is cut.
 
     Raises:
-        ValueError: fractions that are no shares of 1, or a class with fewer members than splits.
+        ValueError: fractions that are not positive or do not sum to 1, or a class with fewer members than splits.
     """
     if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
         raise ValueError(f"The 'fractions' of a split must be positive shares that sum to 1. Got {fractions} instead.")
@@ -102,19 +101,37 @@ def cut_classes(images: pd.DataFrame, column: str, seed: int, fractions: tuple[f
 
 def names_by_class(images: pd.DataFrame, column: str) -> dict[str, list[str]]:
     """Class -> the different names in a column (groups or image ids) of its images."""
-    return {str(label): list(members.unique()) for label, members in images.groupby("label")[column]}
+    found: dict[str, dict[str, None]] = {label: {} for label in sorted(set(images["label"]))}
+    for label, name in zip(images["label"], images[column], strict=True):
+        found[label][name] = None  # a dict keeps the order of the rows, and each name once
+    return {label: list(names) for label, names in found.items()}
 
 
-def split_names(names: pd.Series, split_of: Mapping[str, str]) -> pd.Series:
-    """The split of each group or image id, (n,), in the table's order."""
-    return pd.Series([split_of[name] for name in names], index=names.index, dtype=object)
+def column_of(images: pd.DataFrame, column: str) -> np.ndarray:
+    """A column's text, (n,) object."""
+    return images[column].to_numpy(dtype=object)
 
 
-def one_image_reasons(images: pd.DataFrame, repeated: pd.Series, split_name: str) -> dict[int, str]:
+def is_in(names: np.ndarray, chosen: Collection[str]) -> np.ndarray:
+    """Which names, (n,) object, are chosen: (n,) bool."""
+    return np.fromiter((name in chosen for name in names), dtype=bool, count=len(names))
+
+
+def is_repeated(images: pd.DataFrame) -> np.ndarray:
+    """Which images are not the first of their group in the table: (n,) bool."""
+    return images["group"].duplicated().to_numpy(dtype=bool)
+
+
+def split_names(names: np.ndarray, split_of: dict[str, str]) -> np.ndarray:
+    """The split of each group or image id: (n,) object."""
+    return np.array([split_of[name] for name in names], dtype=object)
+
+
+def one_image_reasons(images: pd.DataFrame, repeated: np.ndarray, split_name: str) -> dict[int, str]:
     """Row -> why it is left out, for the further images of a group."""
-    groups = images["group"]
+    groups = column_of(images, "group")
     return {
-        int(row): f"{split_name} keeps one image a group, and another of {groups.iloc[row]} is kept"
+        int(row): f"{split_name} keeps one image a group, and another of {groups[row]} is kept"
         for row in np.flatnonzero(repeated)
     }
 
@@ -133,12 +150,12 @@ def require_groups(label: str, members: Sized, least: int, what: str) -> None:
 
 
 def sort_by_hash(names: Iterable[str], seed: int | str) -> list[str]:
-    """Names in an order that depends on the seed and on nothing else."""
+    """Names in an order that depends on the seed alone."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
 
 
-def stored_rows(images: pd.DataFrame, chosen: pd.Series, seed: int) -> np.ndarray:
-    """Row numbers, (n,) int64, of the chosen images in stored order: shuffled by hash."""
-    row_of = dict(zip(images["image_id"], range(len(images)), strict=True))
-    ids = images["image_id"].to_numpy()[chosen.to_numpy(dtype=bool)]
-    return np.array([row_of[name] for name in sort_by_hash(ids, seed)], dtype=np.int64)
+def stored_rows(images: pd.DataFrame, chosen: np.ndarray, seed: int) -> np.ndarray:
+    """Row numbers, int64, of the chosen images, (n,) bool, in stored order: shuffled by hash."""
+    ids = column_of(images, "image_id")
+    row_of = dict(zip(ids, range(len(ids)), strict=True))
+    return np.array([row_of[name] for name in sort_by_hash(ids[chosen], seed)], dtype=np.int64)

@@ -1,6 +1,6 @@
 """What is in a packed dataset: `dataset.json`, `shards.csv`, `left_out.csv` and one table beside each shard.
 
-In: a packed folder. Out: a frozen `Dataset`. What stays true: loading costs as much as there are shards, not samples;
+In: a packed folder. Out: a frozen `Dataset`. Invariants: loading costs as much as there are shards, not samples;
 each file's SHA-256 stands in a file above it, and `dataset.json` carries its own.
 """
 
@@ -118,7 +118,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 that stands for every byte of the dataset."""
+        """SHA-256 that identifies every byte of the dataset."""
         return self.description.checksum
 
     def describe_split(self) -> str:
@@ -163,7 +163,7 @@ def load(folder: Path | str) -> Dataset:
 def load_table(dataset: Dataset, shard: Shard) -> pd.DataFrame:
     """One row a sample of one shard: `key, offset, size, label` (integers), `group, image_id`, extras (text).
 
-    `offset` and `size` are the picture's bytes in the tar.
+    `offset` and `size` are the image's bytes in the tar.
 
     Raises:
         ValueError, FileNotFoundError: the table is not what was packed, or missing.
@@ -179,7 +179,7 @@ def verify(folder: Path | str) -> list[str]:
     """Check every file of a packed dataset against its recorded SHA-256.
 
     Returns:
-        one sentence for each thing that is wrong; an empty list means that nothing is.
+        one sentence for each problem; an empty list if there is none.
     """
     folder = Path(folder)
     try:
@@ -205,17 +205,15 @@ def _load_description(path: Path) -> Description:
     data = path.read_bytes()
     try:
         content = json.loads(data)
-        newer = int(content["format"]) > FORMAT
+        found = int(content["format"])
         content.pop("checksum")
-        description = None if newer else Description(**content)
+        description = Description(**content) if found <= FORMAT else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {advice}") from error
-    if newer:
-        raise ValueError(
-            f"{path} has format {content['format']}; this version reads up to {FORMAT}. Update dermharness."
-        )
+    if description is None:
+        raise ValueError(f"{path} has format {found}; this version reads up to {FORMAT}. Update dermharness.")
     if description.to_bytes() != data:
-        raise ValueError(f"{path} was changed after packing: its checksum does not fit its content. {advice}")
+        raise ValueError(f"{path} was changed after packing: its checksum does not match its content. {advice}")
     return description
 
 

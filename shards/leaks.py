@@ -1,7 +1,7 @@
-"""No leak between splits: groups (lesions, patients) as hashes, and what is refused or said where two sets share some.
+"""Leaks between splits: groups (lesions, patients) as hashes, and errors or warnings where two sets share some.
 
-In: group names, or a packed dataset. Out: hashes, an error, or a warning. Invariants: what no split may cut is the group; a
-leak is refused unless it was asked for, and then it is said in every result.
+In: group names, or a packed dataset. Out: hashes, an error, or a warning. Invariants: a group is in
+one split only; a leak is refused unless it was asked for, and then every result says so.
 """
 
 import hashlib
@@ -31,19 +31,19 @@ def load_groups(dataset: Dataset, split: str) -> np.ndarray:
 
 
 def check_split(images: pd.DataFrame, split: Split) -> None:
-    """Refuse a split that loses an image, tests what it does not train, or leaks without saying so.
+    """Refuse a split that loses an image, evaluates classes without training images, or leaks without being marked.
 
     Raises:
         ValueError: naming a group and where it was found, or an image.
     """
     placed = np.concatenate([*split.rows.values(), np.fromiter(split.left_out, dtype=np.int64)])
     if not np.array_equal(np.unique(placed), np.arange(len(images))):
-        raise ValueError("A split must place each image or say why it is left out; this one does not.")
+        raise ValueError("A split must place each image or say why it is left out; this one omits some.")
     trained = set(images["label"].iloc[split.rows["train"]]) if "train" in split.rows else set(images["label"])
     for name, rows in split.rows.items():
         if unknown := sorted(set(images["label"].iloc[rows]) - trained):
             raise ValueError(
-                f"The {name} split has classes that train has not: {', '.join(unknown)}. Add training images of them."
+                f"The {name} split has classes that train lacks: {', '.join(unknown)}. Add training images of them."
             )
     if split.leaks:
         return
@@ -60,7 +60,7 @@ def check_split(images: pd.DataFrame, split: Split) -> None:
 
 
 def refuse_leak(dataset: Dataset) -> None:
-    """Refuse to train on a dataset with training groups in its evaluation splits, unless it is marked as a study of that.
+    """Refuse to train on a dataset with training groups in its evaluation splits, unless it is marked as a study.
 
     Raises:
         ValueError: naming the splits and the number of shared groups.
@@ -76,7 +76,7 @@ def refuse_leak(dataset: Dataset) -> None:
 
 
 def leak_warnings(dataset: Dataset, split: str, train_groups: np.ndarray) -> list[str]:
-    """One sentence if groups of a split are among those that a model was trained on, else nothing.
+    """One sentence if groups of a split are among those that a model was trained on, else an empty list.
 
     Args:
         train_groups: hashes of the model's training groups, as from `group_hashes`.
@@ -85,8 +85,8 @@ def leak_warnings(dataset: Dataset, split: str, train_groups: np.ndarray) -> lis
     shared = len(np.intersect1d(groups, train_groups))
     if not shared:
         return []
-    whose = f"{shared} of {len(groups)} {dataset.groups_name} of the {split} split"
-    return [f"{whose} were trained on: the scores are too high"]
+    counted = f"{shared} of {len(groups)} {dataset.groups_name} of the {split} split"
+    return [f"{counted} were trained on: the scores are too high"]
 
 
 def refuse_trained_groups(dataset: Dataset, split: str, train_groups: np.ndarray) -> None:
@@ -97,5 +97,5 @@ def refuse_trained_groups(dataset: Dataset, split: str, train_groups: np.ndarray
     """
     if warnings := leak_warnings(dataset, split, train_groups):
         raise ValueError(
-            f"{dataset.folder}: {warnings[0]}. Give other data; --allow-leak evaluates all the same and says so."
+            f"{dataset.folder}: {warnings[0]}. Give other data; --allow-leak evaluates anyway and marks the results."
         )

@@ -19,7 +19,7 @@ class Plan:
 
     shard_sizes: samples of each shard, in the dataset's order.
     global_batch: images in one optimizer step over all ranks.
-    seed: another seed gives other orders.
+    seed: a different seed gives different orders.
     lanes: the stream is cut into this many equal lanes, and each batch takes as many images from each lane.
     shuffle_block_shards: inside a lane, samples are shuffled within blocks of this many consecutive shards; 0 means all.
     labels: labels of a shard's rows, (samples,) int64, by its number. With them each class is drawn equally often within
@@ -190,7 +190,7 @@ def _recent_blocks(plan: Plan, epoch: int) -> dict:
 def _balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Places of a block, (n,) int64, that show each of its classes equally often; labels: (n,), by place."""
     present, length = np.unique(labels), len(labels)
-    # Rounds of all classes, each in another order: neighbours are seldom alike, and any stretch is balanced.
+    # Rounds of all classes, each in another order: neighbours seldom have one class, and any stretch is balanced.
     rounds = np.tile(present, (-(-length // len(present)), 1))  # (rounds, classes)
     classes, places = rng.permuted(rounds, axis=1).ravel()[:length], np.empty(length, dtype=np.int64)
     for label in present:

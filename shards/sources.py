@@ -1,12 +1,13 @@
 """Sources as people have them: HAM10000, the ISIC 2018 challenge, a folder for each class, a CSV or Parquet file.
 
-In: a folder or a file. Out: a `Catalogue`, checked. Invariants: what a source says and the shards have no use for
-becomes an extra column; an image that a table names and that is not there is an error, never a row less.
+In: a folder or a file. Out: a `Catalogue`, checked. Invariants: columns that the
+shards do not need are kept as extra columns; a missing image is an error, never a dropped row.
 """
 
 import filecmp
 import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +24,7 @@ ISIC2018_CITATION = (
     "Codella et al.: Skin Lesion Analysis Toward Melanoma Detection 2018, arXiv:1902.03368 (2019); " + HAM10000_CITATION
 )
 CC_BY_NC = "CC BY-NC 4.0"  # of both
-DRAWN = "drawn"  # the `dx_type` of the demo's images, which are nobody's
+DRAWN = "drawn"  # the `dx_type` of the demo's images, which nobody owns
 
 
 def read_ham10000(folder: Path) -> Catalogue:
@@ -47,7 +48,8 @@ def read_ham10000(folder: Path) -> Catalogue:
             "HAM10000's own CSV has lesion_id, image_id, dx, dx_type, age, sex, localization."
         )
     table = table.rename(columns=columns)
-    table["path"] = _paths(table["image_id"], _find_images(folder, set(table["image_id"])), folder)
+    ids = table["image_id"].tolist()
+    table["path"] = _paths(ids, _find_images(folder, set(ids)), folder)
     images = pd.concat([table[list(REQUIRED)], _extras(table, set(REQUIRED))], axis=1)
     is_demo = "dx_type" in table.columns and bool((table["dx_type"] == DRAWN).all())
     citation, terms = ("drawn by the demo", "no limits") if is_demo else (HAM10000_CITATION, CC_BY_NC)
@@ -83,9 +85,10 @@ def read_isic2018(folder: Path, test: Path) -> Catalogue:
     odd = truth["image"][(hot.sum(axis=1) != 1) | ~hot.isin([0, 1]).all(axis=1)]
     if len(odd):
         raise ValueError(f"{preview(odd)} of {files[0]}: not exactly one class is 1. Download the ground truth again.")
-    rows = pd.DataFrame({"image_id": truth["image"], "label": hot.idxmax(axis=1).str.lower(), "group": truth["image"]})
-    found = _find_images(test, set(rows["image_id"]))
-    rows["path"] = _paths(rows["image_id"], found, test)
+    ids = truth["image"].tolist()
+    labels = [str(hot.columns[place]).lower() for place in hot.to_numpy().argmax(axis=1)]
+    paths = _paths(ids, _find_images(test, set(ids)), test)
+    rows = pd.DataFrame({"image_id": ids, "label": labels, "group": ids, "path": paths})
     both = pd.concat([ham.images.assign(part="train"), rows.assign(part="test")], ignore_index=True).fillna("")
     name = f"{ham.name} with the ISIC 2018 test images"
     return validate(
@@ -97,7 +100,7 @@ def read_class_folders(root: Path) -> Catalogue:
     """Read `root/CLASS/*`: the folders' names are the classes, in alphabetical order; each image is a group.
 
     Raises:
-        FileNotFoundError: no folder, or no pictures in folders below it.
+        FileNotFoundError: no folder, or no images in folders below it.
     """
     root = Path(root)
     rows = [
@@ -107,12 +110,11 @@ def read_class_folders(root: Path) -> Catalogue:
     ]
     if not rows:
         raise FileNotFoundError(
-            f"No source in {root}: neither HAM10000_metadata.csv nor pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in one folder "
+            f"No source in {root}: neither HAM10000_metadata.csv nor images ({', '.join(sorted(IMAGE_SUFFIXES))}) in one folder "
             "a class. Give such a folder, or a CSV or Parquet file with --image-column and --label-column."
         )
-    images = pd.DataFrame(rows)
-    images["group"] = images["image_id"]
-    return validate(Catalogue(images[list(REQUIRED)], tuple(sorted(images["label"].unique())), root.name, (NO_GROUPS,)))
+    images = pd.DataFrame([row | {"group": row["image_id"]} for row in rows], columns=list(REQUIRED))
+    return validate(Catalogue(images, tuple(sorted({row["label"] for row in rows})), root.name, (NO_GROUPS,)))
 
 
 def read_table(path: Path, image_column: str, label_column: str, group_column: str | None) -> Catalogue:
@@ -124,7 +126,7 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
             it each image is a group.
 
     Raises:
-        FileNotFoundError: the file, or paths that lead nowhere.
+        FileNotFoundError: the file does not exist, or paths in it do not.
         ValueError: missing columns, blanks, repeated images, groups with two labels.
     """
     path = Path(path)
@@ -138,14 +140,13 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
     absent = [name for name, file in zip(given, resolved, strict=True) if file is None]
     if absent:
         raise FileNotFoundError(
-            f"{preview(absent)} of {path}: no such picture. Paths are taken from {path.parent.resolve()}; "
+            f"{preview(absent)} of {path}: no such image. Paths are taken from {path.parent.resolve()}; "
             "move the file beside the images or write absolute paths."
         )
-    files = pd.Series([str(file.resolve()) for file in resolved])
-    if files.duplicated().any():
-        raise ValueError(
-            f"{preview(files[files.duplicated()])} of {path}: image repeated. Keep one row for each picture."
-        )
+    files = [str(file.resolve()) for file in resolved if file is not None]
+    repeated = [file for file, times in Counter(files).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{preview(repeated)} of {path}: image repeated. Keep one row for each image.")
     core = {
         "image_id": given.map(lambda name: name.removesuffix(Path(name).suffix) if _is_image_file(name) else name),
         "path": [str(file) for file in resolved],
@@ -179,20 +180,20 @@ def _group_name(column: str | None) -> str:
 
 
 def _extras(table: pd.DataFrame, used: set) -> pd.DataFrame:
-    """What else the source knows; a column whose name the shards use themselves becomes `source_NAME`."""
-    rest = table[[column for column in table.columns if column not in used]]
+    """The source's other columns; one whose name the shards use themselves becomes `source_NAME`."""
+    rest = table.drop(columns=[column for column in table.columns if column in used])
     return rest.rename(columns={name: f"source_{name}" for name in (*REQUIRED, "key", "offset", "size", "class")})
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
     if not path.is_file():
-        raise FileNotFoundError(f"The file {path} is not there. Give a CSV or Parquet file with one row an image.")
+        raise FileNotFoundError(f"The file {path} does not exist. Give a CSV or Parquet file with one row an image.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
             return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV: {error}. Download it again, or save it as UTF-8.") from error
+        raise ValueError(f"{path} is not a CSV file: {error}. Download it again, or save it as UTF-8.") from error
     except pd.errors.EmptyDataError as error:
         raise ValueError(f"{path} is empty. Download it again.") from error
 
@@ -203,9 +204,9 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     except ImportError as error:
         raise ValueError(f"{path} needs pyarrow: pip install pyarrow") from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"The file {path} is not there. Give a file with one row an image.") from error
+        raise FileNotFoundError(f"The file {path} does not exist. Give a file with one row an image.") from error
     except Exception as error:  # pyarrow's errors are its own kinds
-        raise ValueError(f"{path} is no Parquet file: {error}. Write it again.") from error
+        raise ValueError(f"{path} is not a Parquet file: {error}. Write it again.") from error
 
 
 def _is_image_file(name: str | Path) -> bool:
@@ -213,7 +214,7 @@ def _is_image_file(name: str | Path) -> bool:
 
 
 def _resolve(folder: Path, name: str) -> Path | None:
-    """The picture that a table means, None where there is none; a blank name is never one."""
+    """The image file that a table names, or None; a blank name is never one."""
     for ending in ("", *sorted(IMAGE_SUFFIXES)):
         path = folder / f"{name}{ending}"
         if name and path.is_file():
@@ -221,23 +222,23 @@ def _resolve(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _paths(image_ids: pd.Series, found: dict[str, Path], folder: Path) -> list[str]:
+def _paths(image_ids: list[str], found: dict[str, Path], folder: Path) -> list[str]:
     absent = [image_id for image_id in image_ids if image_id not in found]
     if absent:
         raise FileNotFoundError(
-            f"{preview(absent)} of the metadata: no picture of that name ({', '.join(sorted(IMAGE_SUFFIXES))}) lies below "
+            f"{preview(absent)} of the metadata: no image of that name ({', '.join(sorted(IMAGE_SUFFIXES))}) lies below "
             f"{folder}. Unpack every part of the download there, or remove those rows from the metadata."
         )
     return [str(found[image_id]) for image_id in image_ids]
 
 
 def _find_images(folder: Path, wanted: set[str]) -> dict[str, Path]:
-    """Map image id to file. The same picture twice (Kaggle's download repeats its folders) is no error."""
+    """Map image id to file. The same image twice (Kaggle's download repeats its folders) is no error."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if not _is_image_file(path) or path.stem not in wanted:
             continue
         first = found.setdefault(path.stem, path)
         if first is not path and not filecmp.cmp(first, path, shallow=False):
-            raise ValueError(f"Two different pictures for {path.stem}: {first} and {path}. Keep one of them.")
+            raise ValueError(f"Two different images for {path.stem}: {first} and {path}. Keep one of them.")
     return found

@@ -16,7 +16,10 @@ from shards.grouping import (
     SPLITS,
     VAL_IS_TEST,
     Split,
+    column_of,
     cut_classes,
+    is_in,
+    is_repeated,
     names_by_class,
     one_image_reasons,
     require_groups,
@@ -28,7 +31,7 @@ from shards.grouping import (
 )
 
 FRACTIONS = (0.70, 0.15, 0.15)
-NOT_A_LESION = "ISIC_0035068"  # in the challenge's test images by way of a joke: no lesion
+NOT_A_LESION = "ISIC_0035068"  # among the challenge's test images as a joke: it shows no lesion
 
 
 def split_by_lesion(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, ...] = FRACTIONS) -> Split:
@@ -39,11 +42,11 @@ def split_by_lesion(images: pd.DataFrame, seed: int = 0, fractions: tuple[float,
 
     Args:
         images: catalogue table with `image_id, label, group`.
-        seed: another seed gives another split.
+        seed: a different seed gives a different split.
         fractions: shares of each class's groups for train, val and (unless it is held out) test; they sum to 1.
 
     Raises:
-        ValueError: fractions that are no shares of 1, or a class with fewer groups than splits.
+        ValueError: fractions that are not positive or do not sum to 1, or a class with fewer groups than splits.
     """
     split_of = cut_classes(images, "group", seed, fractions)
     return split_of_groups(images, split_of, seed, {"name": "lesion", "seed": seed, "fractions": list(fractions)})
@@ -73,7 +76,7 @@ def split_by_fold(images: pd.DataFrame, seed: int, n_folds: int, fold: int, held
 def split_by_image(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, ...] = FRACTIONS) -> Split:
     """Image-level, stratified, all images kept: a study of what that inflates, since lesions land in several splits."""
     split_of = cut_classes(images, "image_id", seed, fractions)
-    names = split_names(images["image_id"], split_of)
+    names = split_names(column_of(images, "image_id"), split_of)
     rows = {name: stored_rows(images, names == name, seed) for name in SPLITS[: len(fractions)]}
     warning = "split by image: images of one lesion are in several splits, and scores are too high"
     protocol = {"name": "image", "seed": seed, "fractions": list(fractions), "leaks": True}
@@ -86,8 +89,7 @@ def split_notebook(images: pd.DataFrame, seed: int = 0) -> Split:
     `int(0.8 n)` images of each class train, the others validate; there is no third split, and a warning says so.
 
     Args:
-        images: catalogue table with `image_id, label, group`.
-        seed: another seed gives another split.
+        images: catalogue table with `image_id, label, group`. seed: a different seed gives a different split.
     """
     return _notebook(images, seed, {"name": "notebook", "seed": seed}, lambda ordered, n: (ordered[:n], ordered[n:]))
 
@@ -110,12 +112,12 @@ def split_isic2018(images: pd.DataFrame, seed: int = 0) -> Split:
     Args:
         images: catalogue table whose column `part` says train (HAM10000) or test (the challenge's 1,512 images).
     """
-    column = pd.Series(np.where(images["part"] == "test", "test", ""), index=images.index)
-    egg = images["image_id"] == NOT_A_LESION
-    ham = np.flatnonzero((column == "") & ~egg)
+    is_test = column_of(images, "part") == "test"
+    egg = column_of(images, "image_id") == NOT_A_LESION
+    ham = np.flatnonzero(~is_test & ~egg)
     inner = split_by_lesion(images.iloc[ham], seed, (0.85, 0.15))
     rows = {name: ham[members] for name, members in inner.rows.items()}
-    rows["test"] = stored_rows(images, (column == "test") & ~egg, seed)
+    rows["test"] = stored_rows(images, is_test & ~egg, seed)
     left_out = {int(ham[row]): reason for row, reason in inner.left_out.items()}
     left_out |= {int(row): "the challenge's easter egg: it shows no lesion" for row in np.flatnonzero(egg)}
     return Split({"name": "isic2018", "seed": seed, "fractions": [0.85, 0.15]}, rows, left_out)
@@ -132,12 +134,10 @@ def split_by_column(images: pd.DataFrame, name: str, seed: int = 0) -> Split:
     if name not in images.columns:
         raise ValueError(f"The source has no column {name!r} to split by. It has: {', '.join(images.columns)}.")
     words = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-    names = images[name].str.strip().str.lower().map(words)
-    if names.isna().any():
-        odd = images[name][names.isna()].unique()
-        raise ValueError(
-            f"The column {name!r} must say train, val or test. Found also: {', '.join(map(repr, odd[:5]))}."
-        )
+    said = column_of(images, name)
+    if odd := [repr(word) for word in dict.fromkeys(said) if word.strip().lower() not in words]:
+        raise ValueError(f"The column {name!r} must say train, val or test. Found also: {', '.join(odd[:5])}.")
+    names = np.array([words[word.strip().lower()] for word in said], dtype=object)
     missing = {"train", "val"} - set(names)
     if missing:
         raise ValueError(
@@ -150,19 +150,19 @@ def split_by_column(images: pd.DataFrame, name: str, seed: int = 0) -> Split:
 
 def external_test(images: pd.DataFrame, seed: int = 0) -> Split:
     """Every image is test: a set of another origin, to evaluate models on that were trained elsewhere."""
-    return Split({"name": "test", "seed": seed}, {"test": stored_rows(images, images["label"].notna(), seed)})
+    return Split({"name": "test", "seed": seed}, {"test": stored_rows(images, np.ones(len(images), bool), seed)})
 
 
 def _notebook(images: pd.DataFrame, seed: int, protocol: dict, cut: Callable) -> Split:
-    first = ~images["group"].duplicated()
+    first, ids = ~is_repeated(images), column_of(images, "image_id")
     chosen: dict[str, set[str]] = {"train": set(), "val": set()}
-    for label, members in images[first].groupby("label"):
-        ordered = sort_by_hash(members["image_id"], seed)
+    for label, members in names_by_class(images.iloc[np.flatnonzero(first)], "image_id").items():
+        ordered = sort_by_hash(members, seed)
         require_groups(label, ordered, 2, "splits")
         for part, names in zip(chosen, cut(ordered, int(0.8 * len(ordered))), strict=True):
             chosen[part] |= set(names)
-    rows = {part: stored_rows(images, images["image_id"].isin(names), seed) for part, names in chosen.items()}
-    unused = first & ~images["image_id"].isin(chosen["train"] | chosen["val"])
+    rows = {part: stored_rows(images, is_in(ids, names), seed) for part, names in chosen.items()}
+    unused = first & ~is_in(ids, chosen["train"] | chosen["val"])
     left_out = one_image_reasons(images, ~first, "every split")
     left_out |= {int(row): "the notebook uses it nowhere" for row in np.flatnonzero(unused)}
     return Split(protocol, rows, left_out, {"test": "val"}, (VAL_IS_TEST,))
@@ -214,7 +214,7 @@ def choose_protocol(
     """The protocol of a name, with its parameters: a function of a catalogue's table.
 
     Args:
-        name: one of `PROTOCOLS`. seed: another seed gives another split.
+        name: one of `PROTOCOLS`. seed: a different seed gives a different split.
         n_folds, fold: cross-validation by lesion in so many folds, and which one is the test split; 0 folds for none.
         holdout: share of the groups that is cut as a common test set before all else; 0 for none.
 

@@ -91,10 +91,10 @@ def no_rows(folder):
 
 
 def empty_metadata(folder):
-    (folder / "HAM10000_metadata.csv").write_text("")
+    (folder / "HAM10000_metadata.csv").write_text("", encoding="utf-8")
 
 
-def two_pictures_of_one_name(folder):
+def two_images_of_one_name(folder):
     first, second = sorted((folder / "HAM10000_images_part_1").iterdir())[:2]
     shutil.copy(second, folder / first.name)
 
@@ -103,7 +103,7 @@ def two_pictures_of_one_name(folder):
     ("spoil", "words"),
     [
         (drop_column, ["lesion_id", "Found: image_id"]),
-        (drop_image, ["DEMO_", "no picture", "Unpack every part"]),
+        (drop_image, ["DEMO_", "no image", "Unpack every part"]),
         (empty_image, ["DEMO_", "0 bytes", "Download it again"]),
         (unknown_label, ["DEMO_0000005", "wart", "Known classes: mel"]),
         (repeated_id, ["DEMO_0000000", "repeated"]),
@@ -112,7 +112,7 @@ def two_pictures_of_one_name(folder):
         (no_metadata, ["HAM10000_metadata.csv", "shards demo"]),
         (no_rows, ["no images"]),
         (empty_metadata, ["is empty"]),
-        (two_pictures_of_one_name, ["Two different pictures", "DEMO_"]),
+        (two_images_of_one_name, ["Two different images", "DEMO_"]),
     ],
 )
 def test_bad_input_is_one_error_that_names_it_and_the_next_step(copy, spoil, words):

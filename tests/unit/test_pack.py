@@ -85,7 +85,7 @@ def test_verify_finds_every_flipped_bit_truncation_missing_and_extra_file(packed
         path.unlink()
     else:
         path = folder / "extra.txt"
-        path.write_text("")
+        path.write_text("", encoding="utf-8")
     problems = verify(folder)
     assert problems
     if path.name != "dataset.json":  # without it, nothing says what belongs
@@ -95,13 +95,13 @@ def test_verify_finds_every_flipped_bit_truncation_missing_and_extra_file(packed
 
 def test_an_output_folder_that_exists_is_refused_and_left_as_it_was(source, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")
     assert cli.main(["pack", str(source), str(tmp_path / "out")]) == 1
     assert "exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
-def test_a_picture_that_cannot_be_decoded_is_named_and_nothing_is_left_behind(source, tmp_path, capsys):
+def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left_behind(source, tmp_path, capsys):
     folder = shutil.copytree(source, tmp_path / "source")
     victim = sorted((folder / "HAM10000_images_part_2").iterdir())[3]
     victim.write_bytes(victim.read_bytes()[:2000])
@@ -140,8 +140,8 @@ def test_verify_command_names_the_file_and_fails(packed, tmp_path, capsys):
 
 def test_a_dataset_of_a_newer_format_says_to_update(packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "copy")
-    content = json.loads((folder / "dataset.json").read_text()) | {"format": 99}
-    (folder / "dataset.json").write_text(json.dumps(content))
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8")) | {"format": 99}
+    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"format 99.*Update"):
         load(folder)
 

@@ -246,7 +246,7 @@ def test_a_column_that_puts_one_group_in_two_splits_is_refused():
 def test_test_classes_unknown_to_train_are_refused():
     table = said(["train", "val", "test"])
     table.loc[2, "label"] = "rare"
-    with pytest.raises(ValueError, match=r"test split has classes that train has not: rare"):
+    with pytest.raises(ValueError, match=r"test split has classes that train lacks: rare"):
         check_split(table, split_by_column(table, "part"))
 
 
