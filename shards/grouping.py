@@ -5,13 +5,18 @@ Invariants: an order depends on names and the seed alone, not on the order of th
 its groups, evaluation splits keep one.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Sized
 from dataclasses import dataclass, field
 from math import floor
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SPLITS = ("train", "val", "test")
 VAL_IS_TEST = "validation doubles as the test split: test scores are of images that chose the weights"

@@ -5,12 +5,14 @@ Invariants: no group is in two stored splits, except in study protocols, which a
 depends on names and the seed, and on the order of the rows only for which image of a group is its first.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from shards.grouping import (
     SPLITS,
@@ -29,6 +31,9 @@ from shards.grouping import (
     stored_rows,
     with_holdout,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd  # `pack --help` describes the protocols without waiting for pandas
 
 FRACTIONS = (0.70, 0.15, 0.15)
 NOT_A_LESION = "ISIC_0035068"  # among the challenge's test images as a joke: it shows no lesion
@@ -87,9 +92,6 @@ def split_notebook(images: pd.DataFrame, seed: int = 0) -> Split:
     """The 2021 notebook's split without its leak: the first image of each lesion, 80/20 per class.
 
     `int(0.8 n)` images of each class train, the others validate; there is no third split, and a warning says so.
-
-    Args:
-        images: catalogue table with `image_id, label, group`. seed: a different seed gives a different split.
     """
     return _notebook(images, seed, {"name": "notebook", "seed": seed}, lambda ordered, n: (ordered[:n], ordered[n:]))
 
@@ -138,8 +140,7 @@ def split_by_column(images: pd.DataFrame, name: str, seed: int = 0) -> Split:
     if odd := [repr(word) for word in dict.fromkeys(said) if word.strip().lower() not in words]:
         raise ValueError(f"The column {name!r} must say train, val or test. Found also: {', '.join(odd[:5])}.")
     names = np.array([words[word.strip().lower()] for word in said], dtype=object)
-    missing = {"train", "val"} - set(names)
-    if missing:
+    if missing := {"train", "val"} - set(names):
         raise ValueError(
             f"The column {name!r} has no {' and no '.join(sorted(missing))} rows. Use --protocol lesion instead."
         )
@@ -174,8 +175,7 @@ class Protocol:
 
     split: makes the split, from (images, seed=...). about: one line for --help.
     has_own_test: the source or the protocol names its test split, so that --holdout does not go with it.
-    has_fractions: `split` takes fractions, of which the last falls away with --holdout.
-    is_study: it leaks on purpose, and the dataset says so.
+    has_fractions: `split` takes fractions (--holdout drops the last). is_study: it leaks on purpose, and is marked.
     """
 
     split: Callable[..., Split]

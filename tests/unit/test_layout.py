@@ -61,7 +61,11 @@ def test_shards_do_not_import_torch_at_start():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_the_command_line_of_shards_starts_without_slow_imports():
-    code = "import shards.cli, sys; print(sorted({'pandas', 'numpy', 'PIL', 'torch'} & sys.modules.keys()))"
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [("shards.cli", {"numpy", "pandas", "PIL", "torch"}), ("shards.split", {"pandas", "PIL", "torch"})],
+)
+def test_the_command_line_of_shards_and_its_help_start_without_slow_imports(module, slow):
+    code = f"import {module}, sys; print(sorted({slow} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n"
