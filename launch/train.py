@@ -55,7 +55,7 @@ def draw_demo(packed: Path, images: int) -> None:
     """Draw and pack demo lesions, unless they are there."""
     from harness.run.console import LOGGER
     from shards import demo
-    from shards.catalogue import read_ham10000
+    from shards.sources import read_ham10000
     from shards.pack import pack
     from shards.split import split_by_lesion
 

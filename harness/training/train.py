@@ -74,7 +74,7 @@ def announce(config: Config, world: World, data: Data, run: Run, progress: Progr
     dataset, plan = data.dataset, data.plan
     world.print(
         f"{sum(plan.shard_sizes)} training images, {plan.n_batches} batches of {plan.global_batch} an epoch "
-        f"({plan.note}); {sum(data.val.shard_sizes)} validation images; dataset {dataset.fingerprint[:12]}"
+        f"({plan.describe()}); {sum(data.val.shard_sizes)} validation images; dataset {dataset.fingerprint[:12]}"
     )
     for warning in dataset.description.warnings:
         world.warn(warning)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shards.catalogue import Catalogue, read_ham10000
+from shards.catalogue import Catalogue
 from shards.index import load
 from shards.pack import Packing, pack
+from shards.sources import read_ham10000
 from shards.split import split_by_lesion
 from support.processes import ROOT, command, environment, launch
 
