@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from harness.config import Config
-from harness.data.augment import mix, stream_checksum, training_view
+from harness.data.augment import mix, training_view
 from harness.data.loader import LoaderOptions, training_batches
+from harness.data.random import stream_checksum
 from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
 from harness.model.optim import EMA, Loss, Targets, lr_at, mixed_targets

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from harness.config import Augment
-from harness.data.augment import mix, training_view, uniforms
+from harness.data.augment import mix, training_view
 from harness.data.loader import LoaderOptions, training_batches
+from harness.data.random import uniforms
 from harness.run.checkpoint import find_corruption
 from shards.plan import Plan
 from shards.reader import SplitReader

@@ -1,10 +1,7 @@
 """Augmentation is one exact affine map whose random numbers depend on seed, epoch and position alone."""
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from harness.config import Augment
 from harness.data.augment import (
@@ -14,9 +11,7 @@ from harness.data.augment import (
     mix,
     parse_views,
     plain_view,
-    stream_checksum,
     training_view,
-    uniforms,
 )
 from support.images import pictures
 
@@ -83,39 +78,6 @@ def test_corners_show_the_picture_or_black_as_asked():
     assert 0 < shown["image"] < shown["black"]
 
 
-@given(
-    st.integers(0, 2**31), st.integers(0, 500), st.lists(st.integers(0, 2**40), min_size=1, max_size=9), st.randoms()
-)
-def test_random_numbers_belong_to_the_position_not_to_its_company(seed, epoch, positions, random):
-    group_size = uniforms(seed, epoch, torch.tensor(positions), 5)
-    number = random.randrange(len(positions))
-    alone = uniforms(seed, epoch, torch.tensor(positions[number : number + 1]), 5)
-    assert torch.equal(group_size[number : number + 1], alone)
-    assert ((group_size >= 0) & (group_size < 1)).all()
-
-
-def test_random_numbers_are_splitmix64():
-    def mix(x):
-        x = (x + 0x9E3779B97F4A7C15) % 2**64
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        return x ^ (x >> 31)
-
-    seed, epoch, position = 7, 3, 12345
-    state = mix((mix((mix(seed) + epoch) % 2**64) + position) % 2**64)
-    expected = [(mix((state + 0x9E3779B97F4A7C15 * n) % 2**64) >> 40) * 2.0**-24 for n in (1, 2, 3)]
-    assert uniforms(seed, epoch, torch.tensor([position]), 3)[0].tolist() == expected
-
-
-def test_random_numbers_are_uniform_and_uncorrelated():
-    draws = uniforms(0, 0, torch.arange(20000), 6).numpy()
-    assert abs(draws.mean(0) - 0.5).max() < 0.012
-    assert abs(draws.var(0) - 1 / 12).max() < 0.003
-    assert abs(np.corrcoef(np.hstack([draws[:-1], draws[1:]]).T) - np.eye(12)).max() < 0.035
-    assert abs(uniforms(0, 0, torch.arange(99), 2) - uniforms(0, 1, torch.arange(99), 2)).mean() > 0.2
-    assert abs(uniforms(0, 0, torch.arange(99), 2) - uniforms(1, 0, torch.arange(99), 2)).mean() > 0.2
-
-
 def test_a_picture_is_varied_alike_in_any_share_of_the_batch():
     images, augment = pictures(12), Augment()
     whole = training_view(images, torch.arange(12), 5, 1, augment, 32)
@@ -166,17 +128,6 @@ def test_spins_depend_on_the_samples_key_alone():
     alone = list(evaluation_views("spins:2", images[1:2], keys[1:2], 0, STILL, 32))
     for all_of_them, one in zip(whole, alone, strict=True):
         assert torch.allclose(all_of_them[1:2], one, atol=1e-4)
-
-
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 9))
-def test_checksums_of_shares_add_up_and_notice_a_swap(n, world, seed):
-    generator = torch.Generator().manual_seed(seed)
-    keys, positions = torch.randperm(n, generator=generator), torch.arange(n)
-    whole = stream_checksum(keys, positions)
-    parts = zip(keys.tensor_split(world), positions.tensor_split(world), strict=True)
-    assert sum(stream_checksum(*part) for part in parts) == whole
-    if n > 1:
-        assert stream_checksum(keys.roll(1), positions) != whole
 
 
 @pytest.mark.parametrize("kind", ["", "all", "spins", "spins:0", "spins:-1", "spins:x", "dihedral4"])
