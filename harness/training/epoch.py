@@ -18,7 +18,8 @@ from harness.data.loader import LoaderOptions, training_batches
 from harness.data.random import stream_checksum
 from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
-from harness.model.optim import EMA, Loss, Targets, lr_at, mixed_targets
+from harness.model.loss import Loss, Targets, mixed_targets
+from harness.model.optim import EMA, lr_at
 from harness.run import checkpoint
 from harness.run.folder import write_state
 from harness.run.lock import RunLock

@@ -19,7 +19,8 @@ from harness.evaluation.metrics import HIGHER_IS_BETTER
 from harness.evaluation.results import summary
 from harness.limits import check_classes
 from harness.model.build import build_model, check_model, load_weights
-from harness.model.optim import EMA, Loss, build_optimizer
+from harness.model.loss import Loss
+from harness.model.optim import EMA, build_optimizer
 from harness.run import checkpoint
 from harness.run.folder import changes, failure_noted, find_start, finished_metrics, note_start, open_run, write_state
 from harness.run.lock import RunLock

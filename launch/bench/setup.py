@@ -11,7 +11,8 @@ from harness.data.loader import Batch, LoaderOptions, training_batches
 from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
 from harness.model.build import build_model
-from harness.model.optim import Loss, Targets, build_optimizer
+from harness.model.loss import Loss, Targets
+from harness.model.optim import build_optimizer
 from harness.training.epoch import optimizer_step
 from shards.index import load
 from shards.plan import Plan

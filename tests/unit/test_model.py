@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from harness.config import Config, Optim
 from harness.distributed.world import World
 from harness.model.build import build_model, check_model, fetch, find_head, load_weights
-from harness.model.optim import Loss, Targets, build_optimizer
+from harness.model.loss import Loss, Targets
+from harness.model.optim import build_optimizer
 from harness.training.epoch import optimizer_step
 
 MIN_SUBGROUP = "shufflenet_v2_x0_5"
