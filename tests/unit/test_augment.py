@@ -13,7 +13,7 @@ from harness.data.augment import (
     plain_view,
     training_view,
 )
-from support.images import pictures
+from support.images import smooth_images
 
 STILL = Augment(
     crop_side=(1, 1),
@@ -33,20 +33,20 @@ def colours(view: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_plain_view_is_the_central_square():
-    images = pictures()
+    images = smooth_images()
     view = colours(plain_view(images, STILL, 48))
     assert view.shape == (4, 3, 48, 48)
     assert (view - images[:, :, :, 8:56]).abs().max() < 0.01
 
 
 def test_without_variation_the_training_view_is_the_plain_view():
-    images = pictures()
+    images = smooth_images()
     still = training_view(images, torch.arange(4), 0, 0, STILL, 32)
     assert torch.equal(still, plain_view(images, STILL, 32))
 
 
 def test_flips_and_half_turns_are_exact():
-    images, square = pictures(), Augment(**{**vars(STILL), "fill": "black"})
+    images, square = smooth_images(), Augment(**{**vars(STILL), "fill": "black"})
     flipped = training_view(images, torch.arange(4), 0, 0, Augment(**{**vars(square), "hflip_prob": 1.0}), 48)
     upright = plain_view(images, square, 48)
     assert torch.allclose(flipped, upright.flip(3), atol=1e-3)
@@ -61,14 +61,14 @@ def test_shrinking_averages_instead_of_skipping_pixels():
     assert (view - 127.5).abs().max() < 1  # skipping would give black or white
 
 
-def test_a_constant_picture_stays_constant_inside_at_any_scale():
+def test_a_constant_image_stays_constant_inside_at_any_scale():
     grey = torch.full((64, 3, 96, 128), 77, dtype=torch.uint8)
     augment = Augment(**{**vars(Augment()), "brightness": 0, "contrast": 0, "saturation": 0, "crop_side": (0.3, 0.6)})
     view = colours(training_view(grey, torch.arange(64), 0, 0, augment, 32))
     assert (view[:, :, 8:24, 8:24] - 77).abs().max() < 0.01
 
 
-def test_corners_show_the_picture_or_black_as_asked():
+def test_corners_show_the_image_or_black_as_asked():
     white = torch.full((32, 3, 48, 96), 255, dtype=torch.uint8)
     turning = {**vars(STILL), "rotation_degrees": 45.0, "rotation_prob": 1.0}
     shown = {}
@@ -78,8 +78,8 @@ def test_corners_show_the_picture_or_black_as_asked():
     assert 0 < shown["image"] < shown["black"]
 
 
-def test_a_picture_is_varied_alike_in_any_share_of_the_batch():
-    images, augment = pictures(12), Augment()
+def test_an_image_is_augmented_alike_in_any_share_of_the_batch():
+    images, augment = smooth_images(12), Augment()
     whole = training_view(images, torch.arange(12), 5, 1, augment, 32)
     for start, stop in ((0, 4), (4, 7), (7, 12)):
         part = training_view(images[start:stop], torch.arange(start, stop), 5, 1, augment, 32)
@@ -91,7 +91,7 @@ def test_colour_changes_follow_torchvisions_definitions():
 
     from harness.data.augment import _recolour
 
-    images = pictures(3).float() / 2 + 40  # far from the ends: nothing is clamped
+    images = smooth_images(3).float() / 2 + 40  # far from the ends: nothing is clamped
     factor = torch.tensor([0.9, 1.0, 1.1])
     ones = torch.ones(3)
     for place, change in enumerate(
@@ -105,7 +105,7 @@ def test_colour_changes_follow_torchvisions_definitions():
 
 @pytest.mark.parametrize(("kind", "number"), [("none", 1), ("flips", 4), ("dihedral8", 8), ("spins:3", 3)])
 def test_views_are_as_many_as_named_and_all_differ(kind, number):
-    images = pictures(2)
+    images = smooth_images(2)
     views = list(evaluation_views(kind, images, torch.tensor([5, 9]), 0, STILL, 32))
     assert len(views) == number
     assert all(view.shape == (2, 3, 32, 32) for view in views)
@@ -116,14 +116,14 @@ def test_views_are_as_many_as_named_and_all_differ(kind, number):
 
 
 def test_the_eight_views_are_the_symmetries_of_the_square():
-    image = pictures(1)
+    image = smooth_images(1)
     views = list(evaluation_views("dihedral8", image, torch.tensor([0]), 0, STILL, 16))
     turned = [torch.rot90(view, 1, (2, 3)) for view in views]
     assert all(any(torch.equal(turn, view) for view in views) for turn in turned)  # closed under turning
 
 
 def test_spins_depend_on_the_samples_key_alone():
-    images, keys = pictures(3), torch.tensor([4, 8, 15])
+    images, keys = smooth_images(3), torch.tensor([4, 8, 15])
     whole = list(evaluation_views("spins:2", images, keys, 0, STILL, 32))
     alone = list(evaluation_views("spins:2", images[1:2], keys[1:2], 0, STILL, 32))
     for all_of_them, one in zip(whole, alone, strict=True):
@@ -175,7 +175,7 @@ def test_some_pairs_stay_as_they_are():
     assert whole.float().mean() == pytest.approx(0.5, abs=0.08)  # and small boxes that miss every pixel
 
 
-def test_cutout_blanks_a_square_of_its_side_inside_the_picture_at_most():
+def test_cutout_blanks_a_square_of_its_side_inside_the_image_at_most():
     images = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
     augment = Augment(crop_side=(1.0, 1.0), rotation_degrees=0, brightness=0, contrast=0, saturation=0, cutout=0.5)
     views = training_view(images, torch.arange(200), 0, 0, augment, 32)
