@@ -1,8 +1,9 @@
 """Draw training images as the model will see them: `python launch/preview.py --config configs/ham10000.yaml --out sheet.png`.
 
-One row a class: the plain view first, then the same picture in the variations of as many epochs.
+One row a class: the plain view first, then the same image as augmented in as many epochs.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,11 +15,15 @@ from shards.index import load
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw; takes --out FILE.png and the settings that training takes."""
-    words, out = _out(sys.argv[1:] if arguments is None else arguments)
-    config = read_config(words)
+    # Without its own --help: that of the settings is shown.
+    parser = argparse.ArgumentParser(prog="launch/preview.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, help="PNG to write (default: beside the dataset)")
+    options, settings = parser.parse_known_args(arguments)
+    config = read_config(settings)
     try:
         dataset = load(config.data.path)
-        out = out or dataset.folder.resolve().with_name(f"{dataset.folder.resolve().name}-augmented.png")
+        folder = dataset.folder.resolve()
+        out = options.out or folder.with_name(f"{folder.name}-augmented.png")
         title = f"{dataset.folder.name} at {config.data.image_size} px: the plain view, then training views"
         draw_sheet(augmented_rows(dataset, config), out, title)
     except (ValueError, OSError) as error:
@@ -26,17 +31,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"augmented training images: {out}")
     return 0
-
-
-def _out(words: list[str]) -> tuple[list[str], Path | None]:
-    """Take --out FILE from the words; the rest are settings."""
-    if "--out" not in words:
-        return words, None
-    place = words.index("--out")
-    if place + 1 == len(words):
-        print("error: --out needs a file name, as --out sheet.png", file=sys.stderr)
-        sys.exit(2)
-    return words[:place] + words[place + 2 :], Path(words[place + 1])
 
 
 if __name__ == "__main__":

@@ -1,37 +1,36 @@
 """Batches on the device, decoded by threads ahead of time.
 
-In: a `Store`, positions, and where each position is stored. Out: `Batch`es in the order asked for. What stays true: a
-whole batch is one task (but for the first ones, which would come late), so threads rarely meet; the number of batches in
-memory is bounded; a sample that cannot be decoded is named and fails the batch (or, where asked, counts for nothing); leaving
+In: a `SplitReader`, positions, and where each position is stored. Out: `Batch`es in the order asked for. Invariants: a
+whole batch is one task (but for the first ones, which would come late), so threads rarely contend; the number of batches
+in memory is bounded; a sample that cannot be decoded is named and fails the batch (or, where asked, is ignored); leaving
 the loop early, for whatever reason, leaves no thread behind.
 """
 
 import time
-import weakref
-from _thread import start_new_thread
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 
-from harness.distributed.hardware import set_thread_device
+from harness.data.threads import Buffers, TaskThreads
 from shards.image import decode_into
 from shards.plan import Plan, evaluation_ranges, locate_in_order, rank_slice
 from shards.reader import SplitReader
+
+Locate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions (n,) to shards and rows, both (n,)
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's part of a batch.
 
-    images: (b, 3, H, W) uint8, channels last in memory. labels: (b,) int64, -1 where skipped. positions: (b,) int64, places in the
-    epoch's stream (training) or in the split (evaluation). keys: (b,) int64, the samples' keys.
+    images: (b, 3, H, W) uint8, channels last in memory. labels: (b,) int64, -1 where the sample is ignored. positions:
+    (b,) int64, places in the epoch's stream (training) or in the split (evaluation). keys: (b,) int64, the samples' keys.
     waited: seconds that the loop stood still for this batch.
     """
 
@@ -44,15 +43,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How batches are read: decoding threads, batches under way, the device they go to, what to do with bad samples.
-
-    skip: list that keys of samples that cannot be decoded are appended to, in place of failing; None means to fail.
-    """
+    """How batches are read."""
 
     threads: int
+    """decoding threads"""
     prefetch: int
+    """batches decoded ahead of the one in use; at least one a thread"""
     device: torch.device
-    skip: list | None = None
+    """where batches go"""
+    bad_keys: list[int] | None = None
+    """list that keys of training samples that cannot be decoded are appended to; None: such a sample fails its batch"""
 
 
 def training_batches(
@@ -61,16 +61,21 @@ def training_batches(
     epoch: int,
     first: int,
     rank: int,
-    world: int,
+    world_size: int,
     options: LoaderOptions,
     group_size: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """A rank's share of the epoch's batches, from batch number `first` on; skipping costs nothing.
 
+    Close it (`.close()`) when leaving before its end: that ends its threads.
+
     Args:
-        together: so many neighbours are on one rank, as in `plan.share`.
+        group_size: so many neighbours of the stream are on one rank, as in `rank_slice`.
+
+    Raises:
+        ValueError: more ranks than images in a batch; while iterating, a sample that cannot be decoded, by name.
     """
-    start, stop = rank_slice(plan.global_batch, rank, world, group_size)
+    start, stop = rank_slice(plan.global_batch, rank, world_size, group_size)
     wanted = (
         np.arange(number * plan.global_batch + start, number * plan.global_batch + stop)
         for number in range(first, plan.n_batches)
@@ -79,51 +84,63 @@ def training_batches(
 
 
 def evaluation_batches(
-    reader: SplitReader, unit: int, rank: int, world: int, options: LoaderOptions
-) -> Iterator[Batch]:
-    """A rank's units of a split, each at most `unit` samples, in stored order; a bad sample always fails."""
-    units = evaluation_ranges(sum(reader.shard_sizes), unit, rank, world)
-    wanted = (np.arange(start, stop) for start, stop in units)
-    return _load(reader, wanted, partial(locate_in_order, reader.shard_sizes), replace(options, skip=None))
+    reader: SplitReader, batch_size: int, rank: int, world_size: int, options: LoaderOptions
+) -> Generator[Batch, None, None]:
+    """A rank's batches of a split, each of at most `batch_size` samples, in stored order.
+
+    Close it (`.close()`) when leaving before its end: that ends its threads.
+
+    Raises:
+        ValueError: while iterating, a sample that cannot be decoded, by name: none is left out of an evaluation.
+    """
+    ranges = evaluation_ranges(sum(reader.shard_sizes), batch_size, rank, world_size)
+    wanted = (np.arange(start, stop) for start, stop in ranges)
+    return _load(reader, wanted, partial(locate_in_order, reader.shard_sizes), replace(options, bad_keys=None))
 
 
 def _load(
-    reader: SplitReader, wanted: Iterable[np.ndarray], locate: Callable, options: LoaderOptions
-) -> Iterator[Batch]:
-    """Batches in order; on a GPU the next one is copied while the loop works on this one."""
+    reader: SplitReader, wanted: Iterable[np.ndarray], locate: Locate, options: LoaderOptions
+) -> Generator[Batch, None, None]:
+    """Batches in order, through three queues; on a GPU the next one is copied while the loop works on this one.
+
+    wanted --------> decoding ------------------> copying --------------------> the loop
+    positions (b,)   up to max(prefetch,          the batch that comes next;    1 batch
+                     threads) batches, each in    on a GPU up to 2, copied on
+                     memory of its own            a stream of their own
+    """
     device, cuda = options.device, options.device.type == "cuda"
     stream = _copy_stream(device) if cuda else None
-    under_way, copying, buffers = deque(), deque(), _Buffers()
-    wanted = enumerate(wanted, start=1)
-    decode = partial(_decode, reader, locate, options.skip is not None)
-    pool = _Pool(options.threads, device)
+    decoding, copying, buffers = deque(), deque(), Buffers()
+    numbered, ahead = enumerate(wanted, start=1), max(options.prefetch, options.threads)
+    decode = partial(_decode, reader, locate, options.bad_keys is not None)
+    threads = TaskThreads(options.threads, device)
     try:
         while True:
-            while len(under_way) < max(options.prefetch, options.threads) and (entry := next(wanted, None)) is not None:
+            while len(decoding) < ahead and (entry := next(numbered, None)) is not None:
                 number, positions = entry
                 shape = (len(positions), reader.dataset.height, reader.dataset.width, 3)
                 images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if cuda else buffers.take(shape)
                 # All threads share the first batches, so that these come soon: a half of them the second, a third ...
                 parts = min(options.threads // number, len(positions) // 8)
-                under_way.append(_begin(pool, decode, images, positions, max(1, parts)))
+                decoding.append(_start_decoding(threads, decode, images, positions, max(1, parts)))
             waited = 0.0
-            while under_way and (not copying or (cuda and len(copying) < 2 and under_way[0].is_decoded())):
+            while decoding and (not copying or (cuda and len(copying) < 2 and decoding[0].is_done())):
                 began = time.perf_counter()
-                loaded = _finish(under_way.popleft(), options.skip)
+                decoded = _wait_for(decoding.popleft(), options.bad_keys)
                 waited += time.perf_counter() - began
                 with torch.cuda.stream(stream):  # does nothing without a GPU
-                    moved = [tensor.to(device, non_blocking=True) for tensor in loaded]
-                    copying.append((moved, stream.record_event() if cuda else None))
+                    moved = [tensor.to(device, non_blocking=True) for tensor in decoded]
+                    copying.append((moved, stream.record_event() if stream is not None else None))
             if not copying:
                 return
-            (images, *numbers), copied = copying.popleft()
+            (images, labels, positions, keys), copied = copying.popleft()
             if cuda:
                 torch.cuda.current_stream(device).wait_event(copied)
-                for tensor in (images, *numbers):
+                for tensor in (images, labels, positions, keys):
                     tensor.record_stream(torch.cuda.current_stream(device))
-            yield Batch(images.permute(0, 3, 1, 2), *numbers, waited)
+            yield Batch(images.permute(0, 3, 1, 2), labels, positions, keys, waited)
     finally:
-        pool.close()
+        threads.close()
 
 
 @cache
@@ -134,29 +151,31 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @dataclass(frozen=True)
-class _UnderWay:
-    """A batch that threads decode: images (b, H, W, 3) uint8, positions (b,), and what will tell of each part of it."""
+class _Decoding:
+    """A batch that threads decode: images (b, H, W, 3) uint8, positions (b,), and a queue for each part's result."""
 
     images: torch.Tensor
     positions: np.ndarray
     parts: list[SimpleQueue]
 
-    def is_decoded(self) -> bool:
+    def is_done(self) -> bool:
         return not any(part.empty() for part in self.parts)
 
 
-def _begin(pool: "_Pool", decode: Callable, images: torch.Tensor, positions: np.ndarray, parts: int) -> _UnderWay:
-    """Have a batch decoded, in so many parts."""
-    edges, pictures = np.linspace(0, len(positions), parts + 1).astype(int), images.numpy()
-    tasks = [partial(decode, positions[start:stop], pictures[start:stop]) for start, stop in pairwise(edges)]
-    return _UnderWay(images, positions, [pool.submit(task) for task in tasks])
+def _start_decoding(
+    threads: TaskThreads, decode: Callable, images: torch.Tensor, positions: np.ndarray, parts: int
+) -> _Decoding:
+    """Have a batch decoded into `images`, in so many parts."""
+    edges, pixels = np.linspace(0, len(positions), parts + 1).astype(int), images.numpy()
+    tasks = [partial(decode, positions[start:stop], pixels[start:stop]) for start, stop in pairwise(edges)]
+    return _Decoding(images, positions, [threads.submit(task) for task in tasks])
 
 
-def _finish(batch: _UnderWay, skip: list | None) -> tuple[torch.Tensor, ...]:
-    """Wait for a batch: images (b, H, W, 3) uint8, labels, positions, keys.
+def _wait_for(batch: _Decoding, bad_keys: list[int] | None) -> tuple[torch.Tensor, ...]:
+    """Wait for a batch: images (b, H, W, 3) uint8, labels, positions, keys, each (b,) int64.
 
-    A skipped sample keeps its place, with the label -1 and a copy of a good picture of the batch (black if there is
-    none), so that shapes, positions and the batch's statistics stay what they should be.
+    An ignored sample keeps its place, with the label -1 and a copy of a good image of the batch (black if there is none),
+    so that shapes, positions and the batch's statistics stay what they should be.
     """
     found = []
     for part in batch.parts:
@@ -165,114 +184,34 @@ def _finish(batch: _UnderWay, skip: list | None) -> tuple[torch.Tensor, ...]:
             raise error
         found.append(result)
     labels, keys, is_bad = map(np.concatenate, zip(*found, strict=True))
-    if is_bad.any():
-        pictures = batch.images.numpy()
-        pictures[is_bad] = 0 if is_bad.all() else pictures[np.argmin(is_bad)]
+    if bad_keys is not None and is_bad.any():
+        pixels = batch.images.numpy()
+        pixels[is_bad] = 0 if is_bad.all() else pixels[np.argmin(is_bad)]
         labels[is_bad] = -1
-        skip.extend(keys[is_bad].tolist())
+        bad_keys.extend(keys[is_bad].tolist())
     return batch.images, torch.from_numpy(labels), torch.from_numpy(batch.positions), torch.from_numpy(keys)
 
 
 def _decode(
-    reader: SplitReader, locate: Callable, skips: bool, positions: np.ndarray, pictures: np.ndarray
+    reader: SplitReader, locate: Locate, ignores_bad: bool, positions: np.ndarray, pixels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read and decode samples into `pictures`, (n, H, W, 3) uint8; their labels, keys, and which are bad, each (n,)."""
+    """Read and decode samples into `pixels`, (n, H, W, 3) uint8; their labels, keys, and which are bad, each (n,).
+
+    Raises:
+        ValueError: a sample that cannot be decoded, unless bad ones are to be ignored.
+    """
     shards, rows = locate(positions)
     is_bad = np.zeros(len(positions), bool)
     for place, data in reader.read(shards, rows):
         try:
-            decode_into(data, pictures[place])
+            decode_into(data, pixels[place])
         except ValueError as error:
-            if skips:
+            if ignores_bad:
                 is_bad[place] = True
                 continue
             raise ValueError(
                 f"Cannot decode {reader.describe(int(shards[place]), int(rows[place]))}: {error}. The shard was damaged after "
                 f"packing: `python -m shards verify {reader.dataset.folder}` lists what to copy again."
             ) from error
-    return *reader.labels_and_keys(shards, rows), is_bad
-
-
-class _Pool:
-    """Threads that work on tasks in the order given.
-
-    Made of `SimpleQueue`s alone: they are written in C, so an interrupt (Ctrl-C) cannot come between taking a lock and
-    noting that it is held. Inside the conditions of `concurrent.futures` it can, and closing then waits for ever. For the
-    same reason the threads are bare ones: a `Thread` runs Python when it is forgotten, and an interrupt there is swallowed.
-    """
-
-    def __init__(self, threads: int, device: torch.device):
-        """Start this many threads."""
-        self._tasks, self._ended, self._threads = SimpleQueue(), SimpleQueue(), threads
-        try:
-            for _ in range(threads):
-                start_new_thread(self._work, (device,))
-        except BaseException:
-            self._dismiss()
-            raise
-
-    def submit(self, task: Callable) -> SimpleQueue:
-        """A queue that will hold one item: what the task returns and None, or None and the error that it raised."""
-        done = SimpleQueue()
-        self._tasks.put((task, done))
-        return done
-
-    def close(self) -> None:
-        """Forget the tasks that no thread has begun, and wait for the others."""
-        with suppress(Empty):
-            while True:
-                self._tasks.get_nowait()
-        self._dismiss()
-        for _ in range(self._threads):
-            self._ended.get()
-
-    def _dismiss(self) -> None:
-        for _ in range(self._threads):
-            self._tasks.put(None)
-
-    def _work(self, device: torch.device) -> None:
-        ready = False
-        while (entry := self._tasks.get()) is not None:
-            task, done = entry
-            try:
-                if not ready:  # here, where an error reaches who waits for the task: a thread that dies answers nobody
-                    set_thread_device(device)
-                    ready = True
-                done.put((task(), None))
-            except BaseException as error:
-                done.put((None, error))
-            del entry, task, done  # not kept alive while this thread waits
-        self._ended.put(None)
-
-
-class _Buffers:
-    """Memory for batches of pictures that comes back when nothing refers to the tensor any more.
-
-    Fresh memory would be cleared by the kernel page by page, while the threads wait for each other.
-    """
-
-    def __init__(self):
-        """Nothing is kept yet."""
-        self._free, self._used = deque(), {}
-
-    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Memory of that shape, uint8."""
-        try:
-            back = self._free.popleft()
-            memory = self._used.pop(id(back)).memory
-        except IndexError:
-            memory = np.empty(shape, np.uint8)
-        if memory.shape != shape:  # the last unit of a split may be shorter
-            memory = np.empty(shape, np.uint8)
-        view = memory.view()
-        # The callback is a method in C: an interrupt that came inside one in Python would be swallowed.
-        lent = _Lent(view, self._free.append)
-        lent.memory = memory
-        self._used[id(lent)] = lent
-        return torch.from_numpy(view)
-
-
-class _Lent(weakref.ref):
-    """A reference to a view, with the memory that it looks at."""
-
-    __slots__ = ("memory",)
+    labels, keys = reader.labels_and_keys(shards, rows)
+    return labels, keys, is_bad

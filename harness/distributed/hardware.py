@@ -1,6 +1,7 @@
-"""What the device can truly do: precision, memory layout, and whether this torch runs on it at all.
+"""Device capabilities: precision, memory format, whether this torch has kernels for the GPU, cores.
 
-In: a device, and what was asked for. Out: names of choices with their reasons.
+In: a device, and what was asked for. Out: choices with their reasons. Invariants: nothing here starts a kernel; what was
+asked for is taken or refused, never replaced.
 """
 
 import os
@@ -18,16 +19,16 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
         device: where the model runs.
 
     Returns:
-        fp32, bf16 or fp16, and why, for people.
+        fp32, bf16 or fp16, and the reason, human-readable.
 
     Raises:
-        ValueError: what the device does not have.
+        ValueError: asked for what the device does not have.
     """
     if device.type == "cuda":
         # Without the argument, cards that only emulate bf16 (a T4) say yes and are slow.
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if asked == "bf16" and not has_bf16:
-            raise ValueError("'run.precision' bf16 needs a GPU that has it (Ampere and newer). Use auto or fp16.")
+            raise ValueError("'run.precision' bf16 needs a GPU that has it (Ampere or newer). Use auto or fp16.")
         if asked != "auto":
             return asked, "as asked"
         return ("bf16", "the GPU has it") if has_bf16 else ("fp16", "the GPU has no bf16")
@@ -41,10 +42,10 @@ def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
 
 
 def choose_memory_format(asked: str, device: torch.device) -> torch.memory_format:
-    """How pictures and weights lie in memory.
+    """Memory format of images and weights.
 
-    Channels last is what tensor cores, and CPUs (4.8 against 2.2 images/s in fp32), take without a copy. A P100 has no
-    tensor cores, and its kernels are written for the other order.
+    Tensor cores, and CPUs (4.8 against 2.2 images/s in fp32), take channels last without a copy. A P100 has no tensor
+    cores, and its kernels are written for the other order.
 
     Args:
         asked: auto, on or off. device: where the model runs.
@@ -57,9 +58,9 @@ def choose_memory_format(asked: str, device: torch.device) -> torch.memory_forma
 
 
 def cpu_has_bf16() -> bool:
-    """Whether bf16 runs in hardware; False where the system does not tell."""
+    """Whether the CPU has bf16 instructions; False where the system does not tell."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
     except OSError:
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16"})
@@ -114,7 +115,7 @@ def check_compile(device: torch.device) -> None:
     asked = os.environ.get("CC" if device.type == "cuda" else "CXX", "")
     if not any(shutil.which(name) for name in (*asked.split()[:1], *names)):
         raise ValueError(
-            f"'run.compile' needs a compiler ({' or '.join(names)}), and there is none. Install one, or set it to false."
+            f"'run.compile' needs a compiler ({' or '.join(names)}), and none was found. Install one, or set it to false."
         )
 
 
@@ -128,9 +129,9 @@ def set_thread_device(device: torch.device) -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity and SLURM's allocation, shared with the launcher's other processes.
+    """Cores that this process may use: of its affinity and SLURM's allocation, its share beside the launcher's other processes.
 
-    Not every cluster binds a job to its cores, so the affinity alone may tell of a whole node.
+    Not every cluster binds a job to its cores, so the affinity alone may be that of a whole node.
     """
     cores = len(os.sched_getaffinity(0))
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from harness.config import Config
-from harness.data.augment import stream_checksum
 from harness.data.loader import Batch, LoaderOptions, training_batches
+from harness.data.random import stream_checksum
 from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
 from harness.model.optim import lr_at

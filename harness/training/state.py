@@ -12,7 +12,8 @@ from torch import nn
 from harness.config import Config
 from harness.distributed.world import World
 from harness.model.build import build_model, load_weights
-from harness.model.optim import EMA, Loss, build_optimizer
+from harness.model.loss import Loss
+from harness.model.optim import EMA, build_optimizer
 from harness.run import checkpoint
 from harness.run.folder import Run
 from harness.run.progress import Progress

@@ -15,7 +15,7 @@ from harness.config import Config
 from harness.data.augment import mix, training_view
 from harness.data.loader import Batch
 from harness.distributed.world import World
-from harness.model.optim import Loss, Targets, mixed_targets
+from harness.model.loss import Loss, Targets, mixed_targets
 from harness.training.state import TrainState
 
 

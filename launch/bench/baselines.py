@@ -1,7 +1,7 @@
-"""What ours is measured beside: other input pipelines, and packing as one writes it first.
+"""What ours is compared with: other input pipelines, and packing as one writes it first.
 
-In: the training images, as shards or as raw files. Out: functions that give the sizes of one epoch's batches. Those of
-packages that are not installed are left out.
+In: the training images, as shards or as raw files. Out: functions that give the sizes of one epoch's batches. Invariants:
+each reads the same images; pipelines of packages that are not installed are left out.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,13 +36,15 @@ def pipelines(reader: SplitReader, source: Path, scratch: Path) -> dict[str, Pip
     """All of them, over the images of one split.
 
     Args:
-        store: the split's shards. source: HAM10000 folder, for the raw files. scratch: folder to fill.
+        reader: the split's shards. source: HAM10000 folder, for the raw files. scratch: folder to fill.
     """
-    dataset, blobs = reader.dataset, all_pictures(reader)
+    dataset, blobs = reader.dataset, all_images(reader)
     shards = [dataset.folder / shard.file for shard in reader.shards]
     tables = [load_table(dataset, shard) for shard in reader.shards]
-    names = [(dataset.classes[row.label], row.image_id) for table in tables for row in table.itertuples()]
-    raw = read_ham10000(source).images.set_index("image_id")["path"]
+    rows = [row for table in tables for row in zip(table["label"], table["image_id"], strict=True)]
+    names = [(dataset.classes[label], image_id) for label, image_id in rows]
+    images = read_ham10000(source).images
+    raw = dict(zip(images["image_id"], images["path"], strict=True))
     tree = _link_tree([(label, Path(raw[image_id])) for label, image_id in names], scratch / "raw")
     for (label, image_id), data in zip(names, blobs, strict=True):
         (scratch / "stored" / label).mkdir(parents=True, exist_ok=True)
@@ -60,8 +63,8 @@ def pipelines(reader: SplitReader, source: Path, scratch: Path) -> dict[str, Pip
     return found
 
 
-def all_pictures(reader: SplitReader) -> list[bytes]:
-    """Every stored picture of a split, in order."""
+def all_images(reader: SplitReader) -> list[bytes]:
+    """Every stored image of a split, as its bytes, in order."""
     sizes = enumerate(reader.shard_sizes)
     return [data for shard, size in sizes for _, data in reader.read(np.full(size, shard), np.arange(size))]
 
@@ -86,9 +89,9 @@ def pack_plainly(paths: list[str], out: Path) -> None:
     """What one writes first: open, resize to 341x256, save as JPEG, add to a tar, one image after the other."""
     with tarfile.open(out, "w") as tar:
         for number, path in enumerate(paths):
-            picture = ImageOps.fit(Image.open(path).convert("RGB"), (341, 256), Image.Resampling.BICUBIC)
+            image = ImageOps.fit(Image.open(path).convert("RGB"), (341, 256), Image.Resampling.BICUBIC)
             data = io.BytesIO()
-            picture.save(data, "JPEG", quality=90)
+            image.save(data, "JPEG", quality=90)
             entry = tarfile.TarInfo(f"{number:08d}.jpg")
             entry.size = data.tell()
             data.seek(0)
@@ -104,25 +107,25 @@ def notebook(tree: Path, workers: int, images: int) -> Pipeline:
 
 def webdataset_loader(shards: list[Path], workers: int) -> Pipeline:
     """A DataLoader over `webdataset.WebDataset`, shuffled, decoded by torchvision."""
-    import webdataset
+    from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]  it exports lazily
 
-    dataset = webdataset.WebDataset([str(path) for path in shards], shardshuffle=len(shards), workersplitter=_by_worker)
+    dataset = WebDataset([str(path) for path in shards], shardshuffle=len(shards), workersplitter=_by_worker)
     dataset = dataset.shuffle(1000).to_tuple("jpg", "cls").map_tuple(_decode, int)
     return _sizes(DataLoader(dataset, BATCH, num_workers=workers, persistent_workers=workers > 0))
 
 
 def timm_loader(tree: Path, workers: int) -> Pipeline:
     """timm's `create_loader` with its training augmentation, on a tree of stored-size JPEG files."""
-    from timm.data import create_dataset, create_loader
+    from timm.data import create_dataset, create_loader  # pyright: ignore[reportPrivateImportUsage]  timm lists none
 
-    dataset = create_dataset("", root=str(tree))
+    dataset: Any = create_dataset("", root=str(tree))
     options = {"is_training": True, "num_workers": workers, "use_prefetcher": False, "persistent_workers": workers > 0}
     return _sizes(create_loader(dataset, (3, 224, 224), BATCH, **options))
 
 
 def dali_cpu(shards: list[Path], threads: int, images: int) -> Pipeline:
     """NVIDIA DALI on the CPU: its WebDataset reader and decoder."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]  optional
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None)
     def pipeline():
@@ -135,20 +138,20 @@ def dali_cpu(shards: list[Path], threads: int, images: int) -> Pipeline:
         )
         return fn.decoders.image(jpegs, device="cpu", output_type=types.RGB), labels
 
-    built = pipeline()
+    built: Any = pipeline()  # the decorator's return type is not typed
     built.build()
 
     def epoch() -> Iterator[int]:
         for _ in range(max(1, images // BATCH)):
-            pictures, _labels = built.run()
-            yield len(pictures)
+            pixels, _labels = built.run()
+            yield len(pixels)
 
     return epoch
 
 
 def litdata_loader(blobs: Callable[[int], bytes], n: int, folder: Path, workers: int) -> Pipeline:
     """litdata's streaming loader over its own format, filled with the same JPEGs, decoded by torchvision."""
-    import litdata
+    import litdata  # pyright: ignore[reportMissingImports]  optional
 
     method = multiprocessing.get_start_method()
     litdata.optimize(blobs, list(range(n)), str(folder), chunk_bytes="32MB", num_workers=0)
@@ -195,7 +198,8 @@ def _sizes(loader) -> Pipeline:
 
 
 def _decode(data: bytes) -> torch.Tensor:
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return cast(torch.Tensor, decode_jpeg(encoded, ImageReadMode.RGB))  # a list is given for a list alone
 
 
 def _by_worker(urls):

@@ -1,7 +1,11 @@
-"""What the benchmarks measure with: a model and its input as in training, and clocks that wait for the device."""
+"""What the benchmarks measure with: a model and its input as in training, and clocks that wait for the device.
+
+In: the settings of a run. Out: a `Trial` to step with, a reader with its plan, rates and seconds. Invariants: it is built
+and read as in training.
+"""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import torch
 
@@ -11,7 +15,8 @@ from harness.data.loader import Batch, LoaderOptions, training_batches
 from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
 from harness.model.build import build_model
-from harness.model.optim import Loss, Targets, build_optimizer
+from harness.model.loss import Loss, Targets
+from harness.model.optim import build_optimizer
 from harness.training.state import TrainState
 from harness.training.step import optimizer_step
 from shards.index import load
@@ -28,7 +33,8 @@ class Trial:
         self.reader, self.plan, self.options = training_input(config, self.world)
         torch.manual_seed(config.run.seed)
         self.model = build_model(config.model.name, len(self.reader.dataset.classes))
-        self.model.to(self.world.device, memory_format=self.world.memory_format)
+        # torch's stub of `Module.to` lacks the memory format.
+        self.model.to(self.world.device, memory_format=self.world.memory_format)  # pyright: ignore[reportCallIssue]
         counts = self.reader.dataset.description.counts["train"]
         loss_fn = Loss(config.optim, counts, self.world.device)
         ddp_model, self.optimizer = self.world.prepare(
@@ -36,7 +42,7 @@ class Trial:
         )
         self.state = TrainState(model=self.model, ddp_model=ddp_model, optimizer=self.optimizer, loss_fn=loss_fn)
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
+    def batches(self, epoch: int) -> Generator[Batch, None, None]:
         """An epoch's batches on the device."""
         return training_batches(self.reader, self.plan, epoch, 0, self.world.rank, self.world.size, self.options)
 
@@ -50,7 +56,7 @@ class Trial:
         optimizer_step(self.config, self.world, self.state, views, Targets(labels), 1e-4)
 
     def describe(self) -> str:
-        """The setting, for people."""
+        """The setting, human-readable."""
         data = self.config.data
         compiled = ", compiled" if self.config.run.compile else ""
         return f"{self.config.model.name}, {data.image_size} px, batch {data.global_batch_size}, {self.world.precision}{compiled}"
@@ -66,14 +72,14 @@ def training_input(config: Config, world: World | None = None) -> tuple[SplitRea
     return reader, plan, LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, device)
 
 
-def rate(epoch: Callable[[], Iterator[int]]) -> float:
-    """Images/s of one epoch."""
+def rate(sizes: Iterable[int]) -> float:
+    """Images/s of one epoch, from the sizes of its batches as they come."""
     began = time.perf_counter()
-    images = sum(epoch())
+    images = sum(sizes)
     return images / (time.perf_counter() - began)
 
 
-def seconds_of(work: Callable, world: World) -> float:
+def seconds_of(work: Callable[[], object], world: World) -> float:
     """Seconds of some work, its kernels included."""
     world.synchronize()
     began = time.perf_counter()

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from shards.sources import read_class_folders
 from shards.pack import Packing, pack
+from shards.sources import read_class_folders
 from shards.split import split_by_lesion
 from support.processes import command, launch, start, state
 

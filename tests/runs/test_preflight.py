@@ -158,7 +158,7 @@ def test_pictures_that_would_be_enlarged_are_warned_of_with_the_size_to_pack():
 
 WRONG = {
     "an unknown model": ("model", {"name": "resnet7000"}, "'model.name'"),
-    "weights that do not exist": ("model", {"weights": "nowhere.pth"}, "nowhere.pth is not there"),
+    "weights that do not exist": ("model", {"weights": "nowhere.pth"}, "nowhere.pth not found"),
     "weights that torchvision lacks": ("model", {"name": "resnet18", "weights": "imagenet1k_v2"}, "no imagenet1k_v2"),
     "a size that the model cannot take": ("model", {"name": "alexnet"}, "cannot take"),
     "SyncBatchNorm on a CPU": ("model", {"sync_batchnorm": True}, "needs GPUs"),

@@ -14,7 +14,8 @@ from torch import nn
 from harness.config import Config
 from harness.data.augment import training_view
 from harness.distributed.world import World
-from harness.model.optim import Loss, Targets, build_optimizer, lr_at
+from harness.model.loss import Loss, Targets
+from harness.model.optim import build_optimizer, lr_at
 from harness.training.state import TrainState
 from harness.training.step import optimizer_step
 from shards.plan import Plan

@@ -1,4 +1,4 @@
-"""Choices of precision follow the device, and a wheel without kernels for the GPU is refused with the cure."""
+"""Choices of precision follow the device, and a wheel without kernels for the GPU is refused with what to install."""
 
 import pytest
 import torch

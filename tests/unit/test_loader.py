@@ -19,16 +19,16 @@ from shards.plan import Plan
 from shards.reader import SplitReader
 from support.processes import ROOT
 
-READING = LoaderOptions(2, 3, torch.device("cpu"))
+OPTIONS = LoaderOptions(2, 3, torch.device("cpu"))
 
 
 def plan_of(reader: SplitReader, batch: int = 12) -> Plan:
     return Plan(reader.shard_sizes, batch, seed=0)
 
 
-def batches(dataset, rank=0, world=1, first=0, epoch=0, batch=12, options=READING):
+def batches(dataset, rank=0, world_size=1, first=0, epoch=0, batch=12, options=OPTIONS):
     reader = SplitReader(dataset, "train")
-    return list(training_batches(reader, plan_of(reader, batch), epoch, first, rank, world, options))
+    return list(training_batches(reader, plan_of(reader, batch), epoch, first, rank, world_size, options))
 
 
 def test_batches_hold_the_planned_samples_with_their_labels(dataset):
@@ -40,7 +40,7 @@ def test_batches_hold_the_planned_samples_with_their_labels(dataset):
         assert batch.labels.tolist() == table.loc[batch.keys.numpy(), "label"].tolist()
 
 
-def test_pictures_belong_to_their_keys(dataset):
+def test_images_belong_to_their_keys(dataset):
     webdataset = pytest.importorskip("webdataset")
     urls = [str(dataset.folder / shard.file) for shard in dataset.split("train")]
     stock = {int(s["__key__"]): s["jpg"] for s in webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")}
@@ -50,10 +50,10 @@ def test_pictures_belong_to_their_keys(dataset):
             assert abs(difference).mean() < 3  # fast and exact decoding differ by a grey level or so
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_ranks_together_load_the_batch_of_one(dataset, world):
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_together_load_the_batch_of_one(dataset, world_size):
     alone = batches(dataset, batch=7)
-    ranks = [batches(dataset, rank, world, batch=7) for rank in range(world)]
+    ranks = [batches(dataset, rank, world_size, batch=7) for rank in range(world_size)]
     for number, batch in enumerate(alone):
         assert torch.equal(torch.cat([rank[number].keys for rank in ranks]), batch.keys)
         assert torch.equal(torch.cat([rank[number].images for rank in ranks]), batch.images)
@@ -66,7 +66,7 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch(dataset):
 
 def test_evaluation_covers_the_split_in_order_once(dataset):
     reader = SplitReader(dataset, "val")
-    keys = [b.keys for rank in range(3) for b in evaluation_batches(reader, 4, rank, 3, READING)]
+    keys = [b.keys for rank in range(3) for b in evaluation_batches(reader, 4, rank, 3, OPTIONS)]
     expected = pd.concat(load_table(dataset, shard) for shard in dataset.split("val"))["key"]
     assert sorted(torch.cat(keys).tolist()) == expected.tolist()
     assert max(map(len, keys)) == 4
@@ -82,14 +82,14 @@ def assert_threads_end(before: int) -> None:
 
 def test_leaving_early_leaves_no_thread_behind(dataset):
     reader, before = SplitReader(dataset, "train"), _thread._count()
-    for _ in training_batches(reader, plan_of(reader, 4), 0, 0, 0, 1, READING):
-        assert _thread._count() == before + READING.threads
+    for _ in training_batches(reader, plan_of(reader, 4), 0, 0, 0, 1, OPTIONS):
+        assert _thread._count() == before + OPTIONS.threads
         break
     assert_threads_end(before)
 
 
 def spoiled(packed, tmp_path, spoil):
-    """A copy of the dataset with one training picture changed; its key and shard."""
+    """A copy of the dataset with one training image changed; its key and shard."""
     folder = shutil.copytree(packed, tmp_path / "spoiled")
     dataset = load(folder)
     shard = dataset.split("train")[1]
@@ -105,12 +105,12 @@ def zero_the_middle(data, offset, size):
     return data
 
 
-def not_even_a_picture(data, offset, size):
+def not_even_an_image(data, offset, size):
     data[offset : offset + size] = bytes(size)
     return data
 
 
-@pytest.mark.parametrize("spoil", [zero_the_middle, not_even_a_picture])
+@pytest.mark.parametrize("spoil", [zero_the_middle, not_even_an_image])
 def test_a_damaged_sample_fails_its_batch_with_key_shard_and_offset(packed, tmp_path, spoil):
     dataset, key, shard, offset = spoiled(packed, tmp_path, spoil)
     before = _thread._count()
@@ -125,7 +125,7 @@ def test_a_thread_that_cannot_use_the_device_fails_the_batch(dataset, monkeypatc
     def broken(device):
         raise ValueError(f"no {device} for this thread")
 
-    monkeypatch.setattr("harness.data.loader.set_thread_device", broken)
+    monkeypatch.setattr("harness.data.threads.set_thread_device", broken)
     with pytest.raises(ValueError, match="no cpu for this thread"):
         batches(dataset)
 
@@ -159,11 +159,11 @@ def test_open_files_are_bounded(dataset, monkeypatch):
     assert np.array_equal(reader.table(0).key, load_table(dataset, dataset.split("train")[0])["key"])
 
 
-def test_a_skipped_sample_counts_for_nothing_and_is_reported(packed, tmp_path):
+def test_a_bad_sample_that_is_to_be_skipped_is_ignored_and_reported(packed, tmp_path):
     dataset, key, _, _ = spoiled(packed, tmp_path, zero_the_middle)
-    skipped = []
-    whole = batches(dataset, options=LoaderOptions(2, 3, torch.device("cpu"), skipped))
-    assert skipped == [int(key)]
+    bad_keys: list[int] = []
+    whole = batches(dataset, options=LoaderOptions(2, 3, torch.device("cpu"), bad_keys))
+    assert bad_keys == [int(key)]
     undamaged = batches(load(packed))
     for batch, before in zip(whole, undamaged, strict=True):
         assert batch.keys.tolist() == before.keys.tolist()
@@ -180,9 +180,9 @@ def test_a_batch_that_threads_share_is_that_of_one_thread(packed, tmp_path, batc
     dataset, key, _, _ = spoiled(packed, tmp_path, zero_the_middle)
     found = []
     for threads in (1, 3, 8):
-        skipped = []
-        found.append(batches(dataset, batch=batch, options=LoaderOptions(threads, 2, torch.device("cpu"), skipped)))
-        assert skipped == [int(key)]
+        bad_keys: list[int] = []
+        found.append(batches(dataset, batch=batch, options=LoaderOptions(threads, 2, torch.device("cpu"), bad_keys)))
+        assert bad_keys == [int(key)]
     for number, alone in enumerate(found[0]):
         for shared in (found[1][number], found[2][number]):
             assert torch.equal(shared.images, alone.images)
@@ -195,7 +195,7 @@ def test_evaluation_never_skips(packed, tmp_path):
     shard = load(folder).split("val")[0]
     row = load_table(load(folder), shard).iloc[0]
     data = bytearray((folder / shard.file).read_bytes())
-    (folder / shard.file).write_bytes(not_even_a_picture(data, int(row["offset"]), int(row["size"])))
+    (folder / shard.file).write_bytes(not_even_an_image(data, int(row["offset"]), int(row["size"])))
     reader = SplitReader(load(folder), "val")
     with pytest.raises(ValueError, match="damaged after packing"):
         list(evaluation_batches(reader, 4, 0, 1, LoaderOptions(2, 3, torch.device("cpu"), [])))
@@ -210,7 +210,7 @@ def test_memory_stays_flat_over_hundreds_of_batches(dataset):
         return int(Path("/proc/self/statm").read_text().split()[1]) * page
 
     for epoch in range(130):
-        for _ in training_batches(reader, plan, epoch, 0, 0, 1, READING):
+        for _ in training_batches(reader, plan, epoch, 0, 0, 1, OPTIONS):
             pass
         if epoch == 30:
             before = resident()

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 
 from harness.config import Config, Optim
 from harness.distributed.world import World
-from harness.model.build import build_model, check_model, fetch, find_head, load_weights
-from harness.model.optim import Loss, Targets, build_optimizer
+from harness.model.build import build_model, check_model, fetch, find_head, load_weights, locate_weights
+from harness.model.loss import Loss, Targets
+from harness.model.optim import build_optimizer
 from harness.training.state import TrainState
 from harness.training.step import optimizer_step
 
-MIN_SUBGROUP = "shufflenet_v2_x0_5"
+SMALL = "shufflenet_v2_x0_5"
 
 
 @pytest.mark.parametrize(
@@ -58,20 +59,20 @@ def test_each_family_of_torchvision_trains_a_step_and_evaluates(name, size):
 
 
 def one_step(model, size):
-    """A training step lowers the loss of its own batch, and the model judges one picture as well as four."""
-    pictures, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 6])
+    """A training step lowers the loss of its own batch, and the model predicts one image as it predicts four."""
+    images, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 6])
     optimizer, config = build_optimizer(model, Optim(lr=1e-4)), Config()
     loss_fn = Loss(Optim(), dict.fromkeys("abcdefg", 1), torch.device("cpu"))
     state = TrainState(model=model.train(), ddp_model=model, optimizer=optimizer, loss_fn=loss_fn)
     before = [weight.detach().clone() for weight in model.parameters()]
     config = replace(config, data=replace(config.data, global_batch_size=4))
-    sums, _ = optimizer_step(config, World("fp32"), state, pictures, Targets(labels), 1e-4)
+    sums, _ = optimizer_step(config, World("fp32"), state, images, Targets(labels), 1e-4)
     assert 0.5 < sums[0] / 4 < 10
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     with torch.inference_mode():
-        logits = model.eval()(pictures)
+        logits = model.eval()(images)
         assert logits.shape == (4, 7)
-        torch.testing.assert_close(model(pictures[:1]), logits[:1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model(images[:1]), logits[:1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow  # .ci/run installs timm for these
@@ -85,7 +86,7 @@ def test_a_model_of_timm_is_built_trained_and_takes_timms_weights(tmp_path):
     )
     with pytest.raises(ValueError, match="timm has no model 'resnet18z'"):
         build_model("timm/resnet18z", 7)
-    with pytest.raises(ValueError, match=r"are torchvision's, and 'model\.name' is timm/resnet18d"):
+    with pytest.raises(ValueError, match=r"belong to torchvision, but 'model\.name' is timm/resnet18d"):
         load_weights(model, "timm/resnet18d", "imagenet1k_v2")
 
 
@@ -101,43 +102,43 @@ def test_a_model_that_is_no_classifier_of_ours_is_refused(name):
         build_model(name, 7)
 
 
-def test_a_model_that_cannot_take_the_picture_size_is_refused():
+def test_a_model_that_cannot_take_the_image_size_is_refused():
     check_model("resnet18", 7, 64)
     for name in ("vit_b_16", "alexnet"):
-        with pytest.raises(ValueError, match=r"cannot take pictures of 32 pixels .'data\.image_size'"):
+        with pytest.raises(ValueError, match=r"cannot take images of 32 pixels .'data\.image_size'"):
             check_model(name, 7, 32)
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_a_file_of_weights_fills_everything_but_a_head_of_other_size(tmp_path, ending):
-    donor = build_model(MIN_SUBGROUP, 1000)
+    donor = build_model(SMALL, 1000)
     path = tmp_path / f"weights.{ending}"
     (torch.save if ending == "pth" else save_file)(donor.state_dict(), path)
-    model = build_model(MIN_SUBGROUP, 7)
+    model = build_model(SMALL, 7)
     before = model.fc.weight.clone()
-    said = load_weights(model, MIN_SUBGROUP, str(path))
+    said = load_weights(model, SMALL, str(path))
     assert "a new head" in said
     assert torch.equal(model.fc.weight, before)
     for name, tensor in model.state_dict().items():
         if not name.startswith("fc."):
             assert torch.equal(tensor, donor.state_dict()[name])
-    whole = build_model(MIN_SUBGROUP, 1000)
-    assert "a new head" not in load_weights(whole, MIN_SUBGROUP, str(path))
+    whole = build_model(SMALL, 1000)
+    assert "a new head" not in load_weights(whole, SMALL, str(path))
     assert torch.equal(whole.fc.weight, donor.fc.weight)
 
 
 def test_weights_of_another_model_are_refused_with_names(tmp_path):
     torch.save(build_model("resnet18", 7).state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"does not fit ShuffleNetV2.*conv1\.0\.weight"):
-        load_weights(build_model(MIN_SUBGROUP, 7), MIN_SUBGROUP, str(tmp_path / "other.pth"))
+        load_weights(build_model(SMALL, 7), SMALL, str(tmp_path / "other.pth"))
 
 
 def test_weights_of_another_shape_are_refused_with_both_shapes(tmp_path):
-    found = build_model(MIN_SUBGROUP, 7).state_dict()
+    found = build_model(SMALL, 7).state_dict()
     found["conv1.0.weight"] = torch.zeros(24, 1, 3, 3)
     torch.save(found, tmp_path / "grey.pth")
-    with pytest.raises(ValueError, match=r"1 of .* conv1\.0\.weight is \(24, 1, 3, 3\) in place of \(24, 3, 3, 3\)"):
-        load_weights(build_model(MIN_SUBGROUP, 7), MIN_SUBGROUP, str(tmp_path / "grey.pth"))
+    with pytest.raises(ValueError, match=r"1 of .* conv1\.0\.weight is \(24, 1, 3, 3\) instead of \(24, 3, 3, 3\)"):
+        load_weights(build_model(SMALL, 7), SMALL, str(tmp_path / "grey.pth"))
 
 
 def test_a_file_that_runs_code_when_unpickled_is_not_run(tmp_path):
@@ -147,28 +148,43 @@ def test_a_file_that_runs_code_when_unpickled_is_not_run(tmp_path):
 
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="Cannot read the weights file"):
-        load_weights(build_model(MIN_SUBGROUP, 7), MIN_SUBGROUP, str(tmp_path / "evil.pth"))
+        load_weights(build_model(SMALL, 7), SMALL, str(tmp_path / "evil.pth"))
     assert not (tmp_path / "ran").exists()
 
 
 def test_bad_files_and_names_are_refused(tmp_path):
-    model = build_model(MIN_SUBGROUP, 7)
+    model = build_model(SMALL, 7)
     with pytest.raises(FileNotFoundError, match="imagenet1k_v1, imagenet1k_v2, none, or a file"):
-        load_weights(model, MIN_SUBGROUP, "imagenet")
+        load_weights(model, SMALL, "imagenet")
     (tmp_path / "bad.pth").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="Cannot read the weights file"):
-        load_weights(model, MIN_SUBGROUP, str(tmp_path / "bad.pth"))
+        load_weights(model, SMALL, str(tmp_path / "bad.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="is no state dict"):
-        load_weights(model, MIN_SUBGROUP, str(tmp_path / "list.pth"))
-    with pytest.raises(ValueError, match="It has: imagenet1k_v1"):
-        load_weights(model, MIN_SUBGROUP, "imagenet1k_v2")
+    with pytest.raises(ValueError, match="is not a state dict"):
+        load_weights(model, SMALL, str(tmp_path / "list.pth"))
+    with pytest.raises(ValueError, match="one of imagenet1k_v1, none, or a file"):
+        load_weights(model, SMALL, "imagenet1k_v2")
+
+
+def test_locating_weights_says_where_they_are_or_will_be_and_downloads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    assert locate_weights(SMALL, "none") is None
+    (tmp_path / "mine.pth").write_bytes(b"")
+    assert locate_weights(SMALL, str(tmp_path / "mine.pth")).path == tmp_path / "mine.pth"
+    assert locate_weights("timm/resnet18d", str(tmp_path / "mine.pth")).url is None
+    found = locate_weights("resnet50", "imagenet1k_v2")
+    assert found.path.parent == tmp_path / "hub" / "checkpoints"
+    assert found.url.startswith("https://")
+    assert found.url.endswith(found.path.name)
+    assert not (tmp_path / "hub").exists()
+    with pytest.raises(ValueError, match="belong to torchvision"):
+        locate_weights("timm/resnet18d", "imagenet1k_v1")
 
 
 def test_training_from_scratch_changes_nothing():
-    model = build_model(MIN_SUBGROUP, 7)
+    model = build_model(SMALL, 7)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert "from scratch" in load_weights(model, MIN_SUBGROUP, "none")
+    assert "from scratch" in load_weights(model, SMALL, "none")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -182,7 +198,7 @@ def server(tmp_path):
     """A local HTTP server that offers the weights of SMALL under a name that ends in their SHA-256's start."""
     folder = tmp_path / "served"
     folder.mkdir()
-    torch.save(build_model(MIN_SUBGROUP, 1000).state_dict(), folder / "weights.pth")
+    torch.save(build_model(SMALL, 1000).state_dict(), folder / "weights.pth")
     data = (folder / "weights.pth").read_bytes()
     (folder / f"small-{hashlib.sha256(data).hexdigest()[:8]}.pth").write_bytes(data)
     (folder / "small-00000000.pth").write_bytes(data)
@@ -196,13 +212,13 @@ def test_weights_are_downloaded_once_and_checked(server, tmp_path):
     served, folder = server
     name = next(path.name for path in folder.glob("small-*") if "00000000" not in path.name)
     url = f"http://127.0.0.1:{served.server_port}/{name}"
-    path = fetch(url, tmp_path / "cache" / name, MIN_SUBGROUP)
+    path = fetch(url, tmp_path / "cache" / name, SMALL)
     assert path.read_bytes() == (folder / "weights.pth").read_bytes()
     (folder / name).unlink()
-    assert fetch(url, path, MIN_SUBGROUP) == path  # from the cache
+    assert fetch(url, path, SMALL) == path  # from the cache
     wrong = tmp_path / "cache" / "small-00000000.pth"
     with pytest.raises(ConnectionError, match="place it at"):
-        fetch(f"http://127.0.0.1:{served.server_port}/small-00000000.pth", wrong, MIN_SUBGROUP)
+        fetch(f"http://127.0.0.1:{served.server_port}/small-00000000.pth", wrong, SMALL)
     assert not wrong.exists()
 
 
@@ -212,9 +228,9 @@ def test_weights_that_cannot_be_downloaded_say_where_to_place_them(server, tmp_p
     served, _ = server
     url = f"http://127.0.0.1:{served.server_port}/gone-12345678.pth"
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    entry = torchvision.models.get_model_weights(MIN_SUBGROUP).IMAGENET1K_V1
+    entry = torchvision.models.get_model_weights(SMALL).IMAGENET1K_V1
     monkeypatch.setattr(entry, "_value_", torchvision.models.Weights(url, None, {}))
     with pytest.raises(ConnectionError) as caught:
-        load_weights(build_model(MIN_SUBGROUP, 7), MIN_SUBGROUP, "imagenet1k_v1")
+        load_weights(build_model(SMALL, 7), SMALL, "imagenet1k_v1")
     assert f"{tmp_path / 'hub' / 'checkpoints' / 'gone-12345678.pth'}" in str(caught.value)
     assert "--model.weights none" in str(caught.value)

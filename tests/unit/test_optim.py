@@ -1,12 +1,11 @@
-"""The learning rate is a function of the step; decoupled decay spares biases and norms."""
+"""The learning rate is a function of the step; decoupled decay spares biases and norms; EMA and bytes are as computed."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from harness.config import Optim
-from harness.model.optim import EMA, Loss, Targets, build_optimizer, lr_at, mixed_targets
+from harness.model.optim import EMA, build_optimizer, checkpoint_bytes, lr_at
 
 
 def test_golden_values_of_the_cosine_with_warm_up():
@@ -34,55 +33,6 @@ def test_adamw_spares_biases_and_norms_and_adam_does_not():
     assert [group["weight_decay"] for group in adam.param_groups] == [1e-4]
     sgd = build_optimizer(model, Optim(name="sgd", momentum=0.8))
     assert sgd.param_groups[0]["momentum"] == 0.8
-
-
-def test_the_loss_is_a_sum_so_that_shares_add_up():
-    logits, labels = torch.randn(10, 7), torch.randint(0, 7, (10,))
-    loss = Loss(Optim(label_smoothing=0.1), dict.fromkeys("abcdefg", 1), torch.device("cpu"))
-    parts = sum(loss(logits[cut], Targets(labels[cut])).sum() for cut in (slice(0, 3), slice(3, 10)))
-    assert torch.allclose(parts, loss(logits, Targets(labels)).sum())
-
-
-COUNTS = {"mel": 10, "nv": 80, "bcc": 10, "df": 0}
-
-
-def loss(balance: str) -> Loss:
-    return Loss(Optim(balance=balance), COUNTS, torch.device("cpu"))
-
-
-def test_class_weights_are_1_on_average_over_the_training_images():
-    logits, labels = torch.randn(100, 4), torch.tensor([0] * 10 + [1] * 80 + [2] * 10)
-    plain, weighted = loss("none")(logits, Targets(labels)), loss("weights")(logits, Targets(labels))
-    weights = weighted / plain
-    assert weights[0] == pytest.approx(100 / (3 * 10))
-    assert weights[10] == pytest.approx(100 / (3 * 80))
-    assert weights.mean() == pytest.approx(1.0)
-
-
-def test_adjusted_logits_at_the_prior_are_as_sure_as_the_class_is_frequent():
-    equal = torch.zeros(3, 4)
-    found = loss("logit-adjust")(equal, Targets(torch.tensor([0, 1, -1])))
-    assert (-found).exp()[:2].tolist() == pytest.approx([10 / 101, 80 / 101], rel=1e-5)  # the absent class counts as 1
-    assert found[2] == 0
-
-
-def test_the_loss_of_a_mixed_picture_is_shared_between_its_labels():
-    logits, labels, shares = torch.randn(4, 4), torch.tensor([0, 1, 2, 2]), torch.tensor([0.3, 0.3, 1.0, 1.0])
-    truth = mixed_targets(labels, shares)
-    assert truth.partners.tolist() == [1, 0, 2, 2]
-    assert truth.dominant_label().tolist() == [1, 0, 2, 2]
-    own, other = (F.cross_entropy(logits, which, reduction="none") for which in (labels, truth.partners))
-    assert torch.allclose(loss("none")(logits, truth), shares * own + (1 - shares) * other)
-    for parts in (1, 2, 3):
-        pieces = zip(logits.tensor_split(parts), truth.split(parts), strict=True)
-        assert torch.allclose(torch.cat([loss("none")(*piece) for piece in pieces]), loss("none")(logits, truth))
-
-
-def test_a_pair_with_a_picture_that_could_not_be_decoded_counts_for_nothing():
-    truth = mixed_targets(torch.tensor([3, -1, 0, 1]), torch.tensor([0.7, 0.7, 0.7, 0.7]))
-    found = loss("none")(torch.randn(4, 4), truth)
-    assert found[:2].tolist() == [0, 0]
-    assert (truth.dominant_label() >= 0).tolist() == [False, False, True, True]
 
 
 def test_the_average_of_weights_equals_the_formula_and_takes_buffers():
@@ -115,3 +65,24 @@ def test_an_average_goes_on_from_restored_weights():
     half.update(model, 2)
     assert torch.equal(whole.model.weight, half.model.weight)
     assert not torch.equal(whole.model.weight, model.weight)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_checkpoint_has_the_bytes_that_were_foretold(name, ema):
+    model, optim = nn.Sequential(nn.Linear(100, 50), nn.BatchNorm1d(50)), Optim(name=name, ema=ema)
+    optimizer = build_optimizer(model, optim)
+    model(torch.randn(4, 100)).sum().backward()
+    optimizer.step()
+    saved = [*model.state_dict().values(), *(EMA(model, ema).model.state_dict().values() if ema else ())]
+    saved += [value for state in optimizer.state.values() for value in state.values()]
+    foretold = checkpoint_bytes(model.to("meta"), optim)
+    assert 0.95 * foretold < sum(tensor.nbytes for tensor in saved) <= foretold
+
+
+def test_foretelling_bytes_takes_no_random_number():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    checkpoint_bytes(nn.ParameterList([torch.zeros(3)]), Optim())
+    assert torch.equal(torch.rand(2), expected)
