@@ -8,11 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.config import Config, read_config
+from harness.config import read_config
 from harness.distributed.world import World
-from harness.evaluation.gallery import save_augmented
-from harness.report.page import draw_results
-from harness.report.tensorboard import board_results
+from harness.report.page import draw_report
 from harness.run.stop import STOPPED, follow_launcher
 from harness.training.train import train
 from shards import demo
@@ -35,21 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
             world.run_on_main(draw_demo, Path(config.data.path), config.data.demo_images)
         outcome = train(config, world)
         if outcome == "finished":
-            world.run_on_main(draw_run, config)
+            world.run_on_main(draw_report, Path(config.run.folder), load(config.data.path))
         world.close()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0 if outcome == "finished" else STOPPED
-
-
-def draw_run(config: Config) -> None:
-    """The page of a finished run."""
-    folder = Path(config.run.folder)
-    save_augmented(folder, load(config.data.path), config)
-    plots = draw_results(folder)
-    if "tensorboard" in config.run.trackers:
-        board_results(folder, plots)
 
 
 def draw_demo(packed: Path, images: int) -> None:

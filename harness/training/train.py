@@ -14,12 +14,14 @@ from harness.data.augment import parse_views
 from harness.distributed.hardware import available_cores, check_compile, decode_threads
 from harness.distributed.world import World, check_trackers
 from harness.evaluation.calibration import class_priors
-from harness.evaluation.evaluate import EvalContext, evaluate, validate
+from harness.evaluation.evaluate import EvalContext, evaluate, save_evaluation
 from harness.evaluation.metrics import HIGHER_IS_BETTER
-from harness.evaluation.results import summary
+from harness.evaluation.predict import validate
+from harness.evaluation.results import read_results
 from harness.limits import check_classes
 from harness.model.build import build_model, check_model, load_weights
 from harness.model.optim import EMA, Loss, build_optimizer
+from harness.report.text import summary
 from harness.run import checkpoint
 from harness.run.folder import changes, failure_noted, find_start, finished_metrics, note_start, open_run, write_state
 from harness.run.lock import RunLock
@@ -63,9 +65,9 @@ def train(config: Config, world: World) -> str:
     ):
         world.run_on_main(open_run, folder, config, dataset, lock)
         world.run_on_main(stop.forget_old_file)
-        if metrics := world.run_on_main(finished_metrics, folder):
+        if world.run_on_main(finished_metrics, folder):
             world.print(f"{folder} is finished. Its results again; to train anew, name another --run.folder.")
-            world.print("\n" + summary(metrics))
+            world.print("\n" + summary(world.run_on_main(read_results, folder)))
             return "finished"
         with failure_noted(folder, world):
             world.run_on_main(mirror.sync_on_start)
@@ -121,15 +123,16 @@ def train(config: Config, world: World) -> str:
                 )
                 best = checkpoint.find_best(folder, progress)
                 checkpoint.load_model(best, model)
-                trained = EvalContext(best, changes(folder), class_priors(config.optim, counts), validation)
-                metrics = evaluate(model, final, config.eval.split, config, world, folder, trained, stop.asked)
-                if metrics is None:
+                context = EvalContext(best, changes(folder), class_priors(config.optim, counts), validation)
+                evaluation = evaluate(model, final, config, world, context, stop.asked)
+                if evaluation is None:
                     return _stopped(session, progress)
-                scores = {"split": config.eval.split} | {name: metrics["tta"][name] for name in SHOWN}
+                world.run_on_main(save_evaluation, folder, evaluation)
+                scores = {"split": config.eval.split} | {name: evaluation.results.tta[name] for name in SHOWN}
                 log.write(RESULT, progress.step, scores)
                 log.flush()
                 world.run_on_main(write_state, folder, "finished", progress)
-        world.print("\n" + summary(metrics))
+        world.print("\n" + summary(evaluation.results))
         world.print(f"run folder: {folder}")
     return "finished"
 

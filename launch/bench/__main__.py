@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from harness.config import read_config
 from harness.data.augment import training_view
 from harness.data.loader import training_batches
 from harness.distributed.hardware import available_cores
-from harness.evaluation.evaluate import predict
+from harness.evaluation.predict import predict
 from harness.run.checkpoint import Provenance, save_step
 from harness.run.progress import Progress
 from launch.bench import baselines as peers
@@ -198,7 +199,8 @@ def bench_evaluate(options) -> dict:
     seconds = {"none": [], "dihedral8": []}
     for _ in range(options.rounds):
         for views, found in seconds.items():
-            once = partial(predict, trial.model, reader, reader.dataset.classes, options.config, trial.world, views)
+            config = replace(options.config, eval=replace(options.config.eval, views=views))
+            once = partial(predict, trial.model, reader, reader.dataset.classes, config, trial.world)
             found.append(seconds_of(once, trial.world))
     n, one, eight = sum(reader.shard_sizes), min(seconds["none"]), min(seconds["dihedral8"])
     return {
