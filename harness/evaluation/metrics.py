@@ -56,7 +56,7 @@ def compute_metrics(
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
     images = {name: {"images": int(count)} for name, count in zip(classes, confusion.sum(1), strict=True)}
-    metrics = {"images": len(labels)} | _nested(values, classes)
+    metrics: dict[str, Any] = {"images": len(labels)} | _nested(values, classes)
     metrics["per_class"] = {name: row | images[name] for name, row in metrics["per_class"].items()}
     metrics["confusion"] = confusion.tolist()
     if groups is not None:

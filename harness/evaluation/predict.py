@@ -8,7 +8,9 @@ any world size; a sample that was lost or predicted twice is an error before any
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,17 +109,17 @@ def _local_predictions(
 ) -> Iterator[Columns | None]:
     """Collective: this rank's batches of the split in their order; None, as the last, if a rank was asked to stop."""
     options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device)
-    batches = evaluation_batches(reader, config.eval.batch_size, world.rank, world.size, options)
+    batches: Any = evaluation_batches(reader, config.eval.batch_size, world.rank, world.size, options)  # a generator
     n_images, of_a_round = sum(reader.shard_sizes), config.eval.batch_size * world.size
     running = deque()
     with (
+        closing(batches),
         _progress_bar(reader, config, world) as bar,
         world.reproducible_threads() as workers,
         ThreadPoolExecutor(workers, initializer=set_thread_device, initargs=(world.device,)) as pool,
     ):
         for start in range(0, n_images, of_a_round):
             if world.any_rank(stop()):
-                batches.close()
                 yield None
                 return
             if (batch := next(batches, None)) is not None:  # in the last round, some ranks may have none
@@ -127,7 +129,6 @@ def _local_predictions(
             bar.update(min(of_a_round, n_images - start))
         for future in running:
             yield future.result()
-        batches.close()
 
 
 def _progress_bar(reader: SplitReader, config: Config, world: World) -> tqdm:

@@ -143,8 +143,8 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     path = folder / PREDICTIONS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {PREDICTIONS_FILE}. Run launch/evaluate.py on the run.")
-    names = dict.fromkeys(("image_id", "group", "label", "prediction"), str)
-    return pd.read_csv(path, dtype=names, keep_default_na=False)
+    as_text: Any = {"image_id": str, "group": str, "label": str, "prediction": str}
+    return pd.read_csv(path, dtype=as_text, keep_default_na=False)
 
 
 def compute_results(
@@ -188,7 +188,7 @@ def compute_results(
         parts["calibration"] = _calibration(predictions, validation, classes, groups)
         parts["operating_points"] = _operating_points(predictions, validation, classes, groups, settings)
     parts["subgroups"] = {
-        column: subgroup_metrics(samples[column], tta, labels, classes, groups)
+        column: subgroup_metrics(pd.Series(samples[column]), tta, labels, classes, groups)
         for column in settings.subgroups
         if column in samples
     }

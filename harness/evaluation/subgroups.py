@@ -51,7 +51,7 @@ def bin_values(values: pd.Series) -> pd.Series:
         (N,) ordered categories.
     """
     is_empty = values.isin(["", "nan", "None", "unknown"])
-    known: pd.Series = values[~is_empty]  # pyright: ignore[reportAssignmentType] - a mask gives a series
+    known = pd.Series(values[~is_empty])
     numbers = pd.Series(pd.to_numeric(known, errors="coerce"), known.index)
     if len(numbers) and numbers.notna().all() and numbers.nunique() > MAX_BINS:
         bins, order = _bin_numbers(numbers)

@@ -30,14 +30,14 @@ def worst_mistakes(rows: pd.DataFrame) -> pd.DataFrame:
     """Of predictions.csv, the wrong rows that gave their label the least probability, the worst first."""
     of_label = np.array([float(row[f"p_{row['label']}"]) for row in rows.to_dict("records")])
     wrong = rows.assign(of_label=of_label)[rows["prediction"] != rows["label"]]
-    return wrong.sort_values(["of_label", "key"])[:MAX_IMAGES]
+    return pd.DataFrame(wrong).sort_values(["of_label", "key"]).head(MAX_IMAGES)
 
 
 def least_certain(rows: pd.DataFrame) -> pd.DataFrame:
     """Of predictions.csv, the rows of the greatest entropy (nats), the least certain first."""
     probabilities = rows[[name for name in rows if str(name).startswith("p_")]].to_numpy(float)
     entropy = -(probabilities * np.log(probabilities.clip(1e-12))).sum(1)
-    return rows.assign(entropy=entropy).sort_values(["entropy", "key"], ascending=[False, True])[:MAX_IMAGES]
+    return rows.assign(entropy=entropy).sort_values(["entropy", "key"], ascending=[False, True]).head(MAX_IMAGES)
 
 
 def thumbnail_path(folder: Path, key: int) -> Path:

@@ -5,7 +5,7 @@ its arguments and changes nothing; no window is opened.
 """
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -104,7 +104,8 @@ def draw_history(entries: list[dict]) -> bytes:
     right.set(xlabel="epoch", title="validation", ylim=(0, 1))
     for axes in (left, right):
         axes.legend(fontsize=8)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        locator: Any = axes.xaxis.get_major_locator()  # an AutoLocator
+        locator.set_params(integer=True)
     return _png(figure)
 
 
