@@ -16,16 +16,17 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1r
 h1{font-size:1.5rem;margin:.2em 0;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:2em 0 .5em;border-bottom:1px solid var(--line)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.7rem;margin:1rem 0}
-.card{background:var(--soft);border-radius:.5rem;padding:.6rem .8rem}.card b{display:block;font-size:1.5rem}
+.card{background:var(--soft);border-radius:.5rem;padding:.6rem .8rem;display:flex;flex-direction:column}
+.card b{display:block;font-size:1.5rem;margin-top:auto}
 .card small,caption,.note{opacity:.75;font-size:.85rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;width:100%}td,th{padding:.25rem .5rem;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}tr{border-bottom:1px solid var(--line)}
+td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:Canvas}tr{border-bottom:1px solid var(--line)}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:.7rem;align-items:start}
 img{width:100%;max-width:36rem;height:auto;background:#fff;border-radius:.4rem}
 .warning{border-left:4px solid #c80;padding:.3rem .8rem;background:var(--soft)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}dd{margin:0;overflow-wrap:anywhere}
 .images{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:.7rem}figure{margin:0}
-figcaption{font-size:.8rem;overflow-wrap:anywhere}.small{opacity:.55}.wide+.wide{margin-top:1rem}
+figcaption{font-size:.8rem;overflow-wrap:anywhere}.small td{color:GrayText}.wide+.wide{margin-top:1rem}
 @media(max-width:40rem){dl{grid-template-columns:1fr}dt{font-weight:600;margin-top:.3rem}}
 @media print{body{max-width:none}h2{break-after:avoid}img,table{break-inside:avoid}}
 """

@@ -79,7 +79,7 @@ def _page(folder: Path, results: Results, rows: pd.DataFrame, plots: dict[str, b
     heading = text(f"{results.model}, {results.split} split")
     parts = [
         f"<h1>{heading}</h1>",
-        f"<p class=note>{results.tta['images']} images, views: {text(results.views)}. In brackets: 95 % bootstrap intervals, "
+        f"<p class=note>{results.tta['images']} images, views: {text(results.views)}. Ranges are 95 % bootstrap intervals, "
         f"resampled by {text(results.group_name)}.</p>",
         *(f"<p class=warning>{text(warning)}</p>" for warning in results.warnings),
         _cards(results.tta),

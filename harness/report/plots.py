@@ -34,8 +34,9 @@ def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: 
         colour = "white" if shares[row, column] > 0.55 else "black"
         text = f"{counts[row, column]}\n{shares[row, column]:.0%}" if images[row] else "0"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), [f"{name} ({n})" for name, n in zip(classes, images[:, 0], strict=True)])
+    names = [_literal(name) for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), [f"{name} ({n})" for name, n in zip(names, images[:, 0], strict=True)])
     axes.set(xlabel="predicted", ylabel="label (images)", title=title)
     figure.colorbar(image, shrink=0.8, label="share of the label's images")
     return _png(figure)
@@ -55,9 +56,9 @@ def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
             continue
         is_label, probability = rows["label"] == name, rows[f"p_{name}"]
         false_positive_rate, true_positive_rate, _ = roc_curve(is_label, probability)
-        left.plot(false_positive_rate, true_positive_rate, label=f"{name} {row['auc']:.3f}")
+        left.plot(false_positive_rate, true_positive_rate, label=f"{_literal(name)} {row['auc']:.3f}")
         precision, recall, _ = precision_recall_curve(is_label, probability)
-        right.step(recall, precision, where="post", label=f"{name} {row['average_precision']:.3f}")
+        right.step(recall, precision, where="post", label=f"{_literal(name)} {row['average_precision']:.3f}")
     left.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (area)")
     right.set(xlabel="recall", ylabel="precision", title="precision and recall (average precision)", ylim=(0, 1.02))
@@ -120,6 +121,11 @@ def _figure(
     FigureCanvasAgg(figure)
     axes = figure.subplots(n if down else 1, 1 if down else n, squeeze=False, height_ratios=heights)
     return figure, list(axes.flat)
+
+
+def _literal(name: str) -> str:
+    """A name as matplotlib draws it unchanged: what stands between two dollars would be a formula."""
+    return name.replace("$", r"\$")
 
 
 def _png(figure: "Figure") -> bytes:

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from harness.evaluation.metrics import compute_metrics
 from harness.report.gallery import least_certain, worst_mistakes
 from harness.report.page import draw_report
+from harness.report.plots import draw_confusion, draw_curves
 from shards.index import load
 from shards.reader import SplitReader
 
@@ -141,6 +143,13 @@ def test_every_text_of_a_file_is_escaped(run):
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;") > 10
+
+
+def test_class_names_are_drawn_as_they_are():
+    names = ("costs $_ or $^", "100 %", "<b>", "_x")
+    assert draw_confusion(np.eye(4, dtype=int).tolist(), names, "four").startswith(b"\x89PNG")
+    rows = pd.DataFrame({"label": names} | {f"p_{name}": [0.7, 0.1, 0.1, 0.1] for name in names})
+    assert draw_curves(rows, compute_metrics(np.full((4, 4), 0.25), np.arange(4), names)).startswith(b"\x89PNG")
 
 
 def test_citation_and_license_of_the_data_are_printed_where_they_are_known(run):
