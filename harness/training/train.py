@@ -8,9 +8,11 @@ from harness.config import Config, flat
 from harness.distributed.hardware import available_cores, decode_threads
 from harness.distributed.world import World
 from harness.evaluation.calibration import class_priors
-from harness.evaluation.evaluate import EvalContext, evaluate, validate
+from harness.evaluation.evaluate import EvalContext, evaluate, save_evaluation
 from harness.evaluation.metrics import HIGHER_IS_BETTER
-from harness.evaluation.results import summary
+from harness.evaluation.predict import validate
+from harness.evaluation.results import read_results
+from harness.report.text import summary
 from harness.run import checkpoint, recovery
 from harness.run.folder import Run, open_run
 from harness.run.log import RESULT, verdict
@@ -65,7 +67,7 @@ def train(config: Config, world: World) -> str:
 def report_again(world: World, run: Run) -> str:
     """Collective: the results of a run that was finished before."""
     world.print(f"{run.folder} is finished. Its results again; to train anew, name another --run.folder.")
-    world.print("\n" + world.run_on_main(read_summary, run.folder))
+    world.print("\n" + summary(world.run_on_main(read_results, run.folder)))
     return "finished"
 
 
@@ -143,20 +145,14 @@ def evaluate_best(config: Config, world: World, data: Data, state: TrainState, r
     checkpoint.load_model(best, state.model)
     prior = class_priors(config.optim, data.dataset.description.counts["train"])
     context = EvalContext(best, changes(run.folder), prior, data.val)
-    metrics = evaluate(state.model, data.test, config.eval.split, config, world, run.folder, context, run.stop.asked)
-    if metrics is None:
+    evaluation = evaluate(state.model, data.test, config, world, context, run.stop.asked)
+    if evaluation is None:
         return run.stopped(progress)
-    scores = {"split": config.eval.split} | {name: metrics["tta"][name] for name in SHOWN}
+    world.run_on_main(save_evaluation, run.folder, evaluation)
+    scores = {"split": config.eval.split} | {name: evaluation.results.tta[name] for name in SHOWN}
     run.log.write(RESULT, progress.step, scores)
     run.log.flush()
     run.write_state("finished", progress)
-    world.print("\n" + summary(metrics))
+    world.print("\n" + summary(evaluation.results))
     world.print(f"run folder: {run.folder}")
     return "finished"
-
-
-def read_summary(folder) -> str:
-    """The results of a finished run, human-readable."""
-    import json
-
-    return summary(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))

@@ -101,7 +101,7 @@ def test_an_outside_set_is_evaluated_whole_and_never_trained_on(finished_run, ti
     done = launch("evaluate", run, "--data", other, "--views", "none")
     assert done.returncode == 0, done.stderr
     metrics = json.loads(next(run.glob("evaluation-test-none-other-*/metrics.json")).read_text(encoding="utf-8"))
-    assert metrics["plain"]["images"] == len(table)  # also where a lesion has several
+    assert metrics["center"]["images"] == len(table)  # also where a lesion has several
     assert metrics["warnings"] == []
     refused = launch("train", "--config", tiny, "--data.path", other)
     assert refused.returncode == 1
