@@ -206,16 +206,16 @@ class World:
             (N,) keys and (N, ...) columns of the same names and types, on every rank, on the CPU.
         """
         if self.size > 1:
-            counts = gather(torch.tensor([len(keys)], device=self.device))
+            counts = _gathered(torch.tensor([len(keys)], device=self.device))
             n_missing = int(counts.max()) - len(keys)
-            keys = gather(torch.cat([keys.to(self.device), keys.new_full((n_missing,), -1).to(self.device)]))
+            keys = _gathered(torch.cat([keys.to(self.device), keys.new_full((n_missing,), -1).to(self.device)]))
             is_row = keys >= 0
             keys = keys[is_row]
             padded = {
                 name: torch.cat([column, column.new_zeros((n_missing, *column.shape[1:]))]).to(self.device)
                 for name, column in columns.items()
             }
-            columns = {name: gather(column)[is_row] for name, column in padded.items()}
+            columns = {name: _gathered(column)[is_row] for name, column in padded.items()}
         order = torch.argsort(keys, stable=True)
         return keys[order].cpu(), {name: column[order].cpu() for name, column in columns.items()}
 
@@ -239,3 +239,8 @@ class World:
             # (torch 2.7) hangs if a thread of its own lets go of the last collective's tensors while the group is destroyed.
             self._accelerator.wait_for_everyone()
         self._accelerator.end_training()
+
+
+def _gathered(values: torch.Tensor) -> torch.Tensor:
+    """Collective: tensors of one shape, of all ranks, one after the other."""
+    return cast(torch.Tensor, gather(values))
