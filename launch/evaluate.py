@@ -69,13 +69,12 @@ def _settings(options: argparse.Namespace) -> Config:
     config = load_config(saved)
     given = {name: getattr(options, name) for name in ("split", "views", "image_size")}
     given["prior_correction"] = ON_OFF.get(options.prior_correction)
-    config = replace(
+    return replace(
         config,
         eval=replace(config.eval, **{name: value for name, value in given.items() if value is not None}),
         run=replace(config.run, precision=options.precision or config.run.precision),
         data=replace(config.data, path=str(options.data or config.data.path)),
     )
-    return config
 
 
 def _folder_name(config: Config, weights: checkpoint.Checkpoint, dataset: Dataset) -> str:
