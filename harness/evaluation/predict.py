@@ -7,7 +7,7 @@ any world size; a sample that was lost or predicted twice is an error before any
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -111,24 +111,29 @@ def _local_predictions(
     options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device)
     batches: Any = evaluation_batches(reader, config.eval.batch_size, world.rank, world.size, options)  # a generator
     n_images, of_a_round = sum(reader.shard_sizes), config.eval.batch_size * world.size
-    running = deque()
+    running: deque[Future[Columns]] = deque()
     with (
         closing(batches),
         _progress_bar(reader, config, world) as bar,
         world.reproducible_threads() as workers,
         ThreadPoolExecutor(workers, initializer=set_thread_device, initargs=(world.device,)) as pool,
     ):
-        for start in range(0, n_images, of_a_round):
+
+        def next_done() -> Columns:
+            columns = running.popleft().result()
+            bar.update(min(of_a_round, n_images - bar.n))  # rank 0 has a batch in each round, and the others keep pace
+            return columns
+
+        for _ in range(0, n_images, of_a_round):
             if world.any_rank(stop()):
                 yield None
                 return
             if (batch := next(batches, None)) is not None:  # in the last round, some ranks may have none
                 running.append(pool.submit(_predict_batch, model, batch, config, world))
             if len(running) > workers:
-                yield running.popleft().result()
-            bar.update(min(of_a_round, n_images - start))
-        for future in running:
-            yield future.result()
+                yield next_done()
+        while running:
+            yield next_done()
 
 
 def _progress_bar(reader: SplitReader, config: Config, world: World) -> tqdm:
