@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +108,7 @@ def _local_predictions(
 ) -> Iterator[Columns | None]:
     """Collective: this rank's batches of the split in their order; None, as the last, if a rank was asked to stop."""
     options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device)
-    batches: Any = evaluation_batches(reader, config.eval.batch_size, world.rank, world.size, options)  # a generator
+    batches = evaluation_batches(reader, config.eval.batch_size, world.rank, world.size, options)
     n_images, of_a_round = sum(reader.shard_sizes), config.eval.batch_size * world.size
     running: deque[Future[Columns]] = deque()
     with (

@@ -21,20 +21,11 @@ from harness.report.gallery import AUGMENTED, FOLDER, least_certain, save_galler
 from harness.report.markup import STYLE, cell, image, table, text
 from harness.report.plots import draw_confusion, draw_curves, draw_history, draw_reliability
 from harness.report.tensorboard import write_tensorboard
-from harness.report.text import format_metric, title
+from harness.report.text import LIMITS, PRIOR_NOTES, format_metric, title
 from shards.index import Dataset
 
 CARDS = ("balanced_accuracy", "macro_f1", "accuracy", "macro_auc", "loss", "calibration_error")
 RATES = ("sensitivity", "specificity", "positive_predictive_value")
-PRIOR_NOTES = {
-    "equal": "At equal class frequencies: probabilities divided by how frequent each class was in training.",
-    "training": "At the class frequencies of training, which the training made up for: probabilities multiplied by them.",
-}
-LIMITS = (
-    "For research on image classification. Not a medical device: do not use it for a diagnosis. The metrics hold for images "
-    "of the same kind, from the same sources; performance on another population may be lower. Intervals cover the sampling "
-    "of this split, not the difference to another site."
-)
 
 
 def draw_report(folder: Path, dataset: Dataset | None = None) -> None:

@@ -18,6 +18,15 @@ PRIOR_TEXT = {
     "equal": "prior-corrected to equal class frequencies",
     "training": "prior-corrected to the class frequencies of training",
 }
+PRIOR_NOTES = {
+    "equal": "At equal class frequencies: probabilities divided by how frequent each class was in training.",
+    "training": "At the class frequencies of training, which the training made up for: probabilities multiplied by them.",
+}
+LIMITS = (
+    "For research on image classification. Not a medical device: do not use it for a diagnosis. The metrics hold for images "
+    "of the same kind, from the same sources; performance on another population may be lower. Intervals cover the sampling "
+    "of this split, not the difference to another site."
+)
 
 
 def format_metric(value: float | None, interval: list[float] | None = None, form: str = ".3f") -> str:
