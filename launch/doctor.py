@@ -1,7 +1,7 @@
-"""What would spoil a run here, and what mends it: `accelerate launch launch/doctor.py --config configs/ham10000.yaml`.
+"""Check a machine, the data and the settings before a run: `accelerate launch launch/doctor.py --config configs/ham10000.yaml`.
 
-Takes the settings of `launch/train.py`, runs on as many processes as it is started with, and changes nothing. On a login
-node without a GPU, `python launch/doctor.py --gpu p100` answers for that GPU.
+Takes the settings of `launch/train.py`, runs on as many processes as it is started with, and changes nothing: what training
+would refuse, it prints. On a login node without a GPU, `python launch/doctor.py --gpu p100` answers for that GPU.
 """
 
 import argparse
@@ -10,67 +10,54 @@ import sys
 
 from harness.config import read_config
 from harness.distributed.world import World
-from harness.training.preflight import (
-    Check,
+from harness.run.console import start_console
+from harness.training.check import Check, tried
+from harness.training.machine import (
     check_allreduce,
-    check_consistency,
     check_cores,
-    check_data,
+    check_data_files,
     check_device,
-    check_disk,
     check_named_gpu,
-    check_weights,
     versions,
 )
-from launch.train import DEMO
-from shards.index import load
+from harness.training.preflight import preflight
 
 MARKS = {"ok": ("ok  ", "32"), "warn": ("warn", "33"), "fail": ("FAIL", "31")}  # word, ANSI colour
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; the exit code is 0 if nothing is bad, else 1."""
+    """Run; the exit code is 0 if all checks passed, else 1."""
     options, settings = _parser().parse_known_args(arguments)
+    start_console()
     if options.gpu:
-        try:
-            checks = check_named_gpu(options.gpu)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        checks = tried("GPU", check_named_gpu, options.gpu)
         return show([*checks, Check("ok", "versions", f"torch {versions()['torch']}")])
-    config = read_config(settings, DEMO)
-    device = check_device()  # first: without kernels for this GPU, nothing else can be asked of it
+    config = read_config(settings)
+    device = tried("device", check_device)  # first: without kernels for this GPU, nothing else can be asked of it
     if any(check.level == "fail" for check in device):
         return show(device)
     try:
         world = World(config.run.precision, config.run.channels_last)
     except (ValueError, OSError) as error:
         return show([*device, Check("fail", "processes", str(error))])
-    data = world.run_on_main(check_data, config)
-    try:
-        dataset = load(config.data.path)
-    except (OSError, ValueError):
-        dataset = None  # on this rank
-    checks = [
-        *(*device, *check_allreduce(world), *check_consistency(world, dataset), *check_cores(config)),
-        *(*check_disk(config, len(dataset.classes) if dataset else 7), *data, *check_weights(config)),
-    ]
+    checks, _ = preflight(config, world)
+    checks += [*check_allreduce(world), *check_cores(config), *world.run_on_main(check_data_files, config)]
     code = world.run_on_main(show, checks)
     world.close()
     return code
 
 
 def show(checks: list[Check]) -> int:
-    """Print each finding, and below it what mends it; 1 if one is bad."""
+    """Print each check, and below it what fixes it; 1 if one failed."""
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for check in checks:
         mark, colour = MARKS[check.level]
         print(f"\033[{colour}m{mark}\033[0m" if coloured else mark, f" {check.name:<11}", check.message)
         if check.fix:
-            print(f"{'':18}to mend it: {check.fix}")
-    bad = sum(check.level == "fail" for check in checks)
-    print("nothing is in the way of a run" if not bad else f"{bad} to mend before a run", flush=True)
-    return 1 if bad else 0
+            print(f"{'':18}fix: {check.fix}")
+    failed = sum(check.level == "fail" for check in checks)
+    print("all checks passed" if not failed else f"{failed} of {len(checks)} checks failed", flush=True)
+    return 1 if failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:

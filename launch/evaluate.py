@@ -9,17 +9,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from harness.config import Config, flat, load_config
+from harness.config import Config, load_config
 from harness.data.augment import parse_views
 from harness.distributed.world import World
 from harness.evaluation.calibration import Prior, class_priors
 from harness.evaluation.evaluate import EvalContext, evaluate
 from harness.evaluation.results import summary
-from harness.limits import check
 from harness.model.build import build_model
 from harness.report.page import draw_results
 from harness.run import checkpoint
-from harness.run.folder import changes
+from harness.run.state import changes
 from shards.index import Dataset, load
 from shards.leaks import refuse_trained_groups
 from shards.reader import SplitReader
@@ -97,7 +96,6 @@ def _settings(options: argparse.Namespace) -> Config:
         run=replace(config.run, precision=options.precision or config.run.precision),
         data=replace(config.data, path=str(options.data or config.data.path)),
     )
-    check(flat(config))
     return config
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from harness.config import read_config
 from harness.evaluation.gallery import augmented_rows
-from launch.train import DEMO
 from shards.contact_sheet import draw_sheet
 from shards.index import load
 
@@ -20,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch/preview.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="PNG to write (default: beside the dataset)")
     options, settings = parser.parse_known_args(arguments)
-    config = read_config(settings, DEMO)
+    config = read_config(settings)
     try:
         dataset = load(config.data.path)
         folder = dataset.folder.resolve()

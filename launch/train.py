@@ -9,24 +9,18 @@ import tempfile
 from pathlib import Path
 
 from harness.config import Config, read_config
-from harness.distributed.world import World
-from harness.evaluation.gallery import save_augmented
-from harness.report.page import draw_results
-from harness.report.tensorboard import board_results
-from harness.run.stop import STOPPED, follow_launcher
-from harness.training.train import train
-from shards import demo
-from shards.catalogue import read_ham10000
-from shards.index import load
-from shards.pack import pack
-from shards.split import split_by_lesion
-
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; the exit code is 0 when finished, 75 when stopped as asked, 1 after an error."""
-    config = read_config(sys.argv[1:] if arguments is None else arguments, DEMO)
+    config = read_config(sys.argv[1:] if arguments is None else arguments)
+    # After the settings were read: torch and its kin take seconds, and --help or a wrong setting needs none of them.
+    from harness.distributed.world import World
+    from harness.run.console import LOGGER, start_console
+    from harness.run.stop import STOPPED, follow_launcher
+    from harness.training.train import train
+
+    start_console()
     follow_launcher()
     try:
         world = World(config.run.precision, config.run.channels_last)
@@ -38,13 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
             world.run_on_main(draw_run, config)
         world.close()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        LOGGER.error(str(error))
         return 1
     return 0 if outcome == "finished" else STOPPED
 
 
 def draw_run(config: Config) -> None:
     """The page of a finished run."""
+    from harness.evaluation.gallery import save_augmented
+    from harness.report.page import draw_results
+    from harness.report.tensorboard import board_results
+    from shards.index import load
+
     folder = Path(config.run.folder)
     save_augmented(folder, load(config.data.path), config)
     plots = draw_results(folder)
@@ -54,9 +53,15 @@ def draw_run(config: Config) -> None:
 
 def draw_demo(packed: Path, images: int) -> None:
     """Draw and pack demo lesions, unless they are there."""
+    from harness.run.console import LOGGER
+    from shards import demo
+    from shards.catalogue import read_ham10000
+    from shards.pack import pack
+    from shards.split import split_by_lesion
+
     if (packed / "dataset.json").is_file():
         return
-    print(f"drawing and packing {images} demo lesions into {packed}", flush=True)
+    LOGGER.info(f"drawing and packing {images} demo lesions into {packed}")
     originals = Path(tempfile.mkdtemp(prefix="demo-lesions-"))
     try:
         demo.draw(originals, images)

@@ -1,6 +1,6 @@
-"""Which ranks are alive: each says so every second, and the end of one is the end of all.
+"""Rank heartbeat: each rank beats once a second; if one dies, hangs or raises, all ranks exit.
 
-In: a key-value store that rank 0 serves. Out: one sentence that names the rank that failed. What stays true: when a
+In: a key-value store that rank 0 serves. Out: one sentence that names the rank that failed. Invariants: when a
 rank dies, hangs or raises, every other rank ends within a bounded time, whatever it waits for. Without this, a collective
 that waits for a dead rank returns after many minutes or never, and says nothing of who is missing.
 """
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - its documented place
 
 BEAT_S = 1.0
 DEAD_S = 60.0  # silent for so long: dead, frozen, or out of reach
@@ -22,14 +22,14 @@ GRACE_S = 10.0  # for the main thread to end in good order before the process is
 
 
 class Heartbeat:
-    """One rank's part: a thread that says that it lives and looks whether the others do."""
+    """One rank's part: a thread that beats, and looks whether the others do."""
 
     def __init__(self, store: TCPStore, rank: int, watched: Iterable[int], who: str):
-        """Say who this is, for people: host and process number. Every rank is watched by rank 0, and rank 0 by all."""
+        """Announce this rank by host and process number (`who`). Rank 0 watches every rank, and every rank watches rank 0."""
         self.failure: dict | None = None  # {"rank", "error"} of the rank that failed first
         self.on_failure: Callable[[dict], None] = lambda cause: None  # told of the cause, once
         self._store, self._rank, self._watched = store, rank, tuple(watched)
-        self._seen = dict.fromkeys(self._watched, (b"", time.monotonic()))
+        self._seen: dict[int, tuple[bytes, float]] = dict.fromkeys(self._watched, (b"", time.monotonic()))
         self._over, self._known = threading.Event(), threading.Event()
         store.set(f"who/{rank}", who)
         store.add(f"beat/{rank}", 1)
@@ -49,7 +49,7 @@ class Heartbeat:
     def failure_behind_collective(self) -> dict | None:
         """Wait a little for who is to blame, None if nobody else is."""
         with suppress(RuntimeError):  # rank 0 serves the store: if it is gone, the thread will say so
-            self._store.set("suspect", b"1")
+            self._store.set("suspect", "1")
         self._known.wait(SUSPECTED_S + 4 * BEAT_S)
         return self.failure if self.failure and self.failure["rank"] != self._rank else None
 
@@ -68,7 +68,7 @@ class Heartbeat:
             if self.failure:
                 self._known.set()
                 if self.failure["rank"] != self._rank:
-                    self._end()
+                    self._end(self.failure)
                 return
 
     def _look(self) -> dict | None:
@@ -93,12 +93,12 @@ class Heartbeat:
         except RuntimeError:
             return cause
 
-    def _end(self) -> None:
+    def _end(self, failure: dict) -> None:
         """End this process: by its main thread, or, where that waits for a rank that is gone, here."""
-        self.on_failure(self.failure)
+        self.on_failure(failure)
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
             if self._over.wait(0.1) or not threading.main_thread().is_alive():
                 return
-        print(f"error: {self.failure['error']}; rank {self._rank} ends, too", file=sys.stderr, flush=True)
+        print(f"error: {failure['error']}; rank {self._rank} ends, too", file=sys.stderr, flush=True)
         os._exit(1)

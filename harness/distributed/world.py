@@ -1,58 +1,43 @@
-"""The processes of a run and what they tell each other. The only file that knows of `Accelerator` and of ranks.
+"""The processes of a run and what they tell each other. This room is the only one that knows Accelerate.
 
-In: the environment that a launcher made. Out: a `World`. What stays true: every method that is marked collective is
+In: the environment that a launcher made. Out: a `World`. Invariants: every method that is marked collective is
 called by all ranks at the same point, or all of them wait for ever.
 """
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import ParamSpec, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    LoggerType,
     broadcast,
     broadcast_object_list,
     gather,
     gather_object,
     reduce,
 )
-from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - its documented place
 
-from harness.distributed.hardware import available_cores, check_wheel, choose_memory_format, choose_precision
+from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision
 from harness.distributed.heartbeat import Heartbeat
+from harness.distributed.launcher import check_gpu_of_rank, start_accelerator
+from harness.distributed.trackers import start_trackers
 
-COLLECTIVE_TIMEOUT_S = 600.0  # how long processes wait for each other
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse trackers that are not to be had.
-
-    Raises:
-        ValueError: an unknown tracker, or one whose package is not installed.
-    """
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(LOGGER_TYPE_TO_CLASS)
-            raise ValueError(f"The 'run.trackers' setting knows {known}. Got {name!r} instead.")
-        if name in LoggerType.list() and name not in available:
-            raise ValueError(f"'run.trackers' names {name}, which is not installed: pip install {name}.")
+LOGGER = logging.getLogger("dermharness")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class World:
     """All ranks of a run, seen from one of them."""
 
     def __init__(self, precision: str, channels_last: str = "auto"):
-        """Join the world that the launcher announced.
+        """Initialise distributed training from the launcher's environment.
 
         Args:
             precision: auto, fp32, bf16 or fp16; where it is auto, what `accelerate launch --mixed_precision` was given.
@@ -65,37 +50,12 @@ class World:
         """
         cuda = torch.cuda.is_available()
         if cuda:
-            number = int(os.environ.get("LOCAL_RANK", "0"))
-            if number >= torch.cuda.device_count():
-                raise ValueError(
-                    f"This machine has {torch.cuda.device_count()} GPU(s), and the launcher started a process for GPU "
-                    f"number {number + 1}. Start as many processes as there are GPUs."
-                )
-            device = torch.cuda.get_device_properties(number)
-            check_wheel((device.major, device.minor), torch.cuda.get_arch_list(), device.name)
+            check_gpu_of_rank()
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision == "auto" and launched in ("bf16", "fp16"):
             precision = launched
         self.precision, self.precision_reason = choose_precision(precision, torch.device("cuda" if cuda else "cpu"))
-        try:
-            self._accelerator = Accelerator(
-                cpu=not cuda,  # without it, ranks on a machine without CUDA each believe to be alone
-                mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
-                gradient_accumulation_plugin=GradientAccumulationPlugin(
-                    num_steps=1
-                ),  # the environment may say otherwise
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                    InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)),
-                ],
-            )
-        except (DistStoreError, DistNetworkError) as error:
-            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            raise ConnectionError(
-                f"Process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} on {socket.gethostname()} did "
-                f"not meet the others at {place} ({str(error).splitlines()[0]}). Start all of them within "
-                f"{COLLECTIVE_TIMEOUT_S / 60:.0f} minutes, with the address of the first one's machine and an open port."
-            ) from error
+        self._accelerator = start_accelerator(self.precision, cuda)
         if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
             torch.set_num_threads(available_cores())
         announced = int(os.environ.get("WORLD_SIZE", "1"))
@@ -111,7 +71,7 @@ class World:
         self.memory_format = choose_memory_format(channels_last, self.device)
         self.is_main = self.rank == 0
         self.host_pid = f"{socket.gethostname()}, process {os.getpid()}"
-        self.heartbeat = self._begin_watch() if self.size > 1 else None
+        self.heartbeat = self._start_heartbeat() if self.size > 1 else None
 
     def describe(self) -> str:
         """One line: how many processes on what, in which precision, and why."""
@@ -119,23 +79,15 @@ class World:
         count = "1 process" if self.size == 1 else f"{self.size} processes"
         return f"{count} on {device}, {self.precision} ({self.precision_reason}), torch {torch.__version__}"
 
-    def begin_trackers(self, names: tuple[str, ...], folder: Path, settings: dict) -> None:
-        """Start experiment trackers by Accelerate's names, on rank 0; `tensorboard` is the log's own and left out.
-
-        Args:
-            settings: shown with the run.
-        """
-        if names := tuple(dict.fromkeys(name for name in names if name != "tensorboard")):
-            own = {"wandb": {"name": folder.name, "dir": str(folder)}, "mlflow": {"run_name": folder.name}}
-            self._accelerator.project_configuration.logging_dir = str(folder)
-            self._accelerator.log_with = filter_trackers(list(names), folder)
-            self._accelerator.init_trackers("dermharness", config=settings, init_kwargs=own)
+    def start_trackers(self, names: tuple[str, ...], folder: Path, settings: dict) -> None:
+        """Start experiment trackers on rank 0, as `trackers.start_trackers` does."""
+        start_trackers(self._accelerator, names, folder, settings)
 
     def track(self, numbers: dict[str, float], step: int) -> None:
-        """Tell the trackers, if there are any."""
+        """Send numbers to the trackers, if there are any."""
         self._accelerator.log(numbers, step=step)
 
-    def _begin_watch(self) -> Heartbeat:
+    def _start_heartbeat(self) -> Heartbeat:
         """Collective: rank 0 serves a small store, in which every rank says that it lives."""
         host, wait = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if self.is_main else None
@@ -193,19 +145,18 @@ class World:
         """The loss scaler of fp16, None otherwise."""
         return self._accelerator.scaler
 
-    def run_on_main(self, action: Callable, *arguments):
+    def run_on_main(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Collective: run on rank 0 alone; its result is everyone's, and its error ends every rank.
 
         No rank goes on before rank 0 is done: what it wrote is there, and a launcher that kills the others when one
-        leaves finds nothing half-written.
-        Rank 0 raises what went wrong; the others leave with exit code 1 and no words of their own.
+        leaves finds nothing half-written. Rank 0 raises its error; the others exit with code 1 and no message.
         """
         if self.size == 1:
-            return action(*arguments)
+            return action(*args, **kwargs)
         result, error = None, None
         if self.is_main:
             try:
-                result = action(*arguments)
+                result = action(*args, **kwargs)
             except Exception as raised:
                 error = raised
         result, failed = broadcast_object_list([result, error is not None], from_process=0)
@@ -225,15 +176,20 @@ class World:
             torch.cuda.synchronize(self.device)
 
     def print(self, text: str = "") -> None:
-        """Print a line on rank 0."""
+        """Log a line on rank 0."""
         if self.is_main:
-            print(text, flush=True)
+            LOGGER.info(text)
+
+    def warn(self, text: str) -> None:
+        """Log a warning on rank 0."""
+        if self.is_main:
+            LOGGER.warning(text)
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Collective: elementwise sum over ranks, on every rank."""
         if self.size == 1:
             return values
-        return reduce(values.to(self.device), reduction="sum")
+        return cast(torch.Tensor, reduce(values.to(self.device), reduction="sum"))
 
     def all_gather_rows(self, keys: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Collective: rows of all ranks, sorted by key, whatever number each rank has.

@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not there.
 
-In: tensors and a `Progress`. Out: folders `RUN/checkpoints/step-00000123` and `RUN/checkpoints/best-00000100`. What
-stays true: a folder takes its name only when every byte is on disk; its manifest holds the SHA-256 of each file;
+In: tensors and a `Progress`. Out: folders `RUN/checkpoints/step-00000123` and `RUN/checkpoints/best-00000100`. Invariants: a folder takes its name only when every byte is on disk; its manifest holds the SHA-256 of each file;
 nothing is deleted before what replaces it is safe; a damaged checkpoint is named and the one before it is used.
 """
 
@@ -9,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
+from harness.run.console import LOGGER
 from harness.run.progress import Progress
 from shards.files import sha256, sync, write_durably
 
-FORMAT = 1
-MANIFEST, AVERAGE = "manifest.json", "ema.safetensors"
+FORMAT = 2
+MANIFEST, EMA_FILE = "manifest.json", "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,23 @@ def save_step(
     optimizer: torch.optim.Optimizer,
     scaler,
     keep: int,
-    average: nn.Module | None = None,
+    ema: nn.Module | None = None,
 ) -> None:
     """Save all that continues a run, then remove all but the newest `keep` checkpoints and the best weights.
 
     Args:
-        average: with the moving average of the weights, if there is one.
+        ema: the exponential moving average of the weights, if there is one.
     """
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
     saved = run / "checkpoints" / f"step-{progress.step:08d}"
-    _save(saved, progress, provenance, model, state, average)
-    steps = _newest_first(run, "step-")
+    _save(saved, progress, provenance, model, state, ema)
+    steps = _latest_first(run, "step-")
     later = steps.index(saved)  # damaged ones: this run continued from one before them
     for folder in steps[:later] + steps[later + keep :]:
         shutil.rmtree(folder)
     # Each checkpoint that is kept may be the one to continue from: the best weights that it names stay, too.
-    named = {f"best-{_best_step(folder):08d}" for folder in _newest_first(run, "step-")}
-    for folder in _newest_first(run, "best-"):
+    named = {f"best-{_best_step(folder):08d}" for folder in _latest_first(run, "step-")}
+    for folder in _latest_first(run, "best-"):
         if folder.name not in named:
             shutil.rmtree(folder)
     for leftover in (run / "checkpoints").glob(".*.tmp"):  # of a process that was killed while it saved
@@ -84,18 +84,19 @@ def save_best(run: Path, progress: Progress, provenance: Provenance, model: nn.M
     _save(run / "checkpoints" / f"best-{progress.best_step:08d}", progress, provenance, model)
 
 
-def latest_valid(run: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest valid checkpoint to continue from, or None; what is damaged is named.
+def latest_valid(run: Path, quiet: bool = False) -> Checkpoint | None:
+    """The latest valid checkpoint to continue from, or None; damaged ones are named, unless `quiet`.
 
     Raises:
         ValueError: checkpoints are there, and none is valid, or they are of a newer format.
     """
-    folders = _newest_first(run, "step-")
+    folders = _latest_first(run, "step-")
     for folder in folders:
         problem = find_corruption(folder)
         if problem is None:
             return _read(folder)
-        say(f"checkpoint {folder} is damaged ({problem}): using the one before it")
+        if not quiet:
+            LOGGER.warning(f"checkpoint {folder} is damaged ({problem}): using the one before it")
     if folders:
         raise ValueError(
             f"No checkpoint in {run / 'checkpoints'} is whole. Remove {run} to start over, or restore a copy."
@@ -103,7 +104,7 @@ def latest_valid(run: Path, say: Callable[[str], None] = print) -> Checkpoint | 
     return None
 
 
-def repair_best(run: Path, progress: Progress, say: Callable[[str], None] = print) -> None:
+def repair_best(run: Path, progress: Progress) -> None:
     """Make sure that the best weights named by a checkpoint are whole, from the checkpoint of their step if need be.
 
     Raises:
@@ -118,11 +119,11 @@ def repair_best(run: Path, progress: Progress, say: Callable[[str], None] = prin
         raise ValueError(
             f"The best weights {folder} are damaged ({problem}). Restore a copy, or remove {run} to start over."
         )
-    say(f"the best weights {folder} are damaged ({problem}): made again from {same}")
+    LOGGER.warning(f"the best weights {folder} are damaged ({problem}): made again from {same}")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(same, folder, ignore=shutil.ignore_patterns("optimizer.pt", MANIFEST))
-    if (folder / AVERAGE).is_file():  # the best weights are those that were judged
-        os.replace(folder / AVERAGE, folder / "model.safetensors")
+    if (folder / EMA_FILE).is_file():  # the best weights are those that were judged
+        os.replace(folder / EMA_FILE, folder / "model.safetensors")
     write_durably(folder / MANIFEST, _json({path.name: sha256(path) for path in sorted(folder.iterdir())}))
 
 
@@ -136,7 +137,7 @@ def find_best(run: Path, progress: Progress | None = None) -> Checkpoint:
         FileNotFoundError: there are none yet.
         ValueError: they are damaged.
     """
-    folders = _newest_first(run, "best-")
+    folders = _latest_first(run, "best-")
     if progress is not None:
         folders = [folder for folder in folders if folder.name == f"best-{progress.best_step:08d}"]
     if not folders:
@@ -148,16 +149,16 @@ def find_best(run: Path, progress: Progress | None = None) -> Checkpoint:
 
 
 def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scaler, average: nn.Module | None = None
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scaler, ema: nn.Module | None = None
 ) -> None:
-    """Load weights, optimizer, loss scaler and average in place, on every rank.
+    """Load weights, optimizer, loss scaler and EMA in place, on every rank.
 
-    An average that was not kept (the run went on with another `optim.ema`) starts from the weights.
+    An EMA that was not kept (the run went on with another `optim.ema`) starts from the weights.
     """
     load_model(checkpoint, model)
-    if average is not None:
-        kept = checkpoint.folder / AVERAGE
-        average.load_state_dict(load_file(kept) if kept.is_file() else model.state_dict())
+    if ema is not None:
+        kept = checkpoint.folder / EMA_FILE
+        ema.load_state_dict(load_file(kept) if kept.is_file() else model.state_dict())
     state = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
@@ -169,15 +170,13 @@ def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
 
 
-def required_bytes(run: Path, model: nn.Module, optimizer: str, keep: int, averaged: bool = False) -> int:
+def required_bytes(run: Path, weights: int, whole: int, keep: int) -> int:
     """Bytes that the run's checkpoints will need beside what is there already.
 
     Args:
-        model: built, also on the meta device. optimizer: its name; Adam keeps two numbers for each weight, SGD one.
-        averaged: whether an average of the weights is kept, too. keep: newest checkpoints kept. Beside them stand one that is being written and two sets of best weights.
+        weights: bytes of the weights. whole: bytes of a checkpoint that continues a run. keep: latest checkpoints kept.
+            Beside them stand one that is being written and two sets of best weights.
     """
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    whole = weights * ((2 if optimizer == "sgd" else 3) + averaged)
     there = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
     return max((keep + 1) * whole + 2 * weights - there, whole + weights)
 
@@ -188,7 +187,7 @@ def _save(
     provenance: Provenance,
     model: nn.Module,
     state: dict | None = None,
-    average: nn.Module | None = None,
+    ema: nn.Module | None = None,
 ) -> None:
     """Write a checkpoint beside its place and then give it its name.
 
@@ -199,7 +198,7 @@ def _save(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        files = _files(progress, provenance, model, state, average)
+        files = _files(progress, provenance, model, state, ema)
         manifest = {name: write_durably(temporary / name, data) for name, data in files}
         write_durably(temporary / MANIFEST, _json(manifest))
         sync(temporary)
@@ -210,16 +209,16 @@ def _save(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
-            f"Cannot save the checkpoint {folder} ({error.strerror or error}). Those before it are whole. Make room or mend "
+            f"Cannot save the checkpoint {folder} ({error.strerror or error}). Those before it are whole. Make room or repair "
             "the disk, then start the same command again."
         ) from error
 
 
 def _files(
-    progress: Progress, provenance: Provenance, model: nn.Module, state: dict | None, average: nn.Module | None
-) -> Iterator[tuple[str, bytes]]:
+    progress: Progress, provenance: Provenance, model: nn.Module, state: dict | None, ema: nn.Module | None
+) -> Iterator[tuple[str, bytes | memoryview]]:
     """Names and contents of a checkpoint's files, one at a time."""
-    for name, module in (("model.safetensors", model), (AVERAGE, average)):
+    for name, module in (("model.safetensors", model), (EMA_FILE, ema)):
         if module is not None:
             yield name, save({key: t.detach().cpu().contiguous() for key, t in module.state_dict().items()})
     if state is not None:
@@ -229,8 +228,8 @@ def _files(
     buffer = io.BytesIO()
     np.save(buffer, provenance.train_groups)
     yield "train-groups.npy", buffer.getbuffer()
-    made_of = {name: value for name, value in asdict(provenance).items() if name != "train_groups"}
-    yield "progress.json", _json({"format": FORMAT, "progress": asdict(progress), "origin": made_of})
+    provenance_json = {name: value for name, value in asdict(provenance).items() if name != "train_groups"}
+    yield "progress.json", _json({"format": FORMAT, "progress": asdict(progress), "provenance": provenance_json})
 
 
 def _json(content: dict) -> bytes:
@@ -240,7 +239,7 @@ def _json(content: dict) -> bytes:
 def find_corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if each has the SHA-256 of the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():
             if sha256(folder / name) != digest:
                 return f"{name} is not what was written"
@@ -252,24 +251,35 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def _read(folder: Path) -> Checkpoint:
-    content = json.loads((folder / "progress.json").read_text())
+    content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     if content["format"] > FORMAT:
         raise ValueError(
             f"{folder} has format {content['format']}; this version reads up to {FORMAT}. Update dermharness."
         )
-    made_of = content["origin"]
+    if content["format"] < FORMAT:
+        raise ValueError(
+            f"{folder} has format {content['format']}, of version 0.1 of the harness, whose runs are not continued. Name "
+            f"another --run.folder; to train on from these weights, give --model.weights {folder / 'model.safetensors'}."
+        )
+    provenance_json = content["provenance"]
     groups = np.load(folder / "train-groups.npy", allow_pickle=False)
-    provenance = Provenance(made_of["model"], tuple(made_of["classes"]), made_of["dataset"], groups, made_of["order"])
+    provenance = Provenance(
+        provenance_json["model"],
+        tuple(provenance_json["classes"]),
+        provenance_json["dataset"],
+        groups,
+        provenance_json["order"],
+    )
     return Checkpoint(folder, Progress(**content["progress"]), provenance)
 
 
 def _best_step(folder: Path) -> int:
     """The step of the best weights that a checkpoint names; -1 if it is too damaged to name any."""
     try:
-        return json.loads((folder / "progress.json").read_text())["progress"]["best_step"]
+        return json.loads((folder / "progress.json").read_text(encoding="utf-8"))["progress"]["best_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 
 
-def _newest_first(run: Path, prefix: str) -> list[Path]:
+def _latest_first(run: Path, prefix: str) -> list[Path]:
     return sorted((run / "checkpoints").glob(f"{prefix}*"), reverse=True)

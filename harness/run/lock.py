@@ -1,6 +1,6 @@
 """One job at a time writes a run folder.
 
-In: a run folder. Out: `RUN/lock.json` with host, process and a heartbeat. What stays true: a lock outlives its owner by
+In: a run folder. Out: `RUN/lock.json` with host, process and a heartbeat. Invariants: a lock outlives its owner by
 less than a minute. On the owner's machine a dead process is seen at once. Elsewhere the heartbeat is watched: clocks of
 two machines are never compared.
 """
@@ -10,10 +10,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+from harness.run.console import LOGGER
 
 BEAT_S = 5.0
 WATCHED_S = 30.0  # a heartbeat that stands still for so long has stopped
@@ -24,7 +25,6 @@ class RunLock:
     """A lock that is held from `acquire` to the end of the block."""
 
     def __init__(self, folder: Path):
-        """Nothing is locked yet."""
         self.file = Path(folder) / "lock.json"
         self._owner = {
             "host": socket.gethostname(),
@@ -36,11 +36,9 @@ class RunLock:
         self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
 
     def __enter__(self) -> "RunLock":
-        """Nothing to do."""
         return self
 
     def __exit__(self, *error) -> None:
-        """Give the lock back, if it is held."""
         if self._held:
             self._over.set()
             self._thread.join()
@@ -48,7 +46,7 @@ class RunLock:
                 self.file.unlink(missing_ok=True)
             self._held = False
 
-    def acquire(self, say: Callable[[str], None] = print) -> None:
+    def acquire(self) -> None:
         """Take the lock; wait for a heartbeat if nothing else tells whether its owner lives.
 
         Raises:
@@ -57,12 +55,12 @@ class RunLock:
         found = _read(self.file)
         if found and not self._is_ours():
             who = f"process {found.get('process')} on {found.get('host')}"
-            if self._lives(found, who, say):
+            if self._lives(found, who):
                 raise BlockingIOError(
                     f"{self.file.parent} is in use by {who}. Let it end or stop it (touch {self.file.parent / 'stop'}), "
                     "or name another --run.folder."
                 )
-            say(f"{self.file} was left by {who}, which is gone")
+            LOGGER.info(f"{self.file} was left by {who}, which is gone")
         self._write()
         time.sleep(0.05)
         if not self._is_ours():  # another job took it in the same moment; one of the two wins
@@ -81,14 +79,14 @@ class RunLock:
                 f"Another job took over {self.file.parent} while this one stood still. This one ends; the other goes on."
             )
 
-    def _lives(self, found: dict, who: str, say: Callable[[str], None]) -> bool:
+    def _lives(self, found: dict, who: str) -> bool:
         if all(found.get(key) == self._owner[key] for key in ("host", "namespace")):
             try:
                 started = psutil.Process(found["process"]).create_time()
             except psutil.NoSuchProcess:
                 return False
             return abs(started - found["started"]) < SAME_START_S  # else the number went to another process since
-        say(f"{self.file.parent} was last used by {who}; watching for {WATCHED_S:.0f} s whether it still runs")
+        LOGGER.info(f"{self.file.parent} was last used by {who}; watching for {WATCHED_S:.0f} s whether it still runs")
         deadline = time.monotonic() + WATCHED_S
         while time.monotonic() < deadline:
             time.sleep(min(1.0, WATCHED_S / 10))
@@ -115,14 +113,14 @@ class RunLock:
     def _write(self) -> None:
         self._beats += 1
         temporary = self.file.with_name(f".lock.{self._owner['process']}.tmp")
-        temporary.write_text(json.dumps(self._owner | {"beats": self._beats}) + "\n")
+        temporary.write_text(json.dumps(self._owner | {"beats": self._beats}) + "\n", encoding="utf-8")
         os.replace(temporary, self.file)
 
 
 def _read(file: Path) -> dict | None:
     """The content of a lock, None where there is none; a damaged one is nobody's."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:

@@ -1,13 +1,14 @@
-"""What a run tells: `log.jsonl`, TensorBoard, a progress bar and one line an epoch.
+"""What a run records: `log.jsonl`, TensorBoard, a progress bar, and the verdict on what limits it.
 
-In: numbers with their step. Out: the same, for people and programs. What stays true: no step stands twice, since
-continuing from a checkpoint first removes what came after it; only rank 0 writes.
+In: numbers with their step. Out: the same, human- and machine-readable. Invariants: no step stands twice, since continuing from
+a checkpoint first removes what came after it; only rank 0 writes.
 """
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -18,31 +19,36 @@ RESULT = "result"  # kind of the entry of the final evaluation
 
 
 class Log:
-    """The log of one run, open for writing on rank 0; elsewhere its methods do nothing."""
+    """The log of one run, open for writing on rank 0 from `start` on; elsewhere its methods do nothing."""
 
-    def __init__(self, folder: Path, step: int, writes: bool, board: bool = True, track: Callable | None = None):
+    def __init__(self):
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
+        self._bar: tqdm | None = None
+        self._track: Callable | None = None
+
+    def start(self, folder: Path, step: int, writes: bool, board: bool = True, track: Callable | None = None) -> "Log":
         """Continue after `step`: entries of later steps are removed.
 
         Args:
-            board: write for TensorBoard, too. track: called with {kind/name: number} and the step of each entry.
+            writes: whether this rank writes. board: write for TensorBoard, too. track: called with {kind/name: number} and
+                the step of each entry.
         """
-        self._file = self._board = self._bar = None
         self._track = track
         if not writes:
-            return
+            return self
         path = Path(folder) / "log.jsonl"
         if path.is_file():
             write_atomically(path, b"".join(line for line in path.read_bytes().splitlines(True) if _until(line, step)))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the log is
         if board:
             self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
+        return self
 
     def __enter__(self) -> "Log":
-        """Nothing to do."""
         return self
 
     def __exit__(self, *error) -> None:
-        """Close the files."""
         self.end_bar()
         if self._file:
             self._file.close()
@@ -50,7 +56,7 @@ class Log:
             self._board.close()
 
     def write(self, kind: str, step: int, numbers: dict) -> None:
-        """Append an entry and show its numbers as `kind/name`; `report.board_results` shows a result in TensorBoard."""
+        """Append an entry and show its numbers as `kind/name`; the report stage shows a result in TensorBoard."""
         if not self._file:
             return
         self._file.write(json.dumps({"kind": kind, "step": step} | numbers) + "\n")
@@ -75,7 +81,8 @@ class Log:
                     self._board.flush()
             except OSError as error:
                 raise OSError(
-                    f"Cannot write {self._file.name} ({error.strerror}). Make room or mend the disk, then start the same command again."
+                    f"Cannot write {self._file.name} ({error.strerror}). Make room or repair the disk, then start the same "
+                    "command again."
                 ) from error
 
     def begin_bar(self, title: str, total: int, done: int) -> None:
@@ -100,7 +107,7 @@ def verdict(waited: float, first: float, threads: int, cores: int) -> str:
     """What limits a run, and what to change.
 
     Args:
-        waited: share of the training time that the loop stood still for data, 0 to 1.
+        waited: share of the training time that the loop waited for data, 0 to 1.
         first: the part of it for the first batch of each epoch, when nothing is decoded yet.
         threads: decoding threads of the process. cores: cores that it may use.
     """

@@ -1,6 +1,6 @@
 """Checkpoints on two disks: saved on a fast local one, then copied to the run folder while training goes on.
 
-In: a local folder and a run folder. Out: the same checkpoints in both. What stays true: a copy counts only when its
+In: a local folder and a run folder. Out: the same checkpoints in both. Invariants: a copy counts only when its
 files have the SHA-256 of its manifest, so a run folder on a disk whose renames and flushes promise little (a mounted
 Drive) is safe; nothing is removed from it before what replaces it has arrived.
 """
@@ -18,20 +18,15 @@ class CheckpointMirror:
     """Where a run saves: its own folder, or a local one that is copied there."""
 
     def __init__(self, run: Path, local: str):
-        """Nothing is copied yet.
-
-        Args:
-            run: the run's folder. local: `run.checkpoint_dir`; empty to save in the run's folder.
-        """
+        """`run` is the run's folder, `local` is `run.checkpoint_dir`: empty to save in the run's folder."""
         self.run, self.local = run, Path(local) if local else None
-        self._pool, self._copying = ThreadPoolExecutor(1, "copy"), None
+        self._pool = ThreadPoolExecutor(1, "copy")
+        self._copying: Future | None = None
 
     def __enter__(self) -> "CheckpointMirror":
-        """Nothing to do."""
         return self
 
     def __exit__(self, *error) -> None:
-        """Let a copy under way end."""
         self._pool.shutdown()
 
     def directory(self) -> Path:
@@ -43,7 +38,7 @@ class CheckpointMirror:
         if not self.local:
             return
         place = self.directory()
-        here, there = _newest(place), _newest(self.run)
+        here, there = _latest(place), _latest(self.run)
         if here and (not there or here.progress.step > there.progress.step):
             _mirror(place, self.run, check=True)
         elif there and (not here or there.progress.step > here.progress.step):
@@ -53,7 +48,7 @@ class CheckpointMirror:
         """After saving: copy beside the training. Waits for the copy before, and raises what went wrong with it."""
         if self.local:
             self.wait()
-            self._copying: Future | None = self._pool.submit(_mirror, self.directory(), self.run)
+            self._copying = self._pool.submit(_mirror, self.directory(), self.run)
 
     def wait(self) -> None:
         """Wait until all is copied.
@@ -66,7 +61,7 @@ class CheckpointMirror:
                 self._copying.result()
             except OSError as error:
                 raise OSError(
-                    f"Cannot copy checkpoints to {self.run} ({error}). They are whole in {self.directory()}. Mend the disk, "
+                    f"Cannot copy checkpoints to {self.run} ({error}). They are whole in {self.directory()}. Repair the disk, "
                     "then start the same command again."
                 ) from error
             finally:
@@ -98,9 +93,9 @@ def _manifest(folder: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _newest(place: Path) -> Checkpoint | None:
+def _latest(place: Path) -> Checkpoint | None:
     try:
-        return latest_valid(place, lambda text: None)
+        return latest_valid(place, quiet=True)
     except ValueError:  # none is whole here
         return None
 
@@ -110,4 +105,4 @@ def _identity(run: Path) -> str:
     path = run / "id"
     if not path.is_file():
         write_atomically(path, uuid.uuid4().hex[:16].encode())
-    return path.read_text()
+    return path.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """How far a run is, and whether it is done: pure.
 
-In: a `Progress` and a validation score. Out: the next `Progress`. What stays true: this and the weights are all that a
+In: a `Progress` and a validation score. Out: the next `Progress`. Invariants: this and the weights are all that a
 run needs to continue.
 """
 
@@ -14,7 +14,7 @@ class Progress:
 
     epoch: epochs done. samples_seen: samples of the current epoch that are in the weights, over all ranks.
     step: optimizer steps done. best: best validation score, None before the first. best_step: step of the best
-    weights. best_epoch: its number, counted from 1. stale: epochs since.
+    weights. best_epoch: its number, counted from 1. epochs_without_improvement: since then.
     loss, correct, images: sums over the current epoch's training images.
     """
 
@@ -43,13 +43,14 @@ def after_steps(progress: Progress, steps: int, samples: int, loss: float, corre
 
 
 def after_epoch(progress: Progress, score: float | None, higher_is_better: bool) -> Progress:
-    """Progress after an epoch and its validation; a score that is no number is never the best."""
+    """Progress after an epoch and its validation; a NaN score is never the best."""
     ended = replace(progress, epoch=progress.epoch + 1, samples_seen=0, loss=0.0, correct=0.0, images=0.0)
-    better = score is not None and isfinite(score)
-    if better and progress.best is not None:
-        better = score > progress.best if higher_is_better else score < progress.best
-    if better:
-        return replace(ended, best=score, best_step=ended.step, best_epoch=ended.epoch, epochs_without_improvement=0)
+    if score is not None and isfinite(score):
+        better = progress.best is None or (score > progress.best if higher_is_better else score < progress.best)
+        if better:
+            return replace(
+                ended, best=score, best_step=ended.step, best_epoch=ended.epoch, epochs_without_improvement=0
+            )
     return replace(ended, epochs_without_improvement=progress.epochs_without_improvement + 1)
 
 
@@ -60,5 +61,5 @@ def should_stop(progress: Progress, epochs: int, patience: int) -> str | None:
     if progress.epoch >= epochs:
         return f"all {epochs} epochs done"
     if progress.epochs_without_improvement >= patience:
-        return f"no better score for {patience} epochs"
+        return f"no improvement for {patience} epochs"
     return None

@@ -1,7 +1,7 @@
 """Requests to stop: a signal, a file or the clock sets a flag, and the loop looks at it when it is ready.
 
 In: SIGTERM, SIGINT, SIGUSR1, a file `stop` in the run's folder, a time limit, or the end of the launcher. Out: `asked`.
-What stays true: a signal interrupts nothing; a second one more than a second later leaves at once (launchers and SLURM
+Invariants: a signal interrupts nothing; a second one more than a second later exits immediately (launchers and SLURM
 send each twice within milliseconds, which is one request).
 """
 
@@ -23,8 +23,8 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 class StopRequest:
     """Listens while its block runs."""
 
-    def __init__(self, folder: Path, max_minutes: float = 0.0):
-        """`touch FOLDER/stop` asks as a signal does, and so does the clock `max_minutes` after the process's start.
+    def __init__(self, folder: Path, time_limit_minutes: float = 0.0):
+        """`touch FOLDER/stop` asks as a signal does, and so does the clock `time_limit_minutes` after the process's start.
 
         A job script that may touch it before its processes are there says in JOB_BEGAN when it began (seconds since 1970).
         """
@@ -33,7 +33,11 @@ class StopRequest:
         self._first, self._signal = 0.0, ""
         self._previous: dict = {}
         self._began = psutil.Process().create_time()
-        self._end = time.monotonic() - (time.time() - self._began) + 60 * max_minutes if max_minutes else float("inf")
+        self._end = (
+            time.monotonic() - (time.time() - self._began) + 60 * time_limit_minutes
+            if time_limit_minutes
+            else float("inf")
+        )
         self._file_counts_from = min(self._began, float(os.environ.get("JOB_BEGAN", "inf")))
         self._looked, self._longest = None, 0.0
 
@@ -61,12 +65,10 @@ class StopRequest:
                 self.file.unlink()
 
     def __enter__(self) -> "StopRequest":
-        """Take over the signals."""
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *error) -> None:
-        """Give the signals back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -82,8 +84,9 @@ def follow_launcher() -> None:
     if sys.platform != "linux":
         return
     try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
         return
     if any("accelerate" in word or "torchrun" in word or "torch.distributed" in word for word in words):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,166 +1,152 @@
-"""What could spoil a run, found before it starts: device, processes, cores, disk, data, weights.
+"""Every check before a run, once: training raises the first that fails, the doctor prints them all.
 
-In: settings, a `World`, or only the name of a GPU. Out: `Finding`s, each with what mends it. What stays true: a check
-looks and changes nothing; what differs between ranks is told by the rank that differs.
+In: settings and a `World`, or only the name of a GPU. Out: `Check`s, each with what fixes it, and the opened `Data`. Invariants: a
+check looks and changes nothing; what differs between ranks is told by the rank that differs; what training refuses before
+its first step, `preflight` finds.
 """
 
 import math
-import platform
-import re
-import time
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import disk_usage
-from typing import Literal
 
 import torch
 import torchvision
 
 from harness.config import Config
-from harness.distributed.hardware import available_cores, check_wheel, decode_threads
+from harness.data.augment import parse_views
+from harness.distributed.hardware import check_compile
+from harness.distributed.trackers import check_trackers
 from harness.distributed.world import World
-from harness.model.build import TIMM, outline
+from harness.model.build import TIMM, check_model, outline
 from harness.run.checkpoint import required_bytes
-from shards.index import Dataset, load, verify
+from harness.run.folder import check_folder
+from harness.training.check import Check, tried
+from harness.training.epoch import mix_group_size
+from harness.training.machine import check_consistency, check_device
+from harness.training.state import Data, open_data
+from shards.leaks import refuse_leak
+from shards.plan import rank_slice
 
-PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "simplejpeg", "safetensors", "numpy")
 FEW_IMAGES, FEW_STEPS = 16, 10  # below which batch statistics are noise, and a schedule is coarse
-GPUS = {
-    **{"p100": (6, 0), "v100": (7, 0), "t4": (7, 5), "a100": (8, 0), "a10": (8, 6), "rtx3090": (8, 6), "l4": (8, 9)},
-    **{"rtx4090": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "rtx5090": (12, 0)},
-}
 
 
-@dataclass(frozen=True)
-class Check:
-    """What was looked at, how it is, and what mends it (a command, where there is one)."""
+def preflight(config: Config, world: World) -> tuple[list[Check], Data | None]:
+    """Collective: every check that a run must pass, and the data that it will read, None where they cannot be opened."""
+    data, opened = _open(config)
+    by_rank = world.all_gather_objects([*check_device(), *opened])
+    checks = [check for rank, found in enumerate(by_rank) for check in found if rank == 0 or check.level == "fail"]
+    checks += check_consistency(world, data.dataset.fingerprint[:12] if data else "none")
+    checks += world.run_on_main(_check_on_main, config, world.size, world.device, data)
+    return list(dict.fromkeys(checks)), data
 
-    level: Literal["ok", "warn", "fail"]
-    name: str
-    message: str
-    fix: str = ""
 
-
-def check_gpu(name: str, capability: tuple[int, int], architectures: list[str]) -> list[Check]:
-    """Whether this torch runs on a GPU, and what the GPU can do.
-
-    Args:
-        name: for people. capability: as (6, 0). architectures: that torch was compiled for.
-    """
+def _open(config: Config) -> tuple[Data | None, list[Check]]:
+    """The data, or why there are none."""
+    if config.data.demo_images and not (Path(config.data.path) / "dataset.json").is_file():
+        return None, [Check("ok", "data", f"{config.data.path} is not there yet: the demo draws it")]
     try:
-        check_wheel(capability, architectures, name)
-    except ValueError as error:
-        text, _, cure = str(error).partition(". ")
-        return [Check("fail", "GPU", text, cure)]
-    can = [
-        "fp16 with a loss scaler" if capability < (8, 0) else "bf16",
-        "tensor cores" if capability >= (7, 0) else "no tensor cores",
-        "TF32" if capability >= (8, 0) else "no TF32",
-        "torch.compile" if capability >= (7, 0) else "no torch.compile",
-    ]
-    return [Check("ok", "GPU", f"{name} (sm_{capability[0]}{capability[1]}): auto is {', '.join(can)}")]
+        data = open_data(config)
+    except (OSError, ValueError) as error:
+        return None, [Check("fail", "data", str(error))]
+    text = f"{config.data.path}: {len(data.dataset.shards)} shards, dataset {data.dataset.fingerprint[:12]}"
+    return data, [Check("ok", "data", text)]
 
 
-def check_named_gpu(name: str) -> list[Check]:
-    """The same for a GPU that is not here, by its name or as 6.0.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    capability = GPUS.get(name.lower().replace(" ", ""))
-    if capability is None and re.fullmatch(r"\d+\.\d", name):
-        capability = tuple(map(int, name.split(".")))
-    if capability is None:
-        raise ValueError(f"Unknown GPU {name!r}. Give one of {', '.join(GPUS)}, or its compute capability, as 6.0.")
-    return check_gpu(name, capability, (torch._C._cuda_getArchFlags() or "").split())
-
-
-def check_device() -> list[Check]:
-    """The device of this process, with one small kernel run on it."""
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        note = "torch sees no GPU" if built else "this torch was built without CUDA"
-        return [Check("ok", "device", f"CPU ({note})")]
-    number = torch.cuda.current_device()
-    properties = torch.cuda.get_device_properties(number)
-    found = check_gpu(properties.name, (properties.major, properties.minor), torch.cuda.get_arch_list())
-    if found[0].level == "ok":
-        try:
-            torch.nn.functional.conv2d(
-                torch.ones(1, 3, 8, 8, device="cuda"), torch.ones(4, 3, 3, 3, device="cuda")
-            ).cpu()
-        except RuntimeError as error:
-            found.append(Check("fail", "GPU", f"a small kernel fails: {str(error).splitlines()[0]}", "nvidia-smi"))
-    return found
+def _check_on_main(config: Config, n_ranks: int, device: torch.device, data: Data | None) -> list[Check]:
+    """The checks that one rank can make for all."""
+    checks = tried("settings", check_settings, config, device)
+    checks += tried("model", check_input_sizes, config, data)
+    checks += tried("weights", check_weights, config)
+    if data is not None:
+        checks += tried("data", check_classes, config, data)
+        checks += tried("leak", check_leaks, config, data)
+        checks += tried("processes", check_ranks, config, data, n_ranks)
+        checks += tried("run folder", check_run_folder, config, data)
+    if not any(check.level == "fail" and check.name == "model" for check in checks):
+        n_classes = len(data.dataset.classes) if data else 2
+        checks += tried("disk", check_disk, config, n_classes)
+        if data is not None:
+            model = outline(config.model.name, n_classes)
+            checks += check_recipe(config, model, data.plan.n_batches, n_ranks, data.dataset.description.size)
+    return checks
 
 
-def check_allreduce(world: World) -> list[Check]:
-    """Collective: how many processes, and how fast they sum (64 MiB of float32, as in a step of ResNet50)."""
-    found = [Check("ok", "processes", world.describe())]
-    idle = torch.cuda.device_count() - world.size if world.device.type == "cuda" else 0
-    if idle > 0 and world.size == 1:
-        cure = f"accelerate launch --multi_gpu --num_processes {torch.cuda.device_count()} launch/train.py ..."
-        found.append(Check("warn", "processes", f"{idle} more GPU(s) of this machine are not used", cure))
-    if world.size > 1:
-        numbers = torch.ones(2**24, device=world.device)
-        world.all_reduce_sum(numbers)
-        world.synchronize()
-        began = time.perf_counter()
-        total = world.all_reduce_sum(numbers)
-        world.synchronize()
-        seconds = time.perf_counter() - began
-        right = bool((total == world.size).all())
-        rate = numbers.numel() * 4 / seconds / 1e9
-        text = f"64 MiB over {world.size} processes in {1e3 * seconds:.0f} ms ({rate:.2f} GB/s)"
-        found.append(Check("ok" if right else "fail", "all-reduce", text if right else "the sum is wrong"))
-    return found
+def check_settings(config: Config, device: torch.device) -> list[Check]:
+    """Settings that this device, or what is installed, does not allow."""
+    if config.model.sync_batchnorm and device.type != "cuda":
+        raise ValueError("'model.sync_batchnorm' needs GPUs: torch has it for no other device. Set it to false.")
+    if config.run.compile:
+        check_compile(device)
+    parse_views(config.eval.views)
+    check_trackers(config.run.trackers)
+    return [Check("ok", "settings", f"{config.model.name}, {config.data.image_size} px, views {config.eval.views}")]
 
 
-def check_consistency(world: World, dataset: Dataset | None) -> list[Check]:
-    """Collective: package versions and the dataset, which must be the same on every rank."""
-    here = versions() | {"dataset": dataset.fingerprint[:12] if dataset else "none"}
-    (_, first), *others = world.all_gather_objects((world.host_pid, here))
-    differing = [
-        f"{name} is {there[name]} on rank {rank} ({who}) and {first[name]} on rank 0"
-        for rank, (who, there) in enumerate(others, start=1)
-        for name in there
-        if there[name] != first[name]
-    ]
-    if differing:
-        cure = "install the same versions, and copy the same dataset, on every machine"
-        return [Check("fail", "sameness", text, cure) for text in differing]
-    shown = ", ".join(f"{name} {here[name]}" for name in ("torch", "torchvision", "accelerate", "dermharness"))
-    return [Check("ok", "versions", f"{shown}, Python {here['python']}")]
+def check_input_sizes(config: Config, data: Data | None) -> list[Check]:
+    """Whether the model exists, and takes images of these sizes."""
+    n_classes = len(data.dataset.classes) if data else 2
+    check_model(config.model.name, n_classes, config.data.image_size)
+    if config.eval.image_size:
+        check_model(config.model.name, n_classes, config.eval.image_size, "eval.image_size")
+    return []
 
 
-def check_cores(config: Config) -> list[Check]:
-    """Cores that this process may use, and the threads that decode on them."""
-    cores, threads = available_cores(), decode_threads(config.data.threads)
-    text = f"{cores} core(s) for this process, {threads} decoding thread(s)"
-    if torch.cuda.is_available() and cores < 4:
-        return [Check("warn", "cores", f"{text}; a GPU wants some", "ask SLURM for --cpus-per-task=8, or more")]
-    return [Check("ok", "cores", text)]
+def check_classes(config: Config, data: Data) -> list[Check]:
+    """Mixing and balancing need several classes in the training split."""
+    counts = data.dataset.description.counts["train"]
+    if sum(1 for images in counts.values() if images) > 1:
+        return []
+    asked = {
+        "augment.mixup_prob": (config.augment.mixup_prob, 0.0),
+        "augment.cutmix_prob": (config.augment.cutmix_prob, 0.0),
+        "optim.balance": (config.optim.balance, "none"),
+    }
+    for key, (value, off) in asked.items():
+        if value != off:
+            raise ValueError(
+                f"'{key}' ({value}) needs several classes, and the training split of 'data.path' ({config.data.path}) has one. "
+                f"Set {key} to {off}."
+            )
+    return []
+
+
+def check_leaks(config: Config, data: Data) -> list[Check]:
+    """No training group in an evaluation split, unless the settings allow it."""
+    if config.data.allow_leak:
+        return []
+    refuse_leak(data.dataset)
+    return [Check("ok", "leak", "no training group is in an evaluation split")]
+
+
+def check_ranks(config: Config, data: Data, n_ranks: int) -> list[Check]:
+    """Each process gets images of each batch."""
+    rank_slice(data.plan.global_batch, 0, n_ranks, mix_group_size(config))
+    return []
+
+
+def check_run_folder(config: Config, data: Data) -> list[Check]:
+    """The run folder is free, or holds this run."""
+    check_folder(Path(config.run.folder), config, data.dataset)
+    return []
 
 
 def check_disk(config: Config, n_classes: int) -> list[Check]:
     """Room for the checkpoints of a run."""
     model = outline(config.model.name, n_classes)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    whole = weights * ((2 if config.optim.name == "sgd" else 3) + (config.optim.ema > 0))
     found = []
     for place in dict.fromkeys(filter(None, (config.run.folder, config.run.checkpoint_dir))):
         there = next(path for path in (Path(place).absolute(), *Path(place).absolute().parents) if path.is_dir())
-        free, needed = disk_usage(there).free, _room(place, model, config)
+        needed = required_bytes(Path(place), weights, whole, config.run.keep_checkpoints)
+        free = disk_usage(there).free
         text = f"{place}: {free / 1e6:.0f} MB free, and checkpoints of {config.model.name} need up to {needed / 1e6:.0f} MB"
         if free < needed:
-            cure = f"make room, name another --run.folder, or lower --run.keep_checkpoints (now {config.run.keep_checkpoints})"
-            found.append(Check("fail", "disk", text, cure))
+            fix = f"make room, name another --run.folder, or lower --run.keep_checkpoints (now {config.run.keep_checkpoints})"
+            found.append(Check("fail", "disk", text, fix))
         else:
             found.append(Check("ok", "disk", text))
     return found
-
-
-def _room(place: str, model: torch.nn.Module, config: Config) -> int:
-    return required_bytes(Path(place), model, config.optim.name, config.run.keep_checkpoints, config.optim.ema > 0)
 
 
 def check_recipe(
@@ -173,39 +159,25 @@ def check_recipe(
     piece = min(images, config.optim.micro_batch or images)
     if norms and not synced and piece < FEW_IMAGES:
         text = f"batch normalisation sees {piece} images at a time ({config.data.global_batch_size} over {n_ranks} processes)"
-        cure = (
+        fix = (
             "raise --data.global_batch_size (and the learning rate with it), or set --model.sync_batchnorm true on GPUs"
         )
-        found.append(Check("warn", "recipe", text, cure))
+        found.append(Check("warn", "recipe", text, fix))
     if n_batches < FEW_STEPS:
         text = f"an epoch has {n_batches} steps, each of {config.data.global_batch_size} images"
         found.append(Check("warn", "recipe", text, "lower --data.global_batch_size, or train for more epochs"))
     if (size := max(config.data.image_size, config.eval.image_size)) > min(stored):
-        text = f"pictures are stored at {stored[0]}x{stored[1]} and enlarged to {size} pixels"
-        cure = f"pack them larger: python -m shards pack SOURCE OUT --size {math.ceil(size * 4 / 3)}x{size}"
-        found.append(Check("warn", "recipe", text, cure))
+        text = f"images are stored at {stored[0]}x{stored[1]} and enlarged to {size} pixels"
+        fix = f"pack them larger: python -m shards pack SOURCE OUT --size {math.ceil(size * 4 / 3)}x{size}"
+        found.append(Check("warn", "recipe", text, fix))
     return found
-
-
-def check_data(config: Config) -> list[Check]:
-    """The packed dataset, every byte of it."""
-    if config.data.demo_images and not (Path(config.data.path) / "dataset.json").is_file():
-        return [Check("ok", "data", f"{config.data.path} is not there yet: the demo draws it")]
-    began = time.perf_counter()
-    if wrong := verify(config.data.path):
-        cure = f"copy the dataset again, or pack it: python -m shards pack PATH/TO/HAM10000 {config.data.path}"
-        more = f" ({len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        return [Check("fail", "data", " ".join(wrong[:3]) + more, cure)]
-    dataset = load(config.data.path)
-    size = sum(shard.bytes for shard in dataset.shards) / 1e6
-    seconds = time.perf_counter() - began
-    text = f"{config.data.path}: {len(dataset.shards)} shards, {size:.0f} MB, checksums right ({seconds:.1f} s)"
-    return [Check("ok", "data", f"{text}, dataset {dataset.fingerprint[:12]}")]
 
 
 def check_weights(config: Config) -> list[Check]:
     """The weights that training starts from."""
     name, weights = config.model.name, config.model.weights
+    if any((Path(config.run.folder) / "checkpoints").glob("step-*")):
+        return [Check("ok", "weights", f"those of the latest checkpoint in {config.run.folder}")]
     if weights == "none":
         return [Check("ok", "weights", "none: training from scratch")]
     if not weights.startswith("imagenet1k_"):
@@ -219,27 +191,5 @@ def check_weights(config: Config) -> list[Check]:
     path = Path(torch.hub.get_dir()) / "checkpoints" / entries[weights].url.rpartition("/")[2]
     if path.is_file():
         return [Check("ok", "weights", f"{path} is there")]
-    cure = f"where there is no network, place the file at {path}, or set --model.weights none"
-    return [Check("warn", "weights", f"{path.name} will be downloaded at the start", cure)]
-
-
-def versions() -> dict[str, str]:
-    """Of what takes part in the arithmetic."""
-    found = {"python": platform.python_version()}
-    for name in (*PACKAGES, "dermharness"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def refuse(checks: list[Check]) -> None:
-    """Raise if any of the findings is a problem.
-
-    Raises:
-        ValueError: the first of them, and what mends it.
-    """
-    for check in checks:
-        if check.level == "fail":
-            raise ValueError(f"{check.message}. To mend it: {check.fix}." if check.fix else check.message)
+    fix = f"where there is no network, place the file at {path}, or set --model.weights none"
+    return [Check("warn", "weights", f"{path.name} will be downloaded at the start", fix)]

@@ -17,7 +17,6 @@ from harness.distributed.hardware import available_cores
 from launch.bench.loader import bench_compare, bench_loader, bench_resume
 from launch.bench.packing import bench_pack
 from launch.bench.step import bench_augment, bench_evaluate, bench_save, bench_step, bench_train
-from launch.train import DEMO
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     if settings and options.run is bench_pack:
         _parser().error(f"unknown words: {' '.join(settings)}")
     try:
-        options.config = read_config(settings, DEMO)
+        options.config = read_config(settings)
         numbers = options.run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

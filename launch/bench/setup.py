@@ -18,7 +18,8 @@ from harness.distributed.world import World
 from harness.model.build import build_model
 from harness.model.loss import Loss, Targets
 from harness.model.optim import build_optimizer
-from harness.training.epoch import optimizer_step
+from harness.training.state import TrainState
+from harness.training.step import optimizer_step
 from shards.index import load
 from shards.plan import Plan
 from shards.reader import SplitReader
@@ -36,10 +37,12 @@ class Trial:
         # torch's stub of `Module.to` lacks the memory format.
         self.model.to(self.world.device, memory_format=self.world.memory_format)  # pyright: ignore[reportCallIssue]
         counts = self.reader.dataset.description.counts["train"]
-        self.loss = Loss(config.optim, counts, self.world.device)
-        self.ddp_model, self.optimizer = self.world.prepare(
-            self.model, build_optimizer(self.model, config.optim), config.run.compile
-        )
+        loss_fn = Loss(config.optim, counts, self.world.device)
+        optimizer = build_optimizer(self.model, config.optim)
+        # torch.compile is typed as giving a function.
+        prepared: tuple[Any, Any] = self.world.prepare(self.model, optimizer, config.run.compile)
+        ddp_model, self.optimizer = prepared
+        self.state = TrainState(model=self.model, ddp_model=ddp_model, optimizer=self.optimizer, loss_fn=loss_fn)
 
     def batches(self, epoch: int) -> Generator[Batch, None, None]:
         """An epoch's batches on the device."""
@@ -52,8 +55,7 @@ class Trial:
     def step(self, views: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step."""
         self.model.train()
-        model: Any = self.ddp_model  # torch.compile is typed as giving a function
-        optimizer_step(self.config, self.world, model, self.optimizer, views, Targets(labels), self.loss, 1e-4)
+        optimizer_step(self.config, self.world, self.state, views, Targets(labels), 1e-4)
 
     def describe(self) -> str:
         """The setting, human-readable."""

@@ -5,21 +5,18 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from harness.config import Config, Data, Optim
+from harness.distributed.world import World
 from harness.model.build import outline
-from harness.training.preflight import (
-    check_consistency,
-    check_data,
-    check_disk,
-    check_gpu,
-    check_named_gpu,
-    check_recipe,
-    check_weights,
-    refuse,
-)
+from harness.training.check import refuse_failures
+from harness.training.machine import check_consistency, check_data_files, check_gpu, check_named_gpu
+from harness.training.preflight import _check_on_main, check_disk, check_recipe, check_weights, preflight
+from harness.training.state import open_data
+from harness.training.train import train
 from launch.doctor import main
 from shards.index import load
 from support.processes import command, ended, launch, start
@@ -49,7 +46,7 @@ def test_a_gpu_that_is_not_here_can_be_asked_about(name, capability):
 
 def test_an_unknown_gpu_is_an_error_with_the_known_ones(capsys):
     assert main(["--gpu", "voodoo2"]) == 1
-    assert "h100" in capsys.readouterr().err
+    assert "h100" in capsys.readouterr().out
 
 
 def test_ranks_that_differ_are_named():
@@ -62,13 +59,13 @@ def test_ranks_that_differ_are_named():
         "dataset": "ab",
     }
     ranks = [("first", here), ("second", here), ("third, process 7", here | {"torch": "2.7.1", "dataset": "cd"})]
-    found = check_consistency(SimpleNamespace(all_gather_objects=lambda value: ranks, host_pid="first"), None)
+    found = check_consistency(SimpleNamespace(all_gather_objects=lambda value: ranks, host_pid="first"), "ab")
     assert [check.message for check in found] == [
         "torch is 2.7.1 on rank 2 (third, process 7) and 2.15.0 on rank 0",
         "dataset is cd on rank 2 (third, process 7) and ab on rank 0",
     ]
-    with pytest.raises(ValueError, match=r"torch is 2.7.1 on rank 2.*To mend it: install the same"):
-        refuse(found)
+    with pytest.raises(ValueError, match=r"torch is 2.7.1 on rank 2.*To fix it: install the same"):
+        refuse_failures(found)
 
 
 def test_a_damaged_shard_is_found(packed, tiny_config, tmp_path):
@@ -77,10 +74,10 @@ def test_a_damaged_shard_is_found(packed, tiny_config, tmp_path):
     file = folder / load(folder).shards[0].file
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     config = replace(tiny_config, data=replace(tiny_config.data, path=str(folder)))
-    (found,) = check_data(config)
+    (found,) = check_data_files(config)
     assert found.level == "fail"
     assert file.name in found.message
-    (found,) = check_data(tiny_config)
+    (found,) = check_data_files(tiny_config)
     assert found.level == "ok"
 
 
@@ -102,19 +99,19 @@ def test_weights_are_there_or_will_be_downloaded(tiny_config, monkeypatch, tmp_p
 
 
 @pytest.mark.slow
-def test_the_doctor_finds_nothing_in_the_way_of_the_tiny_run(tiny):
+def test_the_doctor_passes_the_tiny_run(tiny):
     done = launch("doctor", "--config", tiny, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "nothing is in the way of a run" in done.stdout
+    assert "all checks passed" in done.stdout
     assert re.search(r"all-reduce  64 MiB over 2 processes in \d+ ms", done.stdout)
-    assert "BAD" not in done.stdout
+    assert "FAIL" not in done.stdout
 
 
 @pytest.mark.slow
 def test_the_doctor_says_what_to_do_about_a_missing_dataset(tiny):
     done = launch("doctor", "--config", tiny, "--data.path", "nowhere")
     assert done.returncode == 1
-    assert "BAD   data" in done.stdout
+    assert "FAIL  data" in done.stdout
     assert "python -m shards pack" in done.stdout
 
 
@@ -157,3 +154,72 @@ def test_pictures_that_would_be_enlarged_are_warned_of_with_the_size_to_pack():
     (text,) = recipe(64, 4, stored=(160, 120))
     assert "stored at 160x120 and enlarged to 224 pixels" in text
     assert "--size 299x224" in text
+
+
+WRONG = {
+    "an unknown model": ("model", {"name": "resnet7000"}, "'model.name'"),
+    "weights that do not exist": ("model", {"weights": "nowhere.pth"}, "nowhere.pth is not there"),
+    "weights that torchvision lacks": ("model", {"name": "resnet18", "weights": "imagenet1k_v2"}, "no imagenet1k_v2"),
+    "a size that the model cannot take": ("model", {"name": "alexnet"}, "cannot take"),
+    "SyncBatchNorm on a CPU": ("model", {"sync_batchnorm": True}, "needs GPUs"),
+    "unknown views": ("eval", {"views": "spirals"}, "'eval.views'"),
+    "a split that is not there": ("eval", {"split": "extra"}, "no split 'extra'"),
+    "an unknown tracker": ("run", {"trackers": ("notebook",)}, "'run.trackers'"),
+    "too large a batch": ("data", {"global_batch_size": 512}, "too few for one batch"),
+    "no data": ("data", {"path": "nowhere"}, "python -m shards pack"),
+}
+
+
+def changed(config: Config, section: str, values: dict) -> Config:
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+@pytest.mark.parametrize(("section", "values", "sentence"), WRONG.values(), ids=WRONG)
+def test_what_training_refuses_the_doctor_finds(tiny_config, tmp_path, section, values, sentence):
+    config, world = changed(tiny_config, section, values), World("fp32")
+    checks, _ = preflight(config, world)
+    failed = [check for check in checks if check.level == "fail"]
+    assert any(sentence in check.message for check in failed), checks
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        train(config, world)
+    assert not (tmp_path / "run").exists()  # refused before anything is written
+
+
+def test_the_doctor_finds_nothing_wrong_with_the_tiny_run(tiny_config):
+    checks, data = preflight(tiny_config, World("fp32"))
+    assert data is not None
+    assert [check for check in checks if check.level == "fail"] == []
+
+
+def test_a_dataset_that_leaks_fails_unless_it_is_allowed(tiny_config, monkeypatch):
+    data = open_data(tiny_config)
+    monkeypatch.setattr("shards.leaks.load_groups", lambda dataset, split: np.arange(7, dtype=np.uint64))
+    for allowed in (False, True):
+        config = changed(tiny_config, "data", {"allow_leak": allowed})
+        found = _check_on_main(config, 1, torch.device("cpu"), data)
+        assert any(check.level == "fail" and "leak" in check.message for check in found) != allowed
+
+
+def test_more_processes_than_images_of_a_batch_fail(tiny_config):
+    (found,) = (
+        check
+        for check in _check_on_main(tiny_config, 13, torch.device("cpu"), open_data(tiny_config))
+        if check.level == "fail"
+    )
+    assert "12 images for 13 processes" in found.message
+
+
+def test_a_run_folder_with_other_settings_fails_before_anything_is_written(finished_run, tiny_config):
+    config = changed(tiny_config, "run", {"folder": str(finished_run), "epochs": 9})
+    checks, _ = preflight(config, World("fp32"))
+    (failed,) = (check for check in checks if check.level == "fail")
+    assert "run.epochs: 3 is now 9" in failed.message
+
+
+def test_the_doctor_prints_every_failure(tiny, capsys):
+    words = ["--config", str(tiny), "--model.name", "resnet7000", "--eval.views", "spirals"]
+    assert main(words) == 1
+    printed = capsys.readouterr().out
+    assert "'model.name'" in printed
+    assert "'eval.views'" in printed
+    assert "checks failed" in printed

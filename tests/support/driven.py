@@ -20,14 +20,14 @@ from torchvision.models._api import register_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import harness.distributed.heartbeat
-import harness.distributed.world
+import harness.distributed.launcher
 import harness.evaluation.evaluate
-import harness.training.epoch
+import harness.training.step
 from launch.train import main
 
 harness.distributed.heartbeat.DEAD_S = float(os.environ.get("DEAD_S", harness.distributed.heartbeat.DEAD_S))
-harness.distributed.world.COLLECTIVE_TIMEOUT_S = float(
-    os.environ.get("MEETING_S", harness.distributed.world.COLLECTIVE_TIMEOUT_S)
+harness.distributed.launcher.COLLECTIVE_TIMEOUT_S = float(
+    os.environ.get("COLLECTIVE_TIMEOUT_S", harness.distributed.launcher.COLLECTIVE_TIMEOUT_S)
 )
 RANK = int(os.environ.get("RANK", "0"))
 steps, units = 0, Counter()
@@ -57,7 +57,7 @@ def run_folder() -> Path:
     return Path(sys.argv[sys.argv.index("--run.folder") + 1])
 
 
-def disturbed_step(config, world, ddp_model, optimizer, views, *rest, step=harness.training.epoch.optimizer_step):
+def disturbed_step(config, world, state, views, *rest, step=harness.training.step.optimizer_step):
     global steps
     steps += 1
     for kind in disturbances("stop die hang slow raise nan inf", steps):
@@ -73,10 +73,10 @@ def disturbed_step(config, world, ddp_model, optimizer, views, *rest, step=harne
             raise ValueError("a fault that was asked for")
         elif kind == "nan":
             views[0, 0, 0, 0] = float("nan")
-    done = step(config, world, ddp_model, optimizer, views, *rest)
+    done = step(config, world, state, views, *rest)
     if disturbances("inf", steps):
         with torch.no_grad():
-            next(weight for weight in ddp_model.parameters() if weight.ndim == 1)[0] = float("inf")
+            next(weight for weight in state.model.parameters() if weight.ndim == 1)[0] = float("inf")
     return done
 
 
@@ -89,7 +89,7 @@ def disturbed_units(reader, *rest, batches=harness.evaluation.evaluate.evaluatio
         yield batch
 
 
-harness.training.epoch.optimizer_step = disturbed_step
+harness.training.step.optimizer_step = disturbed_step
 harness.evaluation.evaluate.evaluation_batches = disturbed_units
 
 if __name__ == "__main__":

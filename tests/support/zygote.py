@@ -17,9 +17,6 @@ import scipy.optimize  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 
-import launch.evaluate
-import launch.train  # noqa: F401
-
 
 def become(request: dict, which: int) -> None:
     """In a new process: run the program as if it had been started by itself."""

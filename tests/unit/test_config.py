@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from harness.config import Config, Data, differences, flat, load_config, read_config, to_yaml
-from harness.limits import check, check_classes
+from harness.config.files import RENAMED, RENAMED_FILES
+from harness.training.preflight import check_classes
+from harness.training.state import open_data
 from support.processes import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -93,8 +95,7 @@ def test_a_config_of_another_version_is_refused(tmp_path):
         load_config(tmp_path / "config.yaml")
 
 
-def test_check_accepts_the_defaults():
-    check(flat(Config()))
+def test_the_defaults_are_in_their_ranges():
     assert Config().data == Data()
 
 
@@ -123,10 +124,45 @@ def test_a_recipe_that_contradicts_itself_is_refused_with_both_keys(words, named
     assert all(name in error for name in named)
 
 
-def test_mixing_and_balancing_one_class_is_refused():
-    counts = {"mel": 40, "nv": 0}
-    for key, value in (("augment.cutmix_prob", 0.5), ("optim.balance", "sampler")):
+def test_mixing_and_balancing_one_class_is_refused(tiny_config):
+    data = open_data(tiny_config)
+    one = {name: 40 * (name == "mel") for name in data.dataset.classes}
+    description = replace(data.dataset.description, counts={"train": one})
+    lonely = replace(data, dataset=replace(data.dataset, description=description))
+    mixed = replace(tiny_config, augment=replace(tiny_config.augment, cutmix_prob=0.5))
+    sampled = replace(tiny_config, optim=replace(tiny_config.optim, balance="sampler"))
+    for config, key in ((mixed, "augment.cutmix_prob"), (sampled, "optim.balance")):
         with pytest.raises(ValueError, match=rf"'{key}' .* needs several classes, and .* 'data.path'"):
-            check_classes(flat(Config()) | {key: value}, counts)
-    check_classes(flat(Config()), counts)
-    check_classes(flat(Config()) | {"optim.balance": "sampler"}, {"mel": 40, "nv": 1})
+            check_classes(config, lonely)
+        assert check_classes(config, data) == []
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_setting_of_version_0_1_is_refused_by_its_new_name(old, new, capsys, tmp_path):
+    assert f"The '{old}' setting is now {new}." in refused([f"--{old}", "1"], capsys)
+    section, _, key = old.partition(".")
+    (tmp_path / "old.yaml").write_text(f"{section}: {{{key}: 1}}\n")
+    assert f"is now {new}." in refused(["--config", str(tmp_path / "old.yaml")], capsys)
+    assert new.split(",")[0] in flat(Config())
+
+
+@pytest.mark.parametrize("old", RENAMED_FILES)
+def test_a_config_file_of_version_0_1_is_refused_by_its_new_name(old, capsys):
+    assert f"is now {CONFIGS / RENAMED_FILES[old]}" in refused(["--config", str(CONFIGS / old)], capsys)
+    assert (CONFIGS / RENAMED_FILES[old]).is_file()
+
+
+def test_an_unknown_setting_is_one_line_with_the_nearest_names(capsys):
+    for words in (["--optim.lrr", "1"], ["--optim.lr_", "1"], ["--optm.lr", "1"]):
+        error = refused(words, capsys)
+        assert error.count("\n") == 1
+        assert "optim.lr" in error.partition("Did you mean")[2]
+    assert refused(["--optim.name", "lion"], capsys) == (
+        "error: The 'optim.name' setting must be one of adam, adamw, sgd. Got lion instead.\n"
+    )
+
+
+def test_settings_of_a_run_of_version_0_1_are_refused_with_what_to_do(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {path: x, batch_size: 64}\n")
+    with pytest.raises(ValueError, match=r"version 0.1 .*data.batch_size is now .*--model.weights"):
+        load_config(tmp_path / "config.yaml")

@@ -16,7 +16,8 @@ from harness.data.augment import training_view
 from harness.distributed.world import World
 from harness.model.loss import Loss, Targets
 from harness.model.optim import build_optimizer, lr_at
-from harness.training.epoch import optimizer_step
+from harness.training.state import TrainState
+from harness.training.step import optimizer_step
 from shards.plan import Plan
 from support.processes import ROOT
 
@@ -63,7 +64,8 @@ def losses(name: str) -> list[float]:
     )
     world, network, found = World("fp32"), model(), []
     optimizer = build_optimizer(network, config.optim)
-    loss = Loss(config.optim, dict.fromkeys("abcd", 1), world.device)
+    loss_fn = Loss(config.optim, dict.fromkeys("abcd", 1), world.device)
+    state = TrainState(model=network, ddp_model=network, optimizer=optimizer, loss_fn=loss_fn)
     for epoch in range(EPOCHS):
         for number in range(PLAN.n_batches):
             positions = torch.arange(number * PLAN.global_batch, (number + 1) * PLAN.global_batch)
@@ -71,7 +73,7 @@ def losses(name: str) -> list[float]:
             keys = torch.from_numpy(shards * 100 + rows)
             views = training_view(pictures(keys), positions, epoch, 5, config.augment, 16).double()
             lr = lr_at(len(found), config.optim, PLAN.n_batches, EPOCHS)
-            sums, _ = optimizer_step(config, world, network, optimizer, views, Targets(keys % 3), loss, lr)
+            sums, _ = optimizer_step(config, world, state, views, Targets(keys % 3), lr)
             found.append((sums[0] / sums[2]).item())
     return found
 

@@ -16,7 +16,8 @@ from harness.distributed.world import World
 from harness.model.build import build_model, check_model, fetch, find_head, load_weights, locate_weights
 from harness.model.loss import Loss, Targets
 from harness.model.optim import build_optimizer
-from harness.training.epoch import optimizer_step
+from harness.training.state import TrainState
+from harness.training.step import optimizer_step
 
 SMALL = "shufflenet_v2_x0_5"
 
@@ -61,16 +62,17 @@ def one_step(model, size):
     """A training step lowers the loss of its own batch, and the model predicts one image as it predicts four."""
     images, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 6])
     optimizer, config = build_optimizer(model, Optim(lr=1e-4)), Config()
-    loss = Loss(Optim(), dict.fromkeys("abcdefg", 1), torch.device("cpu"))
+    loss_fn = Loss(Optim(), dict.fromkeys("abcdefg", 1), torch.device("cpu"))
+    state = TrainState(model=model.train(), ddp_model=model, optimizer=optimizer, loss_fn=loss_fn)
     before = [weight.detach().clone() for weight in model.parameters()]
     config = replace(config, data=replace(config.data, global_batch_size=4))
-    sums, _ = optimizer_step(config, World("fp32"), model.train(), optimizer, images, Targets(labels), loss, 1e-4)
+    sums, _ = optimizer_step(config, World("fp32"), state, images, Targets(labels), 1e-4)
     assert 0.5 < sums[0] / 4 < 10
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     with torch.inference_mode():
-        together = model.eval()(images)
-        assert together.shape == (4, 7)
-        torch.testing.assert_close(model(images[:1]), together[:1], rtol=1e-3, atol=1e-4)
+        logits = model.eval()(images)
+        assert logits.shape == (4, 7)
+        torch.testing.assert_close(model(images[:1]), logits[:1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow  # .ci/run installs timm for these

@@ -38,7 +38,7 @@ def test_a_score_that_is_no_number_is_never_the_best():
 def test_an_epoch_in_progress_does_not_stop():
     done = Progress(epoch=5, epochs_without_improvement=5)
     assert should_stop(done, 5, 3) == "all 5 epochs done"
-    assert should_stop(done, 9, 3) == "no better score for 3 epochs"
+    assert should_stop(done, 9, 3) == "no improvement for 3 epochs"
     assert should_stop(replace(done, samples_seen=32), 5, 3) is None
 
 

@@ -1,0 +1,217 @@
+"""Settings in files and on the command line: read, save, compare.
+
+In: arguments as `--config configs/ham10000.yaml --data.path data/ham10000`. Out: a `Config`. Invariants: an unknown key or a
+value of the wrong type is an error before anything starts, and one line that names what is near it; files do not inherit
+from each other; the command line wins over the file, wherever it stands.
+"""
+
+import difflib
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from harness.config.sections import Augment, Config, Data, Eval, Model, Optim, Run
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+
+SECTIONS = {"data": Data, "augment": Augment, "model": Model, "optim": Optim, "run": Run, "eval": Eval}
+
+# Settings that may differ when a run is continued: they do not change what is computed.
+RUNTIME_KEYS = {
+    "data.path",
+    "data.demo_images",
+    "data.threads",
+    "data.prefetch_batches",
+    "run.folder",
+    "run.sync_every",
+    "run.save_every_minutes",
+    "run.keep_checkpoints",
+    "run.checkpoint_dir",
+    "run.time_limit_minutes",
+    "run.on_changed_settings",
+    "run.trackers",
+    "run.profile",
+}
+
+RENAMED = {  # of version 0.1, and what else has changed with the name
+    "data.batch_size": "data.global_batch_size",
+    "data.batches_ahead": "data.prefetch_batches",
+    "data.block_shards": "data.shuffle_block_shards",
+    "augment.scale": "augment.crop_side",
+    "augment.flip": "augment.hflip_prob",
+    "augment.flip_vertical": "augment.vflip_prob",
+    "augment.rotate": "augment.rotation_degrees",
+    "augment.rotate_probability": "augment.rotation_prob",
+    "augment.corners": "augment.fill, and its value 'picture' is 'image'",
+    "augment.mixup": "augment.mixup_prob",
+    "augment.cutmix": "augment.cutmix_prob",
+    "optim.clip": "optim.max_grad_norm",
+    "run.log_every": "run.sync_every",
+    "run.keep": "run.keep_checkpoints",
+    "run.max_minutes": "run.time_limit_minutes",
+    "run.resume": "run.on_changed_settings, and its values 'same' and 'force' are 'refuse' and 'accept'",
+    "eval.unit": "eval.batch_size",
+    "eval.positives": "eval.positive_classes",
+    "eval.logit_adjust": "eval.prior_correction, which is true or false",
+    "eval.breakdown": "eval.subgroups",
+}
+RENAMED_FILES = {"seed.yaml": "notebook2021.yaml", "8gpu.yaml": "ham10000_8gpu.yaml", "p100.yaml": "ham10000_p100.yaml"}
+
+
+def read_config(arguments: list[str], default: Path = DEFAULT_CONFIG) -> Config:
+    """Read settings: the file named by `--config` (else `default`), then the single settings, in that order.
+
+    Raises:
+        SystemExit: with code 2 and one line, for a key, a type or a value that cannot be.
+    """
+    try:
+        files, rest = _config_first(arguments)
+        files = files or [str(default)]
+        for file in files:
+            _refuse_unknown(_keys_of_file(Path(file)), f" in {file}")
+        _refuse_unknown(_keys_of_words(rest), "")
+        parser = _parser()
+        settings = parser.parse_args([*(f"--config={file}" for file in files), *rest])
+        read = parser.instantiate(settings)
+        return Config(**{name: getattr(read, name) for name in SECTIONS})
+    except (ArgumentError, ValueError, OSError) as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def flat(config: Config) -> dict:
+    """Settings by dotted name, as {'data.path': 'data/demo', ...}."""
+    return {f"{part}.{key}": value for part, values in asdict(config).items() for key, value in values.items()}
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Settings that change what is computed and differ, as `key: OLD is now NEW`; both as from `flat`."""
+    keys = sorted((set(old) | set(new)) - RUNTIME_KEYS)
+    pairs = ((key, _listed(old.get(key, "absent")), _listed(new.get(key, "absent"))) for key in keys)
+    return [f"{key}: {before} is now {now}" for key, before, now in pairs if before != now]
+
+
+def to_yaml(config: Config) -> str:
+    """The settings as a file that `--config` reads."""
+    plain = {part: {key: _listed(v) for key, v in values.items()} for part, values in asdict(config).items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path) -> Config:
+    """Read a file that `to_yaml` wrote.
+
+    Raises:
+        ValueError: a file of another version of the harness, or a damaged one.
+    """
+    try:
+        saved = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if old := [key for key in _nested_keys(saved) if key in RENAMED]:
+            raise ValueError(
+                f"{path} is of version 0.1 of the harness ({old[0]} is now {RENAMED[old[0]]}), whose runs are not continued. "
+                f"Name another --run.folder; to train on from its weights, give --model.weights with the "
+                f"checkpoints/best-N/model.safetensors of {Path(path).parent}."
+            )
+        parts = {name: kind(**_tuples(saved[name])) for name, kind in SECTIONS.items()}
+        return Config(**parts)
+    except (TypeError, KeyError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} is damaged, or of another version of the harness ({error}). Restore a copy, start a new run folder, or "
+            "continue with the settings that you give now by --run.on_changed_settings accept."
+        ) from error
+
+
+def _sentence(error: Exception) -> str:
+    """One line of an error, the parser's own in the words of ours."""
+    text = " ".join(str(error).split())
+    found = re.match(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', text)
+    if not found:
+        return text
+    key, kind, value = found.groups()
+    kind = re.sub(r"<class '(\w+)'>", r"\1", kind)
+    kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind).replace("'", "")
+    return f"The '{key}' setting must be {kind}. Got {value} instead."
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tuples(values: dict) -> dict:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="launch/train.py",
+        description="Train, evaluate, and continue what was interrupted.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; settings after it on the command line win")
+    for name, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, name)
+    return parser
+
+
+def _config_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split off --config: the parser applies arguments in order, and the command line must win over the file."""
+    files, rest, remaining = [], [], list(arguments)
+    while remaining:
+        word = remaining.pop(0)
+        if word == "--config" and remaining:
+            files.append(remaining.pop(0))
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    return files, rest
+
+
+def _keys_of_file(path: Path) -> list[str]:
+    """Dotted keys of a YAML file."""
+    if not path.is_file():
+        if path.name in RENAMED_FILES:
+            raise FileNotFoundError(f"{path} is now {path.with_name(RENAMED_FILES[path.name])}. Give that as --config.")
+        raise FileNotFoundError(f"The settings file {path} is not there. Give another as --config.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The settings file {path} is not YAML in UTF-8: {error}. Correct it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"The settings file {path} has no sections (data, augment, model, optim, run, eval).")
+    return _nested_keys(content)
+
+
+def _nested_keys(content: dict) -> list[str]:
+    nested = ((part, values if isinstance(values, dict) else {"": 0}) for part, values in content.items())
+    return [f"{part}.{key}".rstrip(".") for part, values in nested for key in values]
+
+
+def _keys_of_words(words: list[str]) -> list[str]:
+    """Dotted keys that the command line names."""
+    names = (word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--"))
+    return [name for name in names if name not in ("help", "print_config")]
+
+
+def _refuse_unknown(keys: list[str], where: str) -> None:
+    """Refuse keys that are not settings, with the name of today or the nearest ones.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    known = list(flat(Config()))
+    for key in keys:
+        if key in RENAMED:
+            raise ValueError(f"The '{key}' setting{where} is now {RENAMED[key]}.")
+        if key not in known:
+            near = (
+                difflib.get_close_matches(key, known, 3, 0.75) or [n for n in known if n.partition(".")[0] == key][:3]
+            )
+            last = key.rpartition(".")[2]
+            near = near or difflib.get_close_matches(last, [n.partition(".")[2] for n in known], 3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else " `--help` lists all settings."
+            raise ValueError(f"Unknown setting '{key}'{where}.{hint}")

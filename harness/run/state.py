@@ -1,0 +1,84 @@
+"""What a run says of itself: state.json, starts.jsonl, changes.json and errors/, for people and job scripts.
+
+In: a status, a `Progress`, errors. Out: small files of the run's folder. Invariants: `state.json` says `running | stopped |
+finished | failed` and how far; the first rank to fail is the cause.
+"""
+
+import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from harness.distributed.world import World
+from harness.run.progress import Progress
+from shards.files import write_atomically
+
+CHANGES = "changes.json"
+
+
+def changes(folder: Path) -> list[str]:
+    """Settings that were changed while the run went on, as `key: OLD is now NEW`."""
+    path = folder / CHANGES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a finished run with its results."""
+    return _read_state(folder).get("status") == "finished" and (folder / "metrics.json").is_file()
+
+
+def write_state(folder: Path, status: str, progress: Progress, reason: str = "") -> None:
+    """Say how the run fares: status and why, epochs and steps done, samples of the current epoch."""
+    state = {"status": status, "epoch": progress.epoch, "step": progress.step, "samples_seen": progress.samples_seen}
+    state |= {"reason": reason} if reason else {}
+    write_atomically(folder / "state.json", (json.dumps(state) + "\n").encode())
+
+
+def note_start(folder: Path, facts: dict) -> None:
+    """Append a line to starts.jsonl: that the run started, or went on, and where."""
+    with open(folder / "starts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(facts) + "\n")
+
+
+@contextmanager
+def failure_noted(folder: Path, world: World) -> Iterator[None]:
+    """Leave word of an error: errors/rank-N.txt has the traceback, state.json says `failed`, which rank, and why.
+
+    The first rank to fail is the cause: what others say after it follows from that.
+
+    Raises:
+        ConnectionError: in place of a failed exchange between ranks, naming the rank that is the cause.
+    """
+
+    def note(cause: dict) -> None:
+        with suppress(OSError, ValueError):  # a full disk must not hide the error itself
+            state = _read_state(folder)
+            if state.get("status") not in ("failed", "finished"):
+                failed = json.dumps(state | {"status": "failed"} | cause)
+                write_atomically(folder / "state.json", f"{failed}\n".encode())
+
+    heartbeat = world.heartbeat
+    if heartbeat:
+        heartbeat.on_failure = note
+    try:
+        yield
+    except Exception as error:
+        blamed = heartbeat.failure_behind_collective() if heartbeat and isinstance(error, RuntimeError) else None
+        with suppress(OSError):
+            (folder / "errors").mkdir(exist_ok=True)
+            (folder / "errors" / f"rank-{world.rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        if blamed:
+            note(blamed)
+            raise ConnectionError(f"{blamed['error']}. This run failed; the same command continues it.") from error
+        note({"rank": world.rank, "error": f"{type(error).__name__}: {error}"})
+        if heartbeat:
+            heartbeat.report(f"rank {world.rank} ({world.host_pid}) failed: {type(error).__name__}: {error}")
+        raise
+
+
+def _read_state(folder: Path) -> dict:
+    try:
+        return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):  # damaged: it only tells, so nothing is lost
+        return {}

@@ -1,0 +1,168 @@
+"""What is read and what is trained: the two nouns that every stage of a run shares with its folder.
+
+In: settings and a `World`. Out: `Data` and `TrainState`. Invariants: the dataset is opened once; the weights after a start are
+those of the checkpoint, or follow from the settings; they are the same on every rank.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from harness.config import Config
+from harness.distributed.world import World
+from harness.model.build import build_model, load_weights
+from harness.model.loss import Loss
+from harness.model.optim import EMA, build_optimizer
+from harness.run import checkpoint
+from harness.run.folder import Run
+from harness.run.progress import Progress
+from harness.run.state import write_state
+from shards.index import Dataset, load
+from shards.leaks import load_groups
+from shards.plan import BalancedPlan, Plan
+from shards.reader import SplitReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read: the dataset, its splits (test is `eval.split`), and the order of training samples."""
+
+    dataset: Dataset
+    train: SplitReader
+    val: SplitReader
+    test: SplitReader
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What is trained: the model as built, the same weights wrapped for DDP, and all that changes them."""
+
+    model: nn.Module
+    ddp_model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: Loss
+    ema: EMA | None = None
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is validated, and whose best weights are kept: the EMA's where there is one."""
+        if self.ema is None:
+            return self.model
+        self.ema.copy_buffers(self.model)
+        return self.ema.model
+
+
+def open_data(config: Config) -> Data:
+    """Open the dataset and plan the order of its samples.
+
+    Raises:
+        FileNotFoundError, ValueError: no packed dataset there, a split that is missing, or too few images for a batch.
+    """
+    dataset = load(config.data.path)
+    train, val, test = (SplitReader(dataset, name) for name in ("train", "val", config.eval.split))
+    data = config.data
+    numbers = (train.shard_sizes, data.global_batch_size, config.run.seed, data.lanes, data.shuffle_block_shards)
+    if config.optim.balance == "sampler":
+        plan = BalancedPlan(*numbers, lambda shard: train.table(shard).label)
+    else:
+        plan = Plan(*numbers)
+    return Data(dataset=dataset, train=train, val=val, test=test, plan=plan)
+
+
+def build_or_resume(config: Config, world: World, data: Data, run: Run) -> tuple[TrainState, Progress]:
+    """Collective: the model and its optimizer, from the latest checkpoint or as the settings say, and how far it is.
+
+    Raises:
+        ValueError, OSError: weights or a checkpoint that do not fit.
+    """
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model.name, len(data.dataset.classes))
+    start = run.find_start(data.dataset)
+    if start is None:
+        # On rank 0 alone: wrapping the model sends its weights to the others.
+        world.print(world.run_on_main(load_weights, model, config.model.name, config.model.weights))
+    if config.model.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device=world.device, memory_format=world.memory_format)  # pyright: ignore[reportCallIssue] - torch's own stub
+    ema = EMA(model, config.optim.ema) if config.optim.ema else None  # copied before it is wrapped
+    ddp_model, optimizer = world.prepare(model, build_optimizer(model, config.optim), config.run.compile)
+    loss_fn = Loss(config.optim, data.dataset.description.counts["train"], world.device)
+    state = TrainState(model=model, ddp_model=ddp_model, optimizer=optimizer, loss_fn=loss_fn, ema=ema)
+    if start is None:
+        return state, Progress()
+    checkpoint.restore(start, model, optimizer, world.scaler, ema and ema.model)
+    if ema:
+        ema.mark_restored()
+    progress = _continued(start, provenance(config, data.dataset), world)
+    world.print(f"continuing {run.folder} at epoch {progress.epoch + 1}, step {progress.step}")
+    return state, progress
+
+
+def provenance(config: Config, dataset: Dataset) -> checkpoint.Provenance:
+    """What the weights of a run are made of."""
+    data = config.data
+    order = f"batches of {data.global_batch_size}, {data.lanes} lanes, blocks of {data.shuffle_block_shards}, seed {config.run.seed}"
+    order += ", classes equally often" if config.optim.balance == "sampler" else ""
+    return checkpoint.Provenance(
+        config.model.name, dataset.classes, dataset.fingerprint, load_groups(dataset, "train"), order
+    )
+
+
+def save_checkpoint(config: Config, world: World, data: Data, state: TrainState, run: Run, progress: Progress) -> None:
+    """Collective: a checkpoint of this moment, after the log of it.
+
+    Raises:
+        FloatingPointError: the weights contain NaN or Inf; the checkpoint before stays the latest.
+        OSError: it cannot be saved, or copied, or another job has taken over the run folder.
+    """
+    world.broadcast_buffers(state.model)
+
+    def write() -> None:
+        run.lock.check()
+        assert_finite_weights(state.model, progress)
+        eval_model = state.eval_model
+        run.log.flush()
+        run.mirror.wait()
+        made_of, folder = provenance(config, data.dataset), run.mirror.directory()
+        if progress.best_step == progress.step and not progress.samples_seen:
+            checkpoint.save_best(folder, progress, made_of, eval_model)
+        checkpoint.save_step(
+            folder,
+            progress,
+            made_of,
+            state.model,
+            state.optimizer,
+            world.scaler,
+            config.run.keep_checkpoints,
+            eval_model if state.ema else None,
+        )
+        run.mirror.start()
+        write_state(run.folder, "running", progress)
+
+    world.run_on_main(write)
+
+
+def assert_finite_weights(model: nn.Module, progress: Progress) -> None:
+    """Raise before weights are kept that cannot be continued from.
+
+    Raises:
+        FloatingPointError: naming the first tensor with NaN or Inf.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):  # device sync, at a checkpoint
+            raise FloatingPointError(
+                f"Weights contain NaN or Inf at step {progress.step} (first: {name}). The checkpoint before is kept. Lower "
+                "optim.lr; --run.on_changed_settings accept continues from it with the new rate."
+            )
+
+
+def _continued(start: checkpoint.Checkpoint, now: checkpoint.Provenance, world: World) -> Progress:
+    """How far a run is, from its checkpoint; in another order of samples, the epoch that was begun starts over."""
+    if start.provenance.order == now.order or not start.progress.samples_seen:
+        return start.progress
+    world.print(
+        f"the order of samples changed ({start.provenance.order}; now {now.order}): epoch {start.progress.epoch + 1} starts over"
+    )
+    return replace(start.progress, samples_seen=0, loss=0.0, correct=0.0, images=0.0)
