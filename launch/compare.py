@@ -1,136 +1,123 @@
 """Runs side by side: `python launch/compare.py runs/seed0 runs/seed1 runs/seed2`.
 
-Each folder is a run, or a result of `launch/evaluate.py`. Prints the figures of each, their mean and spread, and for two
-of the same images the paired difference with its interval. `--against` compares two settings of several seeds each:
+Each folder is a run, or a result of `launch/evaluate.py`. Prints the metrics of each, their mean and standard deviation, and
+for two of the same images the paired difference with its interval. `--against` compares two settings of several seeds each:
 `python launch/compare.py runs/old-0 runs/old-1 --against runs/new-0 runs/new-1`.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from harness.evaluation.calibration import Prior, change_prior
-from harness.evaluation.metrics import SUMMARY_METRICS, format_metric, paired_differences
+from harness.evaluation.metrics import SUMMARY_METRICS, paired_differences
+from harness.evaluation.results import Results, read_predictions, read_results
+from harness.report.text import format_metric, title
+
+Run = tuple[Path, Results]  # a folder and the results in it
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; the exit code is 0, or 1 after an error."""
     options = _parser().parse_args(arguments)
     try:
-        figures = options.figures.split(",")
-        folders = [*options.folders, *options.against]
-        results = {str(folder): read(folder) for folder in folders}
-        print(compare({str(folder): results[str(folder)] for folder in options.folders}, figures, options.frequencies))
-        if options.against:
-            others = {str(folder): results[str(folder)] for folder in options.against}
-            print("\nagainst\n" + compare(others, figures, options.frequencies))
-            print("\n" + difference(options.folders, options.against, results, options.frequencies))
-        elif len(folders) == 2:
-            print("\n" + difference(folders[:1], folders[1:], results, options.frequencies))
+        metrics = options.metrics.split(",")
+        first = [(folder, read_results(folder)) for folder in options.folders]
+        second = [(folder, read_results(folder)) for folder in options.against]
+        print(compare(first, metrics, options.prior))
+        if second:
+            print("\nagainst\n" + compare(second, metrics, options.prior))
+        elif len(first) == 2:
+            first, second = first[:1], first[1:]
+        if second:
+            print("\n" + difference(first, second, options.prior))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def read(folder: Path) -> dict:
-    """The content of a folder's metrics.json.
+def correction_to(results: Results, prior: str) -> Prior | None:
+    """What corrects a result's probabilities to the prior asked for; None if they are compared as they are.
+
+    Args:
+        prior: `own`, `equal` or `training`.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of another version.
+        ValueError: the result was evaluated without prior correction.
     """
-    path = folder / "metrics.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no metrics.json. Give a finished run, or a result of launch/evaluate.py."
-        )
-    metrics = json.loads(path.read_text())
-    if metrics["format"] != 3:
-        raise ValueError(
-            f"{path} has format {metrics['format']}, this version reads 3. Run launch/evaluate.py on the run."
-        )
-    return metrics
-
-
-def read_otherwise(result: dict, frequencies: str) -> Prior | None:
-    """What turns a result's probabilities into those at the class frequencies asked for; None if they are read as they are.
-
-    Raises:
-        ValueError: the result was evaluated without its second reading.
-    """
-    if frequencies == "own":
+    if prior == "own":
         return None
-    adjusted = result.get("adjusted")
-    if adjusted is None or adjusted["strength"] != 1:
+    corrected = results.prior_corrected
+    if corrected is None:
         raise ValueError(
-            "A result has no second reading at full strength. Run launch/evaluate.py RUN --prior-correction 1."
+            f"A result of {results.model} on the {results.split} split has no prior correction. Evaluate it again: "
+            "launch/evaluate.py RUN --prior-correction true."
         )
-    if adjusted["to"] != frequencies:
+    if corrected["target_name"] != prior:
         return None
-    return Prior(np.array(adjusted["assumed"]), np.array(adjusted["other"]), frequencies)
+    return Prior(np.array(corrected["model_prior"]), np.array(corrected["target_prior"]), prior)
 
 
-def compare(results: dict[str, dict], figures: list[str], frequencies: str = "own") -> str:
+def compare(runs: list[Run], metrics: list[str], prior: str = "own") -> str:
     """One row a result, then the mean and the standard deviation over them.
 
     Raises:
-        ValueError: an unknown figure.
+        ValueError: an unknown metric.
     """
-    unknown = sorted(set(figures) - set(SUMMARY_METRICS))
+    unknown = sorted(set(metrics) - set(SUMMARY_METRICS))
     if unknown:
-        raise ValueError(f"Unknown figure {', '.join(unknown)}. There are: {', '.join(SUMMARY_METRICS)}.")
-    width = max(20, *(len(name) + 2 for name in results))
-    lines = [f"{'':<{width}}" + "".join(f"{name.replace('_', ' '):>20}" for name in figures)]
-    read = [result["adjusted" if read_otherwise(result, frequencies) else "tta"] for result in results.values()]
-    values = np.array([[scores[name] for name in figures] for scores in read], float)
-    for name, row in zip(results, values, strict=True):
-        lines.append(f"{name:<{width}}" + "".join(f"{_number(value):>20}" for value in row))
-    if len(results) > 1:
-        middle, spread = values.mean(0), values.std(0, ddof=1)
-        cells = [f"{_number(m)} +- {_number(s)}" for m, s in zip(middle, spread, strict=True)]
+        raise ValueError(f"Unknown metric {', '.join(unknown)}. There are: {', '.join(SUMMARY_METRICS)}.")
+    width = max(20, *(len(str(folder)) + 2 for folder, _ in runs))
+    lines = [f"{'':<{width}}" + "".join(f"{title(name):>20}" for name in metrics)]
+    read = [(one.prior_corrected if correction_to(one, prior) else one.tta) or {} for _, one in runs]
+    values = np.array([[of_one[name] for name in metrics] for of_one in read], float)  # (runs, metrics)
+    for (folder, _), row in zip(runs, values, strict=True):
+        lines.append(f"{folder!s:<{width}}" + "".join(f"{_number(value):>20}" for value in row))
+    if len(runs) > 1:
+        mean, deviation = values.mean(0), values.std(0, ddof=1)
+        cells = [f"{_number(m)} +- {_number(d)}" for m, d in zip(mean, deviation, strict=True)]
         lines.append(f"{'mean +- deviation':<{width}}" + "".join(f"{cell:>20}" for cell in cells))
-    for what in ("dataset", "split", "views", "image_size"):
-        found = {str(result[what])[:12] for result in results.values()}
-        if len(found) > 1:
-            lines.append(f"note: they differ in the {what.replace('_', ' ')} ({', '.join(sorted(found))})")
+    for name in ("dataset", "split", "views", "image_size"):
+        values_of_name = {str(getattr(one, name))[:12] for _, one in runs}
+        if len(values_of_name) > 1:
+            lines.append(f"note: they differ in the {title(name)} ({', '.join(sorted(values_of_name))})")
     return "\n".join(lines)
 
 
-def difference(first: list[Path], second: list[Path], results: dict[str, dict], frequencies: str = "own") -> str:
-    """What the second results have more than the first in the mean, on the same images, by paired resampling of lesions."""
-    rows = [pd.read_csv(folder / "predictions.csv", dtype={"group": str}) for folder in (*first, *second)]
-    same = ["image_id", "group", "label"]
-    columns = [name for name in rows[0] if name.startswith("p_")]
-    if not all(rows[0][same].equals(other[same]) and columns == [c for c in other if c in columns] for other in rows):
+def difference(first: list[Run], second: list[Run], prior: str = "own") -> str:
+    """How much greater the mean metrics of the second runs are, on the same images, by paired resampling of groups."""
+    results = [one for _, one in (*first, *second)]
+    rows = [read_predictions(folder) for folder, _ in (*first, *second)]
+    same, classes = ["image_id", "group", "label"], results[0].classes
+    if not all(rows[0][same].equals(row[same]) for row in rows) or any(one.classes != classes for one in results):
         return "no paired difference: they were evaluated on different images"
-    classes = tuple(name.removeprefix("p_") for name in columns)
-    labels = rows[0]["label"].map({name: number for number, name in enumerate(classes)}).to_numpy()
-    figures = (*SUMMARY_METRICS, *(f"recall of {name}" for name in classes))
-    found = [row[columns].to_numpy() for row in rows]
-    for number, folder in enumerate((*first, *second)):
-        if prior := read_otherwise(results[str(folder)], frequencies):
-            found[number] = change_prior(found[number], prior)
-    groups = rows[0]["group"].to_numpy()
-    gained = paired_differences(found[: len(first)], found[len(first) :], labels, classes, groups, figures)
+    labels = np.array([classes.index(name) for name in rows[0]["label"]])
+    probabilities = []
+    for one, row in zip(results, rows, strict=True):
+        own = row[[f"p_{name}" for name in classes]].to_numpy(float)  # (N, C)
+        correction = correction_to(one, prior)
+        probabilities.append(change_prior(own, correction) if correction else own)
+    before, after = probabilities[: len(first)], probabilities[len(first) :]
+    names = (*SUMMARY_METRICS, *(f"recall of {name}" for name in classes))
+    gains = paired_differences(before, after, labels, classes, rows[0]["group"].to_numpy(), names)
     lines = [f"{_named(second)} minus {_named(first)} (95 % intervals of the paired difference):"]
-    for name, gain in gained.items():
-        sure = gain["interval"] and (gain["interval"][0] > 0 or gain["interval"][1] < 0)
-        if gain["gain"] is None:
+    for name, found in gains.items():
+        gain, interval = found["gain"], found["interval"]
+        if gain is None:
             continue  # a class that the split lacks
-        text = format_metric(gain["gain"], gain["interval"], "+.3f")
-        lines.append(f"{name.replace('_', ' '):<20}{text}" + ("" if sure else "  may be none"))
+        is_sure = interval and (interval[0] > 0 or interval[1] < 0)
+        text = f"{title(name):<20}{format_metric(gain, interval, '+.3f')}"
+        lines.append(text + ("" if is_sure else "  interval includes 0" if interval else "  no interval"))
     if len(rows) > 2:
-        lines.append("the intervals are over the images; the spread over runs stands above")
+        lines.append("the intervals are over the images; the deviation over runs stands above")
     return "\n".join(lines)
 
 
-def _named(folders: list[Path]) -> str:
-    return str(folders[0]) if len(folders) == 1 else f"the mean of {len(folders)} runs ({folders[0]} ...)"
+def _named(runs: list[Run]) -> str:
+    return str(runs[0][0]) if len(runs) == 1 else f"the mean of {len(runs)} runs ({runs[0][0]} ...)"
 
 
 def _number(value: float) -> str:
@@ -148,13 +135,13 @@ def _parser() -> argparse.ArgumentParser:
         help="runs of another setting; the difference is theirs minus these",
     )
     parser.add_argument(
-        "--frequencies",
+        "--prior",
         choices=("own", "equal", "training"),
         default="own",
-        help="read each run's probabilities as it was trained (own), or all of them at one frequency of the classes",
+        help="compare probabilities as each run was trained (own), or all of them at the same class frequencies",
     )
     parser.add_argument(
-        "--figures",
+        "--metrics",
         default="accuracy,balanced_accuracy,macro_f1,macro_auc,loss",
         help=f"of: {', '.join(SUMMARY_METRICS)}",
     )

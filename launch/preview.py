@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from harness.config import read_config
-from harness.evaluation.gallery import augmented_rows
+from harness.report.gallery import augmented_rows
 from shards.contact_sheet import draw_sheet
 from shards.index import load
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.config import Config, read_config
+from harness.config import read_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,9 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
     config = read_config(sys.argv[1:] if arguments is None else arguments)
     # After the settings were read: torch and its kin take seconds, and --help or a wrong setting needs none of them.
     from harness.distributed.world import World
+    from harness.report.page import draw_report
     from harness.run.console import LOGGER, start_console
     from harness.run.stop import STOPPED, follow_launcher
     from harness.training.train import train
+    from shards.index import load
 
     start_console()
     follow_launcher()
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
             world.run_on_main(draw_demo, Path(config.data.path), config.data.demo_images)
         outcome = train(config, world)
         if outcome == "finished":
-            world.run_on_main(draw_run, config)
+            world.run_on_main(draw_report, Path(config.run.folder), load(config.data.path))
         world.close()
     except (ValueError, OSError, FloatingPointError) as error:
         LOGGER.error(str(error))
@@ -37,26 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if outcome == "finished" else STOPPED
 
 
-def draw_run(config: Config) -> None:
-    """The page of a finished run."""
-    from harness.evaluation.gallery import save_augmented
-    from harness.report.page import draw_results
-    from harness.report.tensorboard import board_results
-    from shards.index import load
-
-    folder = Path(config.run.folder)
-    save_augmented(folder, load(config.data.path), config)
-    plots = draw_results(folder)
-    if "tensorboard" in config.run.trackers:
-        board_results(folder, plots)
-
-
 def draw_demo(packed: Path, images: int) -> None:
     """Draw and pack demo lesions, unless they are there."""
     from harness.run.console import LOGGER
     from shards import demo
-    from shards.catalogue import read_ham10000
     from shards.pack import pack
+    from shards.sources import read_ham10000
     from shards.split import split_by_lesion
 
     if (packed / "dataset.json").is_file():

@@ -1,21 +1,19 @@
 """One table of images, whatever they came from.
 
-In: a folder as people have it. Out: a `Catalogue`, every row of it checked. What stays true: image ids are unique,
-every picture exists and is not empty, every label is a known class, every group (lesion) has one label.
+In: rows as a reader of `shards.sources` found them. Out: a `Catalogue`, every row of it checked. Invariants: image ids
+are unique, every image file exists and is not empty, every label is a known class, every group (lesion) has one label.
 """
 
-import filecmp
-import warnings
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-HAM10000_CLASSES = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")  # the order of the ISIC 2018 challenge
-METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata")  # as Kaggle and as Dataverse name it
 REQUIRED = ("image_id", "path", "label", "group")
-PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
-NO_GROUPS = "the source names no groups (lesions, patients): pictures of one of them may be in several splits"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+NO_GROUPS = "the source names no groups (lesions, patients): images of one of them may be in several splits"
 
 
 @dataclass(frozen=True)
@@ -25,14 +23,19 @@ class Catalogue:
     images: one row an image, all columns text: `image_id, path, label, group`, then what else the source knows
         (blank where unknown). `label` is a class name, `group` what must never be cut by a split (the lesion).
     classes: class names; a class's number is its place here.
-    name: where the images came from, for people.
+    name: human-readable, where the images came from.
     warnings: what a reader of a score must be told of the source.
+    group_name: what a group is, in the singular: lesion, patient, group.
+    citation, license: of the images, as the dataset and its reports state them; empty where unknown.
     """
 
     images: pd.DataFrame
     classes: tuple[str, ...]
     name: str
     warnings: tuple[str, ...] = ()
+    group_name: str = "group"
+    citation: str = ""
+    license: str = ""
 
     @property
     def extra_columns(self) -> list[str]:
@@ -40,135 +43,12 @@ class Catalogue:
         return [column for column in self.images.columns if column not in REQUIRED]
 
 
-def read_ham10000(folder: Path) -> Catalogue:
-    """Read HAM10000 as it is downloaded: its metadata CSV with the images in any folders beside it.
-
-    Args:
-        folder: holds `HAM10000_metadata.csv` (or `HAM10000_metadata`) and the images, in
-            `HAM10000_images_part_1/` and `_part_2/`, in one folder, or beside the CSV.
-
-    Raises:
-        FileNotFoundError: no folder, no metadata file, or rows without an image.
-        ValueError: missing columns, an unknown `dx`, a repeated image id, a lesion with two labels, an empty image.
-    """
-    folder = Path(folder)
-    table = _read_metadata(folder)
-    columns = {"image_id": "image_id", "dx": "label", "lesion_id": "group"}
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise ValueError(
-            f"The metadata of {folder} lacks the column(s) {', '.join(missing)}. Found: {', '.join(table.columns)}. "
-            "HAM10000's own CSV has lesion_id, image_id, dx, dx_type, age, sex, localization."
-        )
-    table = table.rename(columns=columns)
-    table["path"] = _paths(table["image_id"], _find_pictures(folder, set(table["image_id"])), folder)
-    images = pd.concat([table[list(REQUIRED)], _extras(table, set(REQUIRED))], axis=1)
-    return validate(Catalogue(images, HAM10000_CLASSES, folder.name))
-
-
-def read_isic2018(folder: Path, test: Path) -> Catalogue:
-    """HAM10000 with the ISIC 2018 challenge's test images; the column `part` says which is which.
-
-    Args:
-        folder: HAM10000, as for `read_ham10000`. test: holds `ISIC2018_Task3_Test_GroundTruth.csv` (one-hot columns
-            MEL, NV, BCC, AKIEC, BKL, DF, VASC) and the images, in any folders. Their lesions are not known, so each
-            image is a group.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_ham10000`; also classes unknown to it, and rows that are not one-hot.
-    """
-    ham, test = read_ham10000(folder), Path(test)
-    name = "ISIC2018_Task3_Test_GroundTruth.csv"
-    files = sorted(test.rglob(name)) if test.is_dir() else []
-    if not files:
-        raise FileNotFoundError(f"No {name} in {test}. Give the folder that holds it and the challenge's test images.")
-    truth = _read_csv(files[0])
-    unknown = [column for column in truth.columns if column != "image" and column.lower() not in HAM10000_CLASSES]
-    if "image" not in truth.columns or unknown:
-        raise ValueError(
-            f"{files[0]} must have the columns image, MEL, NV, BCC, AKIEC, BKL, DF, VASC. Found: {', '.join(truth)}."
-        )
-    hot = truth.drop(columns="image").apply(pd.to_numeric, errors="coerce")
-    odd = truth["image"][(hot.sum(axis=1) != 1) | ~hot.isin([0, 1]).all(axis=1)]
-    if len(odd):
-        raise ValueError(f"{_preview(odd)} of {files[0]}: not exactly one class is 1. Download the ground truth again.")
-    rows = pd.DataFrame({"image_id": truth["image"], "label": hot.idxmax(axis=1).str.lower(), "group": truth["image"]})
-    found = _find_pictures(test, set(rows["image_id"]))
-    rows["path"] = _paths(rows["image_id"], found, test)
-    both = pd.concat([ham.images.assign(part="train"), rows.assign(part="test")], ignore_index=True).fillna("")
-    return validate(Catalogue(both, HAM10000_CLASSES, f"{ham.name} with the ISIC 2018 test images"))
-
-
-def read_class_folders(root: Path) -> Catalogue:
-    """Read `root/CLASS/*`: the folders' names are the classes, in alphabetical order; each image is a group.
-
-    Raises:
-        FileNotFoundError: no folder, or no pictures in folders below it.
-    """
-    root = Path(root)
-    rows = [
-        {"image_id": f"{path.parent.name}/{path.stem}", "path": str(path), "label": path.parent.name}
-        for path in sorted(root.glob("*/*"))
-        if _is_picture(path)
-    ]
-    if not rows:
-        raise FileNotFoundError(
-            f"No source in {root}: neither HAM10000_metadata.csv nor pictures ({', '.join(sorted(PICTURES))}) in one folder "
-            "a class. Give such a folder, or a CSV or Parquet file with --image-column and --label-column."
-        )
-    images = pd.DataFrame(rows)
-    images["group"] = images["image_id"]
-    return validate(Catalogue(images[list(REQUIRED)], tuple(sorted(images["label"].unique())), root.name, (NO_GROUPS,)))
-
-
-def read_table(path: Path, image_column: str, label_column: str, group_column: str | None) -> Catalogue:
-    """Read any CSV or Parquet file with one row an image.
-
-    Args:
-        path: the file. image_column: paths, absolute or from the file's folder, with or without their ending.
-        label_column: class names; their alphabetical order numbers them. group_column: what no split may cut; without
-            it each image is a group.
-
-    Raises:
-        FileNotFoundError: the file, or paths that lead nowhere.
-        ValueError: missing columns, blanks, repeated images, groups with two labels.
-    """
-    path = Path(path)
-    table = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
-    wanted = {"--image-column": image_column, "--label-column": label_column, "--group-column": group_column}
-    for option, column in wanted.items():
-        if column is not None and column not in table.columns:
-            raise ValueError(f"{path} has no column {column!r} ({option}). It has: {', '.join(table.columns)}.")
-    given = table[image_column].str.strip()
-    resolved = [_resolve(path.parent, name) for name in given]
-    absent = [name for name, file in zip(given, resolved, strict=True) if file is None]
-    if absent:
-        raise FileNotFoundError(
-            f"{_preview(absent)} of {path}: no such picture. Paths are taken from {path.parent.resolve()}; "
-            "move the file beside the images or write absolute paths."
-        )
-    files = pd.Series([str(file.resolve()) for file in resolved])
-    if files.duplicated().any():
-        raise ValueError(
-            f"{_preview(files[files.duplicated()])} of {path}: image repeated. Keep one row for each picture."
-        )
-    core = {
-        "image_id": given.map(lambda name: name.removesuffix(Path(name).suffix) if _is_picture(name) else name),
-        "path": [str(file) for file in resolved],
-        "label": table[label_column].str.strip(),
-        "group": table[group_column].str.strip() if group_column else given,
-    }
-    images = pd.concat([pd.DataFrame(core), _extras(table, set(wanted.values()))], axis=1)
-    classes = tuple(sorted(set(images["label"]) - {""}))
-    return validate(Catalogue(images, classes, path.name, () if group_column else (NO_GROUPS,)))
-
-
 def validate(catalogue: Catalogue) -> Catalogue:
     """Return the catalogue unchanged, or say what is wrong with it.
 
     Raises:
         ValueError: blank or repeated ids, blank groups, unknown labels, a group with two labels, an empty file.
-        FileNotFoundError: a picture that is not there.
+        FileNotFoundError: an image file that does not exist.
     """
     images, name = catalogue.images, catalogue.name
     if images.empty:
@@ -177,113 +57,39 @@ def validate(catalogue: Catalogue) -> Catalogue:
         blank = images.index[images[column].str.strip() == ""]
         if len(blank):
             raise ValueError(
-                f"The source {name} has a blank {column} in row(s) {_preview([str(row + 2) for row in blank])} of its table "
+                f"The source {name} has a blank {column} in row(s) {preview([str(row + 2) for row in blank])} of its table "
                 "(row 1 is the header). Fill it in or remove the row."
             )
-    repeated = images["image_id"][images["image_id"].duplicated()].unique()
-    if len(repeated):
-        raise ValueError(f"{_preview(repeated)} of {name}: image id repeated. Keep one row for each image.")
-    unknown = images[~images["label"].isin(catalogue.classes)]
-    if len(unknown):
+    ids, labels = images["image_id"].tolist(), images["label"].tolist()
+    repeated = [image_id for image_id, times in Counter(ids).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{preview(repeated)} of {name}: image id repeated. Keep one row for each image.")
+    unknown = {image_id: label for image_id, label in zip(ids, labels, strict=True) if label not in catalogue.classes}
+    if unknown:
         raise ValueError(
-            f"{_preview(unknown['image_id'])} of {name}: unknown label {_preview(unknown['label'].unique())}. "
+            f"{preview(unknown)} of {name}: unknown label {preview(dict.fromkeys(unknown.values()))}. "
             f"Known classes: {', '.join(catalogue.classes)}. Correct the label or remove the row."
         )
-    labels = images.groupby("group")["label"].unique()
-    torn = labels[labels.map(len) > 1]
-    if len(torn):
+    labels_of: dict[str, set[str]] = {}
+    for group, label in zip(images["group"], labels, strict=True):
+        labels_of.setdefault(group, set()).add(label)
+    conflicts = sorted(group for group, of_group in labels_of.items() if len(of_group) > 1)
+    if conflicts:
         raise ValueError(
-            f"Group {torn.index[0]} of {name} has the labels {', '.join(sorted(torn.iloc[0]))}; {len(torn)} such group(s). "
-            "A group (lesion) has one label: correct the metadata, or give a --group-column of lesions instead of patients."
+            f"Group {conflicts[0]} of {name} has the labels {', '.join(sorted(labels_of[conflicts[0]]))}; {len(conflicts)} such group(s). "
+            "All images of a group must have one label: correct the metadata, or give a --group-column of lesions "
+            "instead of patients."
         )
     for path in images["path"]:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"The picture {path} of {name} is not there. Restore it or remove its row.")
+            raise FileNotFoundError(f"The image {path} of {name} does not exist. Restore it or remove its row.")
         if Path(path).stat().st_size == 0:
-            raise ValueError(f"The picture {path} is empty (0 bytes). Download it again or remove its row.")
+            raise ValueError(f"The image {path} is empty (0 bytes). Download it again or remove its row.")
     return catalogue
 
 
-def _read_metadata(folder: Path) -> pd.DataFrame:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"The source {folder} is not a folder. Give the folder that holds HAM10000_metadata.csv."
-        )
-    for name in METADATA:
-        if (folder / name).is_file():
-            return _read_csv(folder / name)
-    raise FileNotFoundError(
-        f"No HAM10000_metadata.csv in {folder}. Give the folder that holds it beside the image folders; "
-        "`python -m shards demo OUT` draws an example of the layout."
-    )
-
-
-def _extras(table: pd.DataFrame, used: set) -> pd.DataFrame:
-    """What else the source knows; a column whose name the shards use themselves becomes `source_NAME`."""
-    rest = table[[column for column in table.columns if column not in used]]
-    return rest.rename(columns={name: f"source_{name}" for name in (*REQUIRED, "key", "offset", "size", "class")})
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise FileNotFoundError(f"The file {path} is not there. Give a CSV or Parquet file with one row an image.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
-            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV: {error}. Download it again, or save it as UTF-8.") from error
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} is empty. Download it again.") from error
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path).astype("string").fillna("").astype(object)
-    except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow: pip install pyarrow") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"The file {path} is not there. Give a file with one row an image.") from error
-    except Exception as error:  # pyarrow's errors are its own kinds
-        raise ValueError(f"{path} is no Parquet file: {error}. Write it again.") from error
-
-
-def _is_picture(name: str | Path) -> bool:
-    return Path(name).suffix.lower() in PICTURES
-
-
-def _resolve(folder: Path, name: str) -> Path | None:
-    """The picture that a table means, None where there is none; a blank name is never one."""
-    for ending in ("", *sorted(PICTURES)):
-        path = folder / f"{name}{ending}"
-        if name and path.is_file():
-            return path
-    return None
-
-
-def _paths(image_ids: pd.Series, found: dict[str, Path], folder: Path) -> list[str]:
-    absent = [image_id for image_id in image_ids if image_id not in found]
-    if absent:
-        raise FileNotFoundError(
-            f"{_preview(absent)} of the metadata: no picture of that name ({', '.join(sorted(PICTURES))}) lies below "
-            f"{folder}. Unpack every part of the download there, or remove those rows from the metadata."
-        )
-    return [str(found[image_id]) for image_id in image_ids]
-
-
-def _find_pictures(folder: Path, wanted: set[str]) -> dict[str, Path]:
-    """Map image id to file. The same picture twice (Kaggle's download repeats its folders) is no error."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if not _is_picture(path) or path.stem not in wanted:
-            continue
-        first = found.setdefault(path.stem, path)
-        if first is not path and not filecmp.cmp(first, path, shallow=False):
-            raise ValueError(f"Two different pictures for {path.stem}: {first} and {path}. Keep one of them.")
-    return found
-
-
-def _preview(names, most: int = 3) -> str:
+def preview(names: Iterable, most: int = 3) -> str:
+    """The first names of a list, and how many more there are, for an error's sentence."""
     names = [str(name) for name in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

@@ -1,8 +1,8 @@
 """Drawn lesions in HAM10000's own layout, for the demo and the tests.
 
-In: a folder name, numbers, a seed. Out: `HAM10000_metadata.csv` and two folders of 600x450 JPEG. What stays true: the
+In: a folder name, a number of images, a seed. Out: `HAM10000_metadata.csv` and two folders of 600x450 JPEG. Invariants: the
 seven classes differ by shape and texture; skin, lesion colour, size and place come from the same distributions for
-all, so that the mean colour of a picture says next to nothing about its class.
+all, so that the mean colour of an image hardly predicts its class.
 """
 
 from pathlib import Path
@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from shards.catalogue import HAM10000_CLASSES
 from shards.files import new_folder
+from shards.sources import DRAWN, HAM10000_CLASSES
 
 SHARES = {"mel": 0.14, "nv": 0.22, "bcc": 0.13, "akiec": 0.13, "bkl": 0.14, "df": 0.12, "vasc": 0.12}
 WIDTH, HEIGHT = 600, 450
-DRAWN = 2  # pixels of a picture to one that is drawn: the rest is interpolated, which is four times faster
+STEP = 2  # pixels of an image to one that is drawn: the rest is interpolated, which is four times faster
 
 
 def draw(out: Path, images: int = 700, seed: int = 0) -> None:
@@ -24,9 +24,9 @@ def draw(out: Path, images: int = 700, seed: int = 0) -> None:
 
     Args:
         out: the folder to make.
-        images: number of pictures; at least 42, so that each class has lesions for three splits. About one lesion in
-            three is drawn twice, turned and lit anew.
-        seed: another seed draws other lesions.
+        images: number of images; at least 42, so that each class has lesions for three splits. About one lesion in
+            three is drawn twice, rotated and with other lighting.
+        seed: a different seed draws different lesions.
 
     Raises:
         FileExistsError: `out` exists and is not an empty folder.
@@ -53,20 +53,20 @@ def _draw_all(out: Path, images: int, seed: int) -> None:
             for _ in range(min(wanted, 1 + int(rng.random() < 0.33))):
                 number = len(rows)
                 image_id = f"DEMO_{number:07d}"
-                picture = _picture(label, np.random.default_rng(shape_seed), rng)
+                image = _draw_image(label, np.random.default_rng(shape_seed), rng)
                 folder = folders[number % 2]
-                Image.fromarray(picture).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(
+                Image.fromarray(image).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(
                     folder / f"{image_id}.jpg", quality=90
                 )
                 place = str(rng.choice(["back", "trunk", "face", "lower extremity"]))
-                row = {"lesion_id": f"DRAWN_{lesion:07d}", "image_id": image_id, "dx": label, "dx_type": "drawn"}
+                row = {"lesion_id": f"DRAWN_{lesion:07d}", "image_id": image_id, "dx": label, "dx_type": DRAWN}
                 rows.append(row | person | {"localization": place})
                 wanted -= 1
             lesion += 1
     pd.DataFrame(rows).to_csv(out / "HAM10000_metadata.csv", index=False)
 
 
-def _picture(label: str, shape: np.random.Generator, view: np.random.Generator) -> np.ndarray:
+def _draw_image(label: str, shape: np.random.Generator, view: np.random.Generator) -> np.ndarray:
     """(225, 300, 3) uint8: `shape` decides the lesion, `view` the photograph of it."""
     skin = np.float32(shape.uniform(170, 240) * np.array([1.0, shape.uniform(0.72, 0.82), shape.uniform(0.6, 0.75)]))
     dark = skin * np.float32(
@@ -74,15 +74,15 @@ def _picture(label: str, shape: np.random.Generator, view: np.random.Generator) 
     )
     radius = np.float32(shape.uniform(110, 170))
     turn, centre = np.float32(view.uniform(0, 2 * np.pi)), view.uniform(-30, 30, 2).astype(np.float32)
-    y, x = np.mgrid[0:HEIGHT:DRAWN, 0:WIDTH:DRAWN].astype(np.float32)
+    y, x = np.mgrid[0:HEIGHT:STEP, 0:WIDTH:STEP].astype(np.float32)
     x, y = (x - WIDTH / 2 - centre[0]) / radius, (y - HEIGHT / 2 - centre[1]) / radius
     x, y = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
     r, angle = np.hypot(x, y), np.arctan2(y, x)
     weight = _PATTERNS[label](x, y, r, angle, shape).clip(0, 1)[..., None]
     grain = view.normal(0, 5, (*x.shape, 1)).astype(np.float32)
     light = 1 + 0.06 * (x * np.cos(turn) + y)[..., None].clip(-2, 2)
-    picture = (skin * (1 - weight) + dark * weight) * light * np.float32(view.uniform(0.9, 1.08)) + grain
-    return picture.clip(0, 255).astype(np.uint8)
+    image = (skin * (1 - weight) + dark * weight) * light * np.float32(view.uniform(0.9, 1.08)) + grain
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def _soft(value: np.ndarray, width: float = 0.06) -> np.ndarray:

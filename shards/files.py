@@ -1,7 +1,7 @@
-"""Files that are whole or not there: durable writes, checksums, folders that appear at once.
+"""Files that are complete or absent: durable writes, checksums, folders that appear at once.
 
-In: paths and bytes. Out: files on the disk itself, and their SHA-256. Invariants: a reader, or a crash at any moment, sees the
-old content or the new one and nothing between; a file counts as written only when it is on the disk.
+In: paths and bytes. Out: files that are flushed to disk, and their SHA-256. Invariants: a reader, or a crash at any moment, sees either
+the old content or the new one; a file counts as written only when it is on the disk.
 """
 
 import errno
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def write_durably(path: Path, data: bytes | memoryview) -> str:
-    """Write a file to the disk itself; its SHA-256 as hex, computed meanwhile by another thread."""
+    """Write a file and flush it to disk; returns its SHA-256 as hex, computed in parallel by another thread."""
     with ThreadPoolExecutor(1) as pool, open(path, "wb") as file:
         digest = pool.submit(hashlib.sha256, data)
         file.write(data)
@@ -25,7 +25,7 @@ def write_durably(path: Path, data: bytes | memoryview) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file so that readers, and a crash, see the old or the new one and nothing between."""
+    """Replace a file so that readers, also after a crash, see either the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write_durably(temporary, data)
     os.replace(temporary, path)
@@ -33,7 +33,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,11 +47,25 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name only when the block ends well."""
+def refuse_used_folder(out: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        FileExistsError: `out` exists and is not an empty folder.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already. Give another folder, or remove it first: rm -r {out}")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that takes its name only when the block ends well.
+
+    Raises:
+        FileExistsError: `out` exists and is not an empty folder.
+        OSError: a full disk, among others; the partial folder is removed.
+    """
+    refuse_used_folder(out)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -64,7 +78,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
-                f"The disk of {out} is full: nothing was kept. Free space there, or give another folder."
+                f"The disk of {out} is full, and no partial output was kept. Free space there, or give another folder."
             ) from error
         raise
     except BaseException:

@@ -1,6 +1,6 @@
 """What is in a packed dataset: `dataset.json`, `shards.csv`, `left_out.csv` and one table beside each shard.
 
-In: a packed folder. Out: a frozen `Dataset`. What stays true: loading costs as much as there are shards, not samples;
+In: a packed folder. Out: a frozen `Dataset`. Invariants: loading costs as much as there are shards, not samples;
 each file's SHA-256 stands in a file above it, and `dataset.json` carries its own.
 """
 
@@ -15,7 +15,8 @@ import pandas as pd
 
 from shards.files import sha256
 
-FORMAT = 1
+FORMAT = 2
+ADDED_IN_FORMAT = {"group_name": 2, "citation": 2, "license": 2}  # the format that a field of `dataset.json` came with
 SHARD_COLUMNS = ("file", "split", "samples", "bytes", "sha256", "table_sha256")
 
 
@@ -45,6 +46,7 @@ class Description:
     counts: split -> class -> images. left_out: number of source images stored nowhere.
     warnings: what a reader of a score must be told. source: name, number of images, fingerprint (SHA-256 over ids,
     labels, groups and original bytes). files: name -> SHA-256 of the index files.
+    group_name: what a group is, in the singular. citation, license: of the images, empty where unknown. (Since format 2.)
     """
 
     format: int
@@ -59,16 +61,23 @@ class Description:
     warnings: list[str]
     source: dict
     files: dict[str, str]
+    group_name: str = "group"
+    citation: str = ""
+    license: str = ""
 
     def to_bytes(self) -> bytes:
         """The bytes of `dataset.json`, with a checksum of everything else in them."""
-        content = asdict(self)
-        return (json.dumps(content | {"checksum": self.checksum}, indent=1, ensure_ascii=False) + "\n").encode()
+        content = self._content() | {"checksum": self.checksum}
+        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
     @property
     def checksum(self) -> str:
         """SHA-256 over the content; since it covers every file's SHA-256, it identifies the whole dataset."""
-        return hashlib.sha256(json.dumps(asdict(self), ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._content(), ensure_ascii=False).encode()).hexdigest()
+
+    def _content(self) -> dict:
+        """The fields that the dataset's format has: an older dataset keeps its bytes and its checksum."""
+        return {name: value for name, value in asdict(self).items() if ADDED_IN_FORMAT.get(name, 1) <= self.format}
 
 
 @dataclass(frozen=True)
@@ -94,10 +103,29 @@ class Dataset:
         """Stored height in pixels."""
         return self.description.size[1]
 
+    @property
+    def group_name(self) -> str:
+        """What a group is, in the singular: lesion, patient, group."""
+        return self.description.group_name
+
+    @property
+    def groups_name(self) -> str:
+        """What groups are, in the plural: lesions, patients, groups."""
+        name = self.group_name
+        if name.endswith("s"):  # series
+            return name
+        return f"{name[:-1]}ies" if name.endswith("y") and name[-2:-1] not in "aeiou" else f"{name}s"
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 that stands for every byte of the dataset."""
+        """SHA-256 that identifies every byte of the dataset."""
         return self.description.checksum
+
+    def describe_split(self) -> str:
+        """The split's protocol and parameters, in one line."""
+        protocol = self.description.protocol
+        settings = ", ".join(f"{name} {value}" for name, value in protocol.items() if name != "name")
+        return f"protocol {protocol['name']} ({settings})"
 
     def split(self, name: str) -> tuple[Shard, ...]:
         """The shards of a split, in order; an alias gives the shards it stands for.
@@ -135,7 +163,7 @@ def load(folder: Path | str) -> Dataset:
 def load_table(dataset: Dataset, shard: Shard) -> pd.DataFrame:
     """One row a sample of one shard: `key, offset, size, label` (integers), `group, image_id`, extras (text).
 
-    `offset` and `size` are the picture's bytes in the tar.
+    `offset` and `size` are the image's bytes in the tar.
 
     Raises:
         ValueError, FileNotFoundError: the table is not what was packed, or missing.
@@ -151,7 +179,7 @@ def verify(folder: Path | str) -> list[str]:
     """Check every file of a packed dataset against its recorded SHA-256.
 
     Returns:
-        one sentence for each thing that is wrong; an empty list means that nothing is.
+        one sentence for each problem; an empty list if there is none.
     """
     folder = Path(folder)
     try:
@@ -177,17 +205,15 @@ def _load_description(path: Path) -> Description:
     data = path.read_bytes()
     try:
         content = json.loads(data)
-        newer = int(content["format"]) > FORMAT
+        found = int(content["format"])
         content.pop("checksum")
-        description = None if newer else Description(**content)
+        description = Description(**content) if found <= FORMAT else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {advice}") from error
-    if newer:
-        raise ValueError(
-            f"{path} has format {content['format']}; this version reads up to {FORMAT}. Update dermharness."
-        )
+    if description is None:
+        raise ValueError(f"{path} has format {found}; this version reads up to {FORMAT}. Update dermharness.")
     if description.to_bytes() != data:
-        raise ValueError(f"{path} was changed after packing: its checksum does not fit its content. {advice}")
+        raise ValueError(f"{path} was changed after packing: its checksum does not match its content. {advice}")
     return description
 
 

@@ -1,14 +1,16 @@
-"""No leak between splits: groups (lesions, patients) as hashes, and what is refused or said where two sets share some.
+"""Leaks between splits: groups (lesions, patients) as hashes, and errors or warnings where two sets share some.
 
-In: group names, or a packed dataset. Out: hashes, an error, or a warning. Invariants: what no split may cut is the group; a
-leak is refused unless it was asked for, and then it is said in every result.
+In: group names, or a packed dataset. Out: hashes, an error, or a warning. Invariants: a group is in
+one split only; a leak is refused unless it was asked for, and then every result says so.
 """
 
 import hashlib
 from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 
+from shards.grouping import Split
 from shards.index import Dataset, read_listed
 
 
@@ -28,8 +30,37 @@ def load_groups(dataset: Dataset, split: str) -> np.ndarray:
     return np.load(read_listed(dataset.folder, f"{real}.groups.npy", dataset.description.files), allow_pickle=False)
 
 
+def check_split(images: pd.DataFrame, split: Split) -> None:
+    """Refuse a split that loses an image, evaluates classes without training images, or leaks without being marked.
+
+    Raises:
+        ValueError: naming a group and where it was found, or an image.
+    """
+    placed = np.concatenate([*split.rows.values(), np.fromiter(split.left_out, dtype=np.int64)])
+    if not np.array_equal(np.unique(placed), np.arange(len(images))):
+        raise ValueError("A split must place each image or say why it is left out; this one omits some.")
+    trained = set(images["label"].iloc[split.rows["train"]]) if "train" in split.rows else set(images["label"])
+    for name, rows in split.rows.items():
+        if unknown := sorted(set(images["label"].iloc[rows]) - trained):
+            raise ValueError(
+                f"The {name} split has classes that train lacks: {', '.join(unknown)}. Add training images of them."
+            )
+    if split.leaks:
+        return
+    split_of: dict[str, str] = {}
+    for name, rows in split.rows.items():
+        for group in images["group"].iloc[rows].unique():
+            if split_of.setdefault(group, name) != name:
+                raise ValueError(
+                    f"Group {group} is in {split_of[group]} and in {name}: scores would leak. "
+                    "Give each group one split, or let `--protocol lesion` split."
+                )
+    if len(np.unique(placed)) != len(placed):
+        raise ValueError("A split must place each image once; this one places some twice.")
+
+
 def refuse_leak(dataset: Dataset) -> None:
-    """Refuse to train on a dataset with training groups in its evaluation splits, unless it is marked as a study of that.
+    """Refuse to train on a dataset with training groups in its evaluation splits, unless it is marked as a study.
 
     Raises:
         ValueError: naming the splits and the number of shared groups.
@@ -39,13 +70,13 @@ def refuse_leak(dataset: Dataset) -> None:
         shared = len(np.intersect1d(train, load_groups(dataset, name))) if name != "train" else 0
         if shared and not dataset.description.protocol.get("leaks"):
             raise ValueError(
-                f"{dataset.folder}: {shared} training groups (lesions) are also in the {name} split, so its scores would leak. "
+                f"{dataset.folder}: {shared} training {dataset.groups_name} are also in the {name} split, so its scores would leak. "
                 "Pack the source again with `--protocol lesion`."
             )
 
 
 def leak_warnings(dataset: Dataset, split: str, train_groups: np.ndarray) -> list[str]:
-    """One sentence if groups of a split are among those that a model was trained on, else nothing.
+    """One sentence if groups of a split are among those that a model was trained on, else an empty list.
 
     Args:
         train_groups: hashes of the model's training groups, as from `group_hashes`.
@@ -54,7 +85,8 @@ def leak_warnings(dataset: Dataset, split: str, train_groups: np.ndarray) -> lis
     shared = len(np.intersect1d(groups, train_groups))
     if not shared:
         return []
-    return [f"{shared} of {len(groups)} groups (lesions) of the {split} split were trained on: the scores are too high"]
+    counted = f"{shared} of {len(groups)} {dataset.groups_name} of the {split} split"
+    return [f"{counted} were trained on: the scores are too high"]
 
 
 def refuse_trained_groups(dataset: Dataset, split: str, train_groups: np.ndarray) -> None:
@@ -65,5 +97,5 @@ def refuse_trained_groups(dataset: Dataset, split: str, train_groups: np.ndarray
     """
     if warnings := leak_warnings(dataset, split, train_groups):
         raise ValueError(
-            f"{dataset.folder}: {warnings[0]}. Give other data; --allow-leak evaluates all the same and says so."
+            f"{dataset.folder}: {warnings[0]}. Give other data; --allow-leak evaluates anyway and marks the results."
         )

@@ -1,6 +1,6 @@
 """Write a catalogue and its split as WebDataset tar shards.
 
-In: a `Catalogue` and a `Split`. Out: a folder as `shards.index` reads it. What stays true: the folder appears whole or
+In: a `Catalogue` and a `Split`. Out: a folder as `shards.index` reads it. Invariants: the folder appears whole or
 not at all (it is written beside its name and renamed at the end); the same input gives the same bytes, whatever the
 number of threads; memory does not depend on the number of images.
 """
@@ -23,15 +23,15 @@ from tqdm import tqdm
 
 from shards.catalogue import Catalogue
 from shards.files import new_folder, sha256, write_durably
+from shards.grouping import Split
 from shards.image import FITS, encode, fit, open_rgb
 from shards.index import FORMAT, SHARD_COLUMNS, Description, Shard
-from shards.leaks import group_hashes
-from shards.split import Split, check_split
+from shards.leaks import check_split, group_hashes
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How pictures are stored.
+    """How images are stored.
 
     size: stored (width, height) in pixels. fit: cover, contain or squeeze. quality: JPEG quality, 1 to 100.
     shard_samples: at most this many samples in one shard.
@@ -45,13 +45,9 @@ class Packing:
     def __post_init__(self):
         """Check the values."""
         if min(self.size) < 8 or max(self.size) > 65500:
-            raise ValueError(
-                f"The 'size' of stored pictures must be 8x8 to 65500x65500 pixels. Got {self.size} instead."
-            )
+            raise ValueError(f"The 'size' of stored images must be 8x8 to 65500x65500 pixels. Got {self.size} instead.")
         if self.fit not in FITS:
-            raise ValueError(
-                f"The 'fit' of stored pictures must be one of {', '.join(FITS)}. Got {self.fit!r} instead."
-            )
+            raise ValueError(f"The 'fit' of stored images must be one of {', '.join(FITS)}. Got {self.fit!r} instead.")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"The JPEG 'quality' must be 1 to 100. Got {self.quality} instead.")
         if self.shard_samples < 1:
@@ -64,7 +60,7 @@ def pack(
     """Pack a catalogue into `out`, which must not exist yet.
 
     Args:
-        catalogue: checked rows. split: where each goes. packing: how pictures are stored.
+        catalogue: checked rows. split: where each goes. packing: how images are stored.
         out: the folder to make. While packing, its content lies in `OUT.partial`; a killed pack leaves only that, and
             packing again removes it.
         threads: decoding threads, 0 for one a core.
@@ -72,7 +68,7 @@ def pack(
 
     Raises:
         FileExistsError: `out` exists and is not an empty folder.
-        ValueError: a picture that cannot be decoded, or a split that leaks.
+        ValueError: an image that cannot be decoded, or a split that leaks.
         OSError: a full disk, among others.
     """
     return pack_several(catalogue, split, [(out, packing or Packing())], threads, quiet)[0]
@@ -120,7 +116,7 @@ def pack_several(
 def _write_index(
     folder: Path, catalogue: Catalogue, split: Split, packing: Packing, shards: list[Shard], fingerprint: str
 ) -> Description:
-    """Write what says what the shards are; `dataset.json`, the mark of a whole dataset, goes last."""
+    """Write the index files; `dataset.json`, which marks a complete dataset, goes last."""
     images = catalogue.images
     _write_table(pd.DataFrame(shards, columns=SHARD_COLUMNS), folder / "shards.csv")
     reasons = [(images["image_id"].iloc[row], why) for row, why in sorted(split.left_out.items())]
@@ -143,6 +139,9 @@ def _write_index(
         warnings=[*catalogue.warnings, *split.warnings],
         source={"name": catalogue.name, "images": len(images), "fingerprint": fingerprint},
         files={name: sha256(folder / name) for name in files},
+        group_name=catalogue.group_name,
+        citation=catalogue.citation,
+        license=catalogue.license,
     )
     write_durably(folder / "dataset.json", description.to_bytes())
     return description
@@ -168,9 +167,9 @@ def _encoded(
 def _encode_one(path: str, packings: list[Packing]) -> tuple[list[bytes], bytes]:
     original = Path(path).read_bytes()
     if not original:
-        raise ValueError(f"The picture {path} is empty (0 bytes). Download it again or remove its row.")
-    picture = open_rgb(original, path)
-    stored = [encode(fit(picture, packing.size, packing.fit), packing.quality) for packing in packings]
+        raise ValueError(f"The image {path} is empty (0 bytes). Download it again or remove its row.")
+    image = open_rgb(original, path)
+    stored = [encode(fit(image, packing.size, packing.fit), packing.quality) for packing in packings]
     return stored, hashlib.sha256(original).digest()
 
 
@@ -178,7 +177,7 @@ def _write_tars(
     paths: list[Path], samples: Iterator, members: pd.DataFrame, catalogue: Catalogue, first_key: int, source, bar
 ) -> None:
     """Write one shard of each output, and feed the source's fingerprint."""
-    from webdataset import TarWriter  # imports torch, which takes seconds: only packing pays for it
+    from webdataset.writer import TarWriter  # imports torch, which takes seconds: only packing pays for it
 
     rows = members.drop(columns=["path", "label"]).to_dict("records")
     with ExitStack() as stack:
@@ -200,14 +199,14 @@ def _write_tars(
 
 
 def _sample_table(path: Path, members: pd.DataFrame, catalogue: Catalogue) -> pd.DataFrame:
-    """One row a sample of a tar that was just written: where its picture lies, and what is known of it."""
+    """One row a sample of a tar that was just written: where its image lies, and the source's columns."""
     with tarfile.open(path) as tar:
-        pictures = [member for member in tar if member.name.endswith(".jpg")]
+        images = [member for member in tar if member.name.endswith(".jpg")]
     table = pd.DataFrame(
         {
-            "key": [member.name.removesuffix(".jpg") for member in pictures],
-            "offset": [member.offset_data for member in pictures],
-            "size": [member.size for member in pictures],
+            "key": [member.name.removesuffix(".jpg") for member in images],
+            "offset": [member.offset_data for member in images],
+            "size": [member.size for member in images],
             "label": members["label"].map(catalogue.classes.index).to_numpy(),
         }
     )

@@ -1,8 +1,9 @@
 """Which sample is where in an epoch: pure arithmetic over shard sizes and a seed.
 
 In: the number of samples of each shard. Out: for positions of an epoch's stream, the shard and the row.
-What stays true: the order is a function of (shard sizes, seed, epoch, lanes, shuffle_block_shards) and of nothing else; ranks,
-threads and resuming only choose which positions they look up. Memory is a block's, not the dataset's.
+Invariants: the order is a function of (shard sizes, labels where classes are balanced, seed, epoch, lanes,
+shuffle_block_shards) and of nothing else; ranks, threads and resuming only choose which positions they look up. Memory
+is a block's, not the dataset's.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,13 @@ class Plan:
 
     shard_sizes: samples of each shard, in the dataset's order.
     global_batch: images in one optimizer step over all ranks.
-    seed: another seed gives other orders.
+    seed: a different seed gives different orders.
     lanes: the stream is cut into this many equal lanes, and each batch takes as many images from each lane.
     shuffle_block_shards: inside a lane, samples are shuffled within blocks of this many consecutive shards; 0 means all.
+    labels: labels of a shard's rows, (samples,) int64, by its number. With them each class is drawn equally often within
+        a block, and each sample of a class as often as the others, give or take one. An epoch has as many batches as
+        without, so samples of frequent classes are not all reached, and those of rare classes are repeated (at other
+        positions, so that they are augmented in another way).
 
     Raises:
         ValueError: lanes that do not divide the batch, or a batch larger than the split.
@@ -31,8 +36,9 @@ class Plan:
     seed: int
     lanes: int = 1
     shuffle_block_shards: int = 0
+    labels: Callable[[int], np.ndarray] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Check that the numbers fit together."""
         if self.global_batch < 1 or self.lanes < 1 or self.shuffle_block_shards < 0:
             raise ValueError(
@@ -63,10 +69,9 @@ class Plan:
         """Samples that one epoch does not reach (others in each epoch)."""
         return sum(self.shard_sizes) - self.n_batches * self.global_batch
 
-    @property
-    def note(self) -> str:
-        """What one epoch does not show, for people."""
-        return f"{self.n_left_out} left for other epochs"
+    def describe(self) -> str:
+        """Human-readable: what one epoch does not show, or that classes are balanced."""
+        return "each class equally often" if self.labels else f"{self.n_left_out} dropped this epoch"
 
     def locate(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find samples by position in the epoch's stream of batches (batch k holds positions kB to (k+1)B - 1).
@@ -107,37 +112,49 @@ class Plan:
             stream[here] = low + _block_order(self, epoch, lane, int(number), low, high)[stream[here] - low]
         return stream
 
-    def arrange(self, epoch: int, low: int, high: int, draw: np.random.Generator) -> np.ndarray:
-        """The order of the places [low, high) of the stream of permuted shards, counted from low: (high - low,)."""
-        return draw.permutation(high - low)
+    def permute_block(self, epoch: int, low: int, high: int, rng: np.random.Generator) -> np.ndarray:
+        """The order of the places [low, high) of the stream of permuted shards, counted from low: (high - low,).
+
+        Without labels a permutation; with them some places are repeated and others missing.
+        """
+        if self.labels is None:
+            return rng.permutation(high - low)
+        order, starts = _shards_of_epoch(self, epoch)
+        ends = starts + np.asarray(self.shard_sizes, dtype=np.int64)[order]
+        parts = [
+            self.labels(int(order[n]))[max(low - starts[n], 0) : high - starts[n]]
+            for n in np.flatnonzero((starts < high) & (ends > low))
+        ]
+        return _balanced_order(np.concatenate(parts), rng)
 
 
-def rank_slice(batch_size: int, rank: int, world: int, group_size: int = 1) -> tuple[int, int]:
+def rank_slice(batch_size: int, rank: int, world_size: int, group_size: int = 1) -> tuple[int, int]:
     """The positions [start, stop) of a global batch that a rank takes: uneven where the world does not divide it.
 
     Args:
-        together: so many neighbours are never cut apart; it divides the batch.
+        batch_size: images in the global batch.
+        group_size: so many neighbours are never cut apart; it divides the batch.
 
     Raises:
         ValueError: more ranks than images.
     """
     parts = batch_size // group_size
-    if world > parts:
+    if world_size > parts:
         raise ValueError(
-            f"'data.global_batch_size' is {batch_size} images for {world} processes: some would get none"
+            f"'data.global_batch_size' is {batch_size} images for {world_size} processes: some would get none"
             + (f", as {group_size} stay together" if group_size > 1 else "")
             + ". Raise data.global_batch_size or start fewer processes."
         )
-    return rank * parts // world * group_size, (rank + 1) * parts // world * group_size
+    return rank * parts // world_size * group_size, (rank + 1) * parts // world_size * group_size
 
 
-def evaluation_ranges(n_samples: int, unit: int, rank: int, world: int) -> list[tuple[int, int]]:
-    """The [start, stop) ranges of a split, each of at most `unit` samples, that a rank evaluates.
+def evaluation_ranges(n_samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+    """The [start, stop) ranges of a split, each of at most `batch_size` samples, that a rank evaluates.
 
-    The cuts do not depend on the world; ranks take units in turn, so every sample has exactly one rank.
+    The cuts do not depend on the number of ranks; ranks take batches in turn, so every sample has exactly one rank.
     """
-    starts = range(rank * unit, n_samples, world * unit)
-    return [(start, min(start + unit, n_samples)) for start in starts]
+    starts = range(rank * batch_size, n_samples, world_size * batch_size)
+    return [(start, min(start + batch_size, n_samples)) for start in starts]
 
 
 def locate_in_order(shard_sizes: tuple[int, ...], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,49 +172,12 @@ def _shards_of_epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
 
-@dataclass(frozen=True)
-class BalancedPlan(Plan):
-    """A plan that draws each class equally often, and each sample of a class as often as the others, give or take one.
-
-    An epoch has as many batches as without, so samples of frequent classes wait for other epochs and those of rare
-    classes come again (at other positions, which vary them in another way). It holds for each block of shards.
-
-    labels: labels of a shard's rows, (samples,) int64, by its number.
-    """
-
-    labels: Callable[[int], np.ndarray] = None
-
-    @property
-    def note(self) -> str:
-        """What one epoch shows, for people."""
-        return "each class equally often"
-
-    def arrange(self, epoch: int, low: int, high: int, draw: np.random.Generator) -> np.ndarray:
-        """As in `Plan`, but with repetitions."""
-        order, starts = _shards_of_epoch(self, epoch)
-        ends = starts + np.asarray(self.shard_sizes, dtype=np.int64)[order]
-        parts = [
-            self.labels(int(order[n]))[max(low - starts[n], 0) : high - starts[n]]
-            for n in np.flatnonzero((starts < high) & (ends > low))
-        ]
-        labels = np.concatenate(parts)
-        present, length = np.unique(labels), high - low
-        # Rounds of all classes, each in another order: neighbours are seldom alike, and any stretch is balanced.
-        rounds = np.tile(present, (-(-length // len(present)), 1))
-        classes, places = draw.permuted(rounds, axis=1).ravel()[:length], np.empty(length, dtype=np.int64)
-        for label in present:
-            members, here = np.flatnonzero(labels == label), np.flatnonzero(classes == label)
-            passes = [draw.permutation(members) for _ in range(-(-len(here) // len(members)))]
-            places[here] = np.concatenate([*passes, members[:0]])[: len(here)]
-        return places
-
-
 def _block_order(plan: Plan, epoch: int, lane: int, block: int, low: int, high: int) -> np.ndarray:
     """The shuffled order of one block; each lane remembers its last two, so memory does not grow with the dataset."""
     remembered = _recent_blocks(plan, epoch)
     number, order = remembered.get((lane, block % 2), (None, None))
     if number != block:
-        order = plan.arrange(epoch, low, high, _philox(plan.seed, epoch, lane + 1, block))
+        order = plan.permute_block(epoch, low, high, _philox(plan.seed, epoch, lane + 1, block))
         remembered[lane, block % 2] = (block, order)
     return order
 
@@ -205,6 +185,19 @@ def _block_order(plan: Plan, epoch: int, lane: int, block: int, low: int, high: 
 @lru_cache(maxsize=2)
 def _recent_blocks(plan: Plan, epoch: int) -> dict:
     return {}
+
+
+def _balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Places of a block, (n,) int64, that show each of its classes equally often; labels: (n,), by place."""
+    present, length = np.unique(labels), len(labels)
+    # Rounds of all classes, each in another order: neighbours seldom have one class, and any stretch is balanced.
+    rounds = np.tile(present, (-(-length // len(present)), 1))  # (rounds, classes)
+    classes, places = rng.permuted(rounds, axis=1).ravel()[:length], np.empty(length, dtype=np.int64)
+    for label in present:
+        members, here = np.flatnonzero(labels == label), np.flatnonzero(classes == label)
+        passes = [rng.permutation(members) for _ in range(-(-len(here) // len(members)))]
+        places[here] = np.concatenate([*passes, members[:0]])[: len(here)]
+    return places
 
 
 def _philox(seed: int, *counter: int) -> np.random.Generator:

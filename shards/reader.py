@@ -1,7 +1,7 @@
-"""Read stored pictures by shard, offset and size, from many threads.
+"""Read stored images by shard, offset and size, from many threads.
 
-In: a `Dataset` and shard numbers of one split. Out: the JPEG's bytes and the rows of the shard's table. What stays
-true: tables are read when their shard is first used, and the number of open files is bounded.
+In: a `Dataset` and shard numbers of one split. Out: the JPEG's bytes and the rows of the shard's table. Invariants:
+tables are read when their shard is first used, and the number of open files is bounded.
 """
 
 import os
@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -28,10 +29,9 @@ class Table:
 
 
 class SplitReader:
-    """The samples of one split, addressed by (shard number, row). Safe to share between threads."""
+    """The samples of one split (or its alias), addressed by (shard number, row). Safe to share between threads."""
 
-    def __init__(self, dataset: Dataset, split: str):
-        """Open nothing yet; `split` may be an alias."""
+    def __init__(self, dataset: Dataset, split: str) -> None:
         self.dataset = dataset
         self.shards = dataset.split(split)
         self.shard_sizes = tuple(shard.samples for shard in self.shards)
@@ -48,17 +48,17 @@ class SplitReader:
             return self._tables[shard]
 
     def read(self, shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
-        """Read many pictures, shard by shard: a lock and a table look-up for each shard, not for each picture.
+        """Read many images, shard by shard: a lock and a table look-up for each shard, not for each image.
 
         Args:
             shards, rows: (n,) int64.
 
         Yields:
-            the place of a picture among those asked for, and its bytes; fewer bytes than its size where the shard ends.
+            the place of an image among those requested, and its bytes; fewer bytes than its size if the shard is cut off.
 
         Raises:
-            FileNotFoundError: a shard is gone.
-            ValueError: a shard has another size than was packed.
+            FileNotFoundError: a shard is missing.
+            ValueError: a shard's size differs from what was packed.
         """
         for shard in np.unique(shards).tolist():
             table, file = self.table(shard), self._open(shard)
@@ -77,7 +77,7 @@ class SplitReader:
         return labels, keys
 
     def describe(self, shard: int, row: int) -> str:
-        """What to call a sample in an error: its key, shard and offset."""
+        """A sample's name in errors: its key, shard and offset."""
         table = self.table(shard)
         path = self.dataset.folder / self.shards[shard].file
         return f"sample {table.key[row]:08d} of {path} (byte {table.offset[row]})"
@@ -93,9 +93,9 @@ class SplitReader:
 
 
 class _File:
-    """A file descriptor that closes itself when nobody holds it any more."""
+    """A file descriptor that is closed when its last user lets go of it."""
 
-    def __init__(self, path, size: int):
+    def __init__(self, path: Path, size: int) -> None:
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
@@ -104,8 +104,10 @@ class _File:
             ) from error
         found = os.fstat(self.descriptor).st_size
         if found != size:
-            raise ValueError(f"The shard {path} has {found} bytes, and {size} were packed. Copy it again.")
+            raise ValueError(
+                f"The shard {path} has {found} bytes instead of the {size} that were packed. Copy it again."
+            )
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)

@@ -1,46 +1,42 @@
-"""Split protocols: pure functions of a catalogue's table and a seed.
+"""Split protocols: pure functions of a catalogue's table and a seed, and the one table that names them.
 
 In: the table of a `Catalogue`. Out: a `Split`, naming for every row the splits it is stored in or why it is left out.
-What stays true: no group is in two stored splits, but for the study protocols that exist to show what that does, and
-those say so; what is chosen depends on names and the seed, not on the order of the rows, but for which image of a
-group is its first.
+Invariants: no group is in two stored splits, except in study protocols, which are marked as leaking; what is chosen
+depends on names and the seed, and on the order of the rows only for which image of a group is its first.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from math import floor
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
-SPLITS = ("train", "val", "test")
+from shards.grouping import (
+    SPLITS,
+    VAL_IS_TEST,
+    Split,
+    column_of,
+    cut_classes,
+    is_in,
+    is_repeated,
+    names_by_class,
+    one_image_reasons,
+    require_groups,
+    sort_by_hash,
+    split_names,
+    split_of_groups,
+    stored_rows,
+    with_holdout,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd  # `pack --help` describes the protocols without waiting for pandas
+
 FRACTIONS = (0.70, 0.15, 0.15)
-NOT_A_LESION = "ISIC_0035068"  # in the challenge's test images by way of a joke: no lesion
-VAL_IS_TEST = "validation doubles as the test split: test scores are of images that chose the weights"
-
-
-@dataclass(frozen=True)
-class Split:
-    """Where each row of a catalogue goes.
-
-    protocol: name and parameters, as recorded in `dataset.json`; `leaks` is there, and true, for study protocols.
-    rows: split name -> row numbers, in the order in which they are stored (shuffled by hash).
-    left_out: row number -> the reason why it is stored nowhere.
-    aliases: split names that are another split under a second name ({"test": "val"}).
-    warnings: what a reader of a score from this split must be told.
-    """
-
-    protocol: dict
-    rows: dict[str, np.ndarray]
-    left_out: dict[int, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def leaks(self) -> bool:
-        """Whether training groups are in evaluation splits, on purpose."""
-        return self.protocol.get("leaks", False)
+NOT_A_LESION = "ISIC_0035068"  # among the challenge's test images as a joke: it shows no lesion
 
 
 def split_by_lesion(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, ...] = FRACTIONS) -> Split:
@@ -51,14 +47,14 @@ def split_by_lesion(images: pd.DataFrame, seed: int = 0, fractions: tuple[float,
 
     Args:
         images: catalogue table with `image_id, label, group`.
-        seed: another seed gives another split.
+        seed: a different seed gives a different split.
         fractions: shares of each class's groups for train, val and (unless it is held out) test; they sum to 1.
 
     Raises:
-        ValueError: fractions that are no shares of 1, or a class with fewer groups than splits.
+        ValueError: fractions that are not positive or do not sum to 1, or a class with fewer groups than splits.
     """
-    split_of = _cut_classes(images, "group", seed, fractions)
-    return _grouped(images, split_of, seed, {"name": "lesion", "seed": seed, "fractions": list(fractions)})
+    split_of = cut_classes(images, "group", seed, fractions)
+    return split_of_groups(images, split_of, seed, {"name": "lesion", "seed": seed, "fractions": list(fractions)})
 
 
 def split_by_fold(images: pd.DataFrame, seed: int, n_folds: int, fold: int, held_out: bool = False) -> Split:
@@ -73,18 +69,20 @@ def split_by_fold(images: pd.DataFrame, seed: int, n_folds: int, fold: int, held
         raise ValueError(f"'--folds' must be at least 3 and '--fold' from 0 to one less. Got {n_folds} and {fold}.")
     roles = {fold: "val"} if held_out else {fold: "test", (fold + 1) % n_folds: "val"}
     split_of = {}
-    for label, groups in images.groupby("label")["group"].unique().items():
-        _enough(label, groups, n_folds, "folds")
-        split_of |= {group: roles.get(place % n_folds, "train") for place, group in enumerate(_by_hash(groups, seed))}
+    for label, groups in names_by_class(images, "group").items():
+        require_groups(label, groups, n_folds, "folds")
+        split_of |= {
+            group: roles.get(place % n_folds, "train") for place, group in enumerate(sort_by_hash(groups, seed))
+        }
     protocol = {"name": "lesion", "seed": seed, "folds": n_folds, "fold": fold}
-    return _grouped(images, split_of, seed, protocol)
+    return split_of_groups(images, split_of, seed, protocol)
 
 
 def split_by_image(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, ...] = FRACTIONS) -> Split:
     """Image-level, stratified, all images kept: a study of what that inflates, since lesions land in several splits."""
-    split_of = _cut_classes(images, "image_id", seed, fractions)
-    names = images["image_id"].map(split_of)
-    rows = {name: _stored(images, names == name, seed) for name in SPLITS[: len(fractions)]}
+    split_of = cut_classes(images, "image_id", seed, fractions)
+    names = split_names(column_of(images, "image_id"), split_of)
+    rows = {name: stored_rows(images, names == name, seed) for name in SPLITS[: len(fractions)]}
     warning = "split by image: images of one lesion are in several splits, and scores are too high"
     protocol = {"name": "image", "seed": seed, "fractions": list(fractions), "leaks": True}
     return Split(protocol, rows, warnings=(warning,))
@@ -93,12 +91,7 @@ def split_by_image(images: pd.DataFrame, seed: int = 0, fractions: tuple[float, 
 def split_notebook(images: pd.DataFrame, seed: int = 0) -> Split:
     """The 2021 notebook's split without its leak: the first image of each lesion, 80/20 per class.
 
-    `int(0.8 n)` images of each class train, the others validate. There is no third split: validation doubles as the
-    test split, as it did in the notebook, and that is recorded as a warning.
-
-    Args:
-        images: catalogue table with `image_id, label, group`.
-        seed: another seed gives another split.
+    `int(0.8 n)` images of each class train, the others validate; there is no third split, and a warning says so.
     """
     return _notebook(images, seed, {"name": "notebook", "seed": seed}, lambda ordered, n: (ordered[:n], ordered[n:]))
 
@@ -121,12 +114,12 @@ def split_isic2018(images: pd.DataFrame, seed: int = 0) -> Split:
     Args:
         images: catalogue table whose column `part` says train (HAM10000) or test (the challenge's 1,512 images).
     """
-    column = pd.Series(np.where(images["part"] == "test", "test", ""), index=images.index)
-    egg = images["image_id"] == NOT_A_LESION
-    ham = np.flatnonzero((column == "") & ~egg)
+    is_test = column_of(images, "part") == "test"
+    egg = column_of(images, "image_id") == NOT_A_LESION
+    ham = np.flatnonzero(~is_test & ~egg)
     inner = split_by_lesion(images.iloc[ham], seed, (0.85, 0.15))
     rows = {name: ham[members] for name, members in inner.rows.items()}
-    rows["test"] = _stored(images, (column == "test") & ~egg, seed)
+    rows["test"] = stored_rows(images, is_test & ~egg, seed)
     left_out = {int(ham[row]): reason for row, reason in inner.left_out.items()}
     left_out |= {int(row): "the challenge's easter egg: it shows no lesion" for row in np.flatnonzero(egg)}
     return Split({"name": "isic2018", "seed": seed, "fractions": [0.85, 0.15]}, rows, left_out)
@@ -143,148 +136,115 @@ def split_by_column(images: pd.DataFrame, name: str, seed: int = 0) -> Split:
     if name not in images.columns:
         raise ValueError(f"The source has no column {name!r} to split by. It has: {', '.join(images.columns)}.")
     words = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-    names = images[name].str.strip().str.lower().map(words)
-    if names.isna().any():
-        odd = images[name][names.isna()].unique()
-        raise ValueError(
-            f"The column {name!r} must say train, val or test. Found also: {', '.join(map(repr, odd[:5]))}."
-        )
-    missing = {"train", "val"} - set(names)
-    if missing:
+    said = column_of(images, name)
+    if odd := [repr(word) for word in dict.fromkeys(said) if word.strip().lower() not in words]:
+        raise ValueError(f"The column {name!r} must say train, val or test. Found also: {', '.join(odd[:5])}.")
+    names = np.array([words[word.strip().lower()] for word in said], dtype=object)
+    if missing := {"train", "val"} - set(names):
         raise ValueError(
             f"The column {name!r} has no {' and no '.join(sorted(missing))} rows. Use --protocol lesion instead."
         )
-    rows = {part: _stored(images, names == part, seed) for part in SPLITS if (names == part).any()}
+    rows = {part: stored_rows(images, names == part, seed) for part in SPLITS if (names == part).any()}
     alias = {} if "test" in rows else {"test": "val"}
     return Split({"name": f"column:{name}", "seed": seed}, rows, {}, alias, (VAL_IS_TEST,) if alias else ())
 
 
 def external_test(images: pd.DataFrame, seed: int = 0) -> Split:
     """Every image is test: a set of another origin, to evaluate models on that were trained elsewhere."""
-    return Split({"name": "test", "seed": seed}, {"test": _stored(images, images["label"].notna(), seed)})
-
-
-def with_holdout(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.DataFrame], Split]) -> Split:
-    """Cut a common test set of groups first, then apply a protocol (that leaves no test split) to the others.
-
-    Which groups are held out depends on their names alone, neither on the protocol nor on its seed: splits made with
-    the same fraction are tested on the same unseen images, one of each group.
-
-    Raises:
-        ValueError: a fraction that is no share, or a class too small for it.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"'--holdout' must be a share of the groups between 0 and 1. Got {fraction} instead.")
-    held: set[str] = set()
-    for label, groups in images.groupby("label")["group"].unique().items():
-        _enough(label, groups, 2, "parts")
-        n = min(len(groups) - 1, max(1, floor(len(groups) * fraction + 0.5)))
-        held |= set(_by_hash(groups, "holdout")[:n])
-    is_held = images["group"].isin(held)
-    rest = np.flatnonzero(~is_held)
-    inner = protocol(images.iloc[rest].reset_index(drop=True))
-    rows = {name: rest[members] for name, members in inner.rows.items()}
-    repeated = is_held & images["group"].duplicated()
-    rows["test"] = _stored(images, is_held & ~repeated, 0)
-    left_out = {int(rest[row]): reason for row, reason in inner.left_out.items()} | _one_image(images, repeated, "test")
-    warnings = tuple(warning for warning in inner.warnings if warning != VAL_IS_TEST)
-    return Split(inner.protocol | {"holdout": fraction}, rows, left_out, {}, warnings)
-
-
-def check_split(images: pd.DataFrame, split: Split) -> None:
-    """Refuse a split that loses an image, tests what it does not train, or leaks without saying so.
-
-    Raises:
-        ValueError: naming a group and where it was found, or an image.
-    """
-    placed = np.concatenate([*split.rows.values(), np.fromiter(split.left_out, dtype=np.int64)])
-    if not np.array_equal(np.unique(placed), np.arange(len(images))):
-        raise ValueError("A split must place each image or say why it is left out; this one does not.")
-    trained = set(images["label"].iloc[split.rows["train"]]) if "train" in split.rows else set(images["label"])
-    for name, rows in split.rows.items():
-        if unknown := sorted(set(images["label"].iloc[rows]) - trained):
-            raise ValueError(
-                f"The {name} split has classes that train has not: {', '.join(unknown)}. Add training images of them."
-            )
-    if split.leaks:
-        return
-    split_of: dict[str, str] = {}
-    for name, rows in split.rows.items():
-        for group in images["group"].iloc[rows].unique():
-            if split_of.setdefault(group, name) != name:
-                raise ValueError(
-                    f"Group {group} is in {split_of[group]} and in {name}: scores would leak. "
-                    "Give each group one split, or let `--protocol lesion` split."
-                )
-    if len(np.unique(placed)) != len(placed):
-        raise ValueError("A split must place each image once; this one places some twice.")
-
-
-def _cut_classes(images: pd.DataFrame, unit: str, seed: int, fractions: tuple[float, ...]) -> dict[str, str]:
-    """Group or image -> split, cut at the fractions inside each class; `unit` is the column that is cut."""
-    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise ValueError(f"The 'fractions' of a split must be positive shares that sum to 1. Got {fractions} instead.")
-    split_of = {}
-    for label, members in images.groupby("label")[unit].unique().items():
-        _enough(label, members, len(fractions), "splits")
-        rest = _by_hash(members, seed)
-        counts = [max(1, floor(len(rest) * share + 0.5)) for share in fractions[1:]]
-        n_train = max(1, len(rest) - sum(counts))
-        cuts = np.cumsum([n_train, *counts])
-        for name, part in zip(SPLITS, np.split(np.array(rest, dtype=object), cuts[:-1]), strict=False):
-            split_of |= dict.fromkeys(part, name)
-    return split_of
-
-
-def _grouped(images: pd.DataFrame, split_of: dict[str, str], seed: int, protocol: dict) -> Split:
-    """A split by group: train keeps all images, the others the first of each group."""
-    names = images["group"].map(split_of)
-    repeated = images["group"].duplicated() & (names != "train")
-    parts = [name for name in SPLITS if name in set(split_of.values())]
-    rows = {name: _stored(images, (names == name) & ~repeated, seed) for name in parts}
-    left_out = {}
-    for name in parts[1:]:
-        left_out |= _one_image(images, repeated & (names == name), name)
-    return Split(protocol, rows, left_out)
+    return Split({"name": "test", "seed": seed}, {"test": stored_rows(images, np.ones(len(images), bool), seed)})
 
 
 def _notebook(images: pd.DataFrame, seed: int, protocol: dict, cut: Callable) -> Split:
-    first = ~images["group"].duplicated()
+    first, ids = ~is_repeated(images), column_of(images, "image_id")
     chosen: dict[str, set[str]] = {"train": set(), "val": set()}
-    for label, members in images[first].groupby("label"):
-        ordered = _by_hash(members["image_id"], seed)
-        _enough(label, ordered, 2, "splits")
+    for label, members in names_by_class(images.iloc[np.flatnonzero(first)], "image_id").items():
+        ordered = sort_by_hash(members, seed)
+        require_groups(label, ordered, 2, "splits")
         for part, names in zip(chosen, cut(ordered, int(0.8 * len(ordered))), strict=True):
             chosen[part] |= set(names)
-    rows = {part: _stored(images, images["image_id"].isin(names), seed) for part, names in chosen.items()}
-    unused = first & ~images["image_id"].isin(chosen["train"] | chosen["val"])
-    left_out = _one_image(images, ~first, "every split")
+    rows = {part: stored_rows(images, is_in(ids, names), seed) for part, names in chosen.items()}
+    unused = first & ~is_in(ids, chosen["train"] | chosen["val"])
+    left_out = one_image_reasons(images, ~first, "every split")
     left_out |= {int(row): "the notebook uses it nowhere" for row in np.flatnonzero(unused)}
     return Split(protocol, rows, left_out, {"test": "val"}, (VAL_IS_TEST,))
 
 
-def _one_image(images: pd.DataFrame, repeated: pd.Series, name: str) -> dict[int, str]:
-    """Why the further images of a group are left out."""
-    groups = images["group"]
-    return {
-        int(row): f"{name} keeps one image a group, and another of {groups.iloc[row]} is kept"
-        for row in np.flatnonzero(repeated)
-    }
+@dataclass(frozen=True)
+class Protocol:
+    """A row of `PROTOCOLS`.
+
+    split: makes the split, from (images, seed=...). about: one line for --help.
+    has_own_test: the source or the protocol names its test split, so that --holdout does not go with it.
+    has_fractions: `split` takes fractions (--holdout drops the last). is_study: it leaks on purpose, and is marked.
+    """
+
+    split: Callable[..., Split]
+    about: str
+    has_own_test: bool = False
+    has_fractions: bool = False
+    is_study: bool = False
 
 
-def _enough(label: str, members, least: int, what: str) -> None:
-    if len(members) < least:
-        raise ValueError(
-            f"Class {label} has {len(members)} group(s), fewer than the {least} {what}. "
-            "Add images of other lesions of that class, or leave the class out of the source."
-        )
+# Every protocol, as `--protocol` names it.
+PROTOCOLS = {
+    "lesion": Protocol(
+        split_by_lesion, "groups of each class, .70/.15/.15. With --folds: cross-validation", has_fractions=True
+    ),
+    "notebook": Protocol(
+        split_notebook, "the 2021 notebook's without its leak: one image a group, 80/20; validation doubles as test"
+    ),
+    "isic2018": Protocol(
+        split_isic2018, "train and val from HAM10000, test from the challenge's (--test-source)", has_own_test=True
+    ),
+    "column:NAME": Protocol(split_by_column, "the source says train, val or test in that column", has_own_test=True),
+    "test": Protocol(external_test, "every image is test: a set to evaluate a trained model on", has_own_test=True),
+    "image": Protocol(
+        split_by_image, "images of each class, wherever their groups land", has_fractions=True, is_study=True
+    ),
+    "notebook-leaky": Protocol(
+        split_notebook_leaky, "the notebook's, with its leak: every validation image is a training image", is_study=True
+    ),
+}
+RENAMED = {"seed": "notebook", "seed-leaky": "notebook-leaky"}  # as they were called before
 
 
-def _by_hash(names: Iterable[str], seed: int | str) -> list[str]:
-    """Names in an order that depends on the seed and on nothing else."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+def choose_protocol(
+    name: str, seed: int = 0, n_folds: int = 0, fold: int = 0, holdout: float = 0.0
+) -> Callable[[pd.DataFrame], Split]:
+    """The protocol of a name, with its parameters: a function of a catalogue's table.
+
+    Args:
+        name: one of `PROTOCOLS`. seed: a different seed gives a different split.
+        n_folds, fold: cross-validation by lesion in so many folds, and which one is the test split; 0 folds for none.
+        holdout: share of the groups that is cut as a common test set before all else; 0 for none.
+
+    Raises:
+        ValueError: an unknown or renamed protocol, or parameters that do not go with it.
+    """
+    column = name.removeprefix("column:") if name.startswith("column:") else ""
+    protocol = PROTOCOLS.get("column:NAME" if column else name)
+    if name in RENAMED:
+        raise ValueError(f"The '--protocol' {name} is now called {RENAMED[name]}.")
+    if protocol is None:
+        raise ValueError(f"The '--protocol' must be one of {', '.join(PROTOCOLS)}. Got {name!r} instead.")
+    if n_folds and name != "lesion":
+        raise ValueError(f"--folds goes with --protocol lesion. Got --protocol {name}.")
+    if holdout and protocol.has_own_test:
+        raise ValueError(f"--holdout does not go with --protocol {name}, which has a test split of its own.")
+    chosen = partial(protocol.split, seed=seed)
+    if n_folds:
+        chosen = partial(split_by_fold, seed=seed, n_folds=n_folds, fold=fold, held_out=bool(holdout))
+    elif column:
+        chosen = partial(chosen, name=column)
+    elif holdout and protocol.has_fractions:
+        train, val, _ = FRACTIONS
+        chosen = partial(chosen, fractions=(train / (train + val), val / (train + val)))
+    return partial(with_holdout, fraction=holdout, protocol=chosen) if holdout else chosen
 
 
-def _stored(images: pd.DataFrame, chosen: pd.Series, seed: int) -> np.ndarray:
-    row_of = dict(zip(images["image_id"], range(len(images)), strict=True))
-    return np.array([row_of[name] for name in _by_hash(images["image_id"][chosen], seed)], dtype=np.int64)
+def describe_protocols() -> str:
+    """Every protocol in a line, for --help."""
+    lines = {False: ["protocols:"], True: ["for studies, marked as leaking:"]}
+    for name, protocol in PROTOCOLS.items():
+        lines[protocol.is_study].append(f"  {name:<15}{protocol.about}")
+    return "\n".join([*lines[False], *lines[True]])

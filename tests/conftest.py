@@ -7,9 +7,9 @@ import pytest
 
 from harness.config import Config, load_config, read_config
 from shards import demo
-from shards.catalogue import read_ham10000
 from shards.index import Dataset, load
 from shards.pack import Packing, pack
+from shards.sources import read_ham10000
 from shards.split import split_by_lesion
 from support.processes import launch
 

@@ -60,8 +60,8 @@ class Augment:
     """Random views of training images; all of it happens on the device, in one interpolation."""
 
     crop_side: tuple[float, float] = (0.7, 1.0)
-    """smallest and largest side of the random square crop, as a share of the stored image's short side (its square root of
-    area, so not torchvision's `scale`)"""
+    """smallest and largest side of the random square crop, as a share of the stored image's short side (not
+    torchvision's `scale`, a share of the area)"""
     hflip_prob: float = 0.5
     """probability of a horizontal flip"""
     vflip_prob: float = 0.5
@@ -135,8 +135,7 @@ class Optim:
     label_smoothing: float = 0.0
     """label smoothing: share of a label's weight that is spread over all classes"""
     balance: Literal["none", "weights", "logit-adjust", "sampler"] = "none"
-    """class imbalance: weighted loss, logit adjustment (Menon et al., 2021), or a sampler that draws each class equally
-    often"""
+    """class imbalance: weighted loss, logit adjustment (Menon et al., 2021), or a class-balanced sampler"""
     max_grad_norm: float = 0.0
     """maximum gradient norm; 0 disables clipping"""
     ema: float = 0.0

@@ -98,7 +98,9 @@ class World:
         heartbeat.start()
         return heartbeat
 
-    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False):
+    def prepare(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False
+    ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's.
 
         Args:
@@ -106,7 +108,7 @@ class World:
                 itself stays as it is, so that what is evaluated does not depend on it.
         """
         ddp_model, optimizer = self._accelerator.prepare(model, optimizer)
-        return (torch.compile(ddp_model, dynamic=False) if compiled else ddp_model), optimizer
+        return (cast(torch.nn.Module, torch.compile(ddp_model, dynamic=False)) if compiled else ddp_model), optimizer
 
     @contextmanager
     def reproducible_threads(self) -> Iterator[int]:
@@ -191,25 +193,31 @@ class World:
             return values
         return cast(torch.Tensor, reduce(values.to(self.device), reduction="sum"))
 
-    def all_gather_rows(self, keys: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Collective: rows of all ranks, sorted by key, whatever number each rank has.
+    def all_gather_rows(
+        self, keys: torch.Tensor, columns: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Collective: the rows of all ranks, sorted by key, whatever number each rank has.
 
         Args:
-            keys: (n,) int64, not negative.
-            rows: (n, ...), n differs from rank to rank.
+            keys: (n,) int64, not negative; n differs from rank to rank.
+            columns: (n, ...) each, of any type; every rank has the same names, in the same order.
 
         Returns:
-            (N,) keys and (N, ...) rows on every rank, on the CPU.
+            (N,) keys and (N, ...) columns of the same names and types, on every rank, on the CPU.
         """
         if self.size > 1:
-            counts = gather(torch.tensor([len(keys)], device=self.device))
-            short = int(counts.max()) - len(keys)
-            keys = torch.cat([keys.to(self.device), keys.new_full((short,), -1).to(self.device)])
-            rows = torch.cat([rows.to(self.device), rows.new_zeros((short, *rows.shape[1:])).to(self.device)])
-            keys, rows = gather(keys), gather(rows)
-            keys, rows = keys[keys >= 0], rows[keys >= 0]
+            counts = _gathered(torch.tensor([len(keys)], device=self.device))
+            n_missing = int(counts.max()) - len(keys)
+            keys = _gathered(torch.cat([keys.to(self.device), keys.new_full((n_missing,), -1).to(self.device)]))
+            is_row = keys >= 0
+            keys = keys[is_row]
+            padded = {
+                name: torch.cat([column, column.new_zeros((n_missing, *column.shape[1:]))]).to(self.device)
+                for name, column in columns.items()
+            }
+            columns = {name: _gathered(column)[is_row] for name, column in padded.items()}
         order = torch.argsort(keys, stable=True)
-        return keys[order].cpu(), rows[order].cpu()
+        return keys[order].cpu(), {name: column[order].cpu() for name, column in columns.items()}
 
     def any_rank(self, flag: bool) -> bool:
         """Collective: whether the flag is set on any rank. (Device sync.)"""
@@ -231,3 +239,8 @@ class World:
             # (torch 2.7) hangs if a thread of its own lets go of the last collective's tensors while the group is destroyed.
             self._accelerator.wait_for_everyone()
         self._accelerator.end_training()
+
+
+def _gathered(values: torch.Tensor) -> torch.Tensor:
+    """Collective: tensors of one shape, of all ranks, one after the other."""
+    return cast(torch.Tensor, gather(values))

@@ -1,1 +1,1 @@
-"""Predictions of a split and what they are worth."""
+"""Predictions of a split, their metrics, and the results that are written."""

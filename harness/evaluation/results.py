@@ -1,10 +1,14 @@
-"""What predictions are worth: everything in `metrics.json`, and the same in words.
+"""Evaluation results: the contents of `metrics.json`, and how they are computed from predictions.
 
-In: `Predictions` of a split, and of validation. Out: plain numbers. What stays true: the split that is judged chooses
-nothing; temperature and thresholds come from validation, class frequencies from training.
+In: `Predictions` of a split and of the validation split, or a folder of results. Out: `Results`. Invariants: nothing is
+tuned on the split that is evaluated (temperature and thresholds come from validation, class priors from training); every
+reader of `metrics.json` goes through `Results`, so its format stands here alone.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,26 +22,21 @@ from harness.evaluation.calibration import (
     threshold_for,
     with_temperature,
 )
-from harness.evaluation.metrics import compute_metrics, format_metric, paired_differences, table
+from harness.evaluation.metrics import compute_metrics, paired_differences, pick
+from harness.evaluation.subgroups import subgroup_metrics
 
-CALIBRATION = ("loss", "brier", "calibration_error")
-SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "macro_auc")
-PRIOR_METRICS = ("accuracy", "balanced_accuracy", "macro_auc", "loss")
-FREQUENCIES = {
-    "equal": "if all classes were equally frequent",
-    "training": "if classes were as frequent as in training",
-}
-MIN_SUBGROUP = 30  # images below which a breakdown's figure says little
-BANDS = 6  # most bands of a column of numbers
+FORMAT = 4  # of metrics.json
+METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.csv"
+CALIBRATION_METRICS = ("loss", "brier", "calibration_error")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a whole split, sorted by key; C are the model's classes.
+    """Predictions of a whole split: N samples sorted by key, C classes of the model, V views.
 
-    keys: (N,) int64. labels: (N,) int64. plain: (N, C) probabilities of the upright view. mean: (N, C) probabilities,
-    averaged over the views. spread: (N,) standard deviation over the views of the predicted class's probability.
-    spins: (N, V, C) probabilities of each view, where the views are random; None otherwise.
+    keys: (N,) int64. labels: (N,) int64, numbers of the model's classes. center_probs: (N, C) probabilities of the center
+    view. tta_probs: (N, C) probabilities, averaged over the views. tta_std: (N,) standard deviation over the views of the
+    predicted class's probability. view_probs: (N, V, C) probabilities of each view, where views are random; else None.
     """
 
     keys: np.ndarray
@@ -48,150 +47,180 @@ class Predictions:
     view_probs: np.ndarray | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The contents of `metrics.json`; "metrics" are what `compute_metrics` returns, with intervals.
+
+    What was evaluated:
+    split, views: as in the settings. image_size: side of the model's input in pixels. dataset: its fingerprint.
+    protocol: how it was split. group_name: what is never cut by a split and is resampled for intervals (lesion, patient).
+    citation, license: of the data, empty where unknown. warnings: what a reader of the metrics must be told.
+    model: its name. trained_on: fingerprint of its training dataset. best_epoch: the one of its weights.
+
+    What was found:
+    center: metrics of the center view. tta: metrics of the average over views. tta_gain: {metric: {gain, interval}}, tta
+    minus center, paired. per_view: metrics with each random view as a prediction of its own. prior_corrected: metrics of
+    the average at other class frequencies, with model_prior and target_prior (C shares each) and target_name (`equal` or
+    `training`). calibration: temperature fitted on validation, and loss, brier and calibration_error with it.
+    operating_points: thresholds chosen on validation, with their rates on this split. subgroups: {column: {value: metrics}}.
+    """
+
+    split: str
+    views: str
+    image_size: int
+    dataset: str
+    group_name: str = "group"
+    citation: str = ""
+    license: str = ""
+    protocol: dict[str, Any]
+    warnings: list[str]
+    model: str
+    trained_on: str
+    best_epoch: int
+    center: dict[str, Any]
+    tta: dict[str, Any]
+    tta_gain: dict[str, Any]
+    per_view: dict[str, Any] | None = None
+    prior_corrected: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    operating_points: list[dict[str, Any]] = field(default_factory=list)
+    subgroups: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The model's class names, in the order of its outputs."""
+        return tuple(self.tta["per_class"])
+
+    def to_json(self) -> str:
+        """The text of `metrics.json`; what was not computed is left out."""
+        content = {part.name: getattr(self, part.name) for part in fields(self)}
+        content = {"format": FORMAT} | {name: value for name, value in content.items() if value is not None}
+        return json.dumps(content, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, path: Path | str = METRICS_FILE) -> "Results":
+        """Read what `to_json` wrote; `path` is named in errors.
+
+        Raises:
+            ValueError: it is damaged, or of another format.
+        """
+        try:
+            content = json.loads(text)
+            found = content.pop("format")
+            if found == FORMAT:
+                return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}). Restore a copy, or run launch/evaluate.py on the run."
+            ) from error
+        raise ValueError(
+            f"{path} has format {found}, and this version of dermharness reads format {FORMAT}. Read it with the version that "
+            "wrote it, or train the run again with this one."
+        )
+
+
+def read_results(folder: Path) -> Results:
+    """The results in a folder: of a finished run, or written by `launch/evaluate.py`.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are damaged, or of another format.
+    """
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {METRICS_FILE}. Give the folder of a finished run, or a result of launch/evaluate.py."
+        )
+    return Results.from_json(path.read_bytes(), path)
+
+
+def read_predictions(folder: Path) -> pd.DataFrame:
+    """The rows of `predictions.csv`, as `evaluate.prediction_rows` made them; names are text.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    path = folder / PREDICTIONS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {PREDICTIONS_FILE}. Run launch/evaluate.py on the run.")
+    as_text: Any = {"image_id": str, "group": str, "label": str, "prediction": str}
+    return pd.read_csv(path, dtype=as_text, keep_default_na=False)
+
+
 def compute_results(
-    found: Predictions,
+    predictions: Predictions,
     validation: Predictions | None,
-    facts: pd.DataFrame,
+    samples: pd.DataFrame,
     prior: Prior,
     classes: tuple[str, ...],
     settings: Eval,
-) -> dict:
-    """All figures of a split.
+) -> dict[str, Any]:
+    """All that is found about a split: the second half of `Results`, by field name.
 
     Args:
         validation: predictions of the split that temperature and thresholds are chosen on; None for neither.
-        facts: (N) rows in the order of the predictions: `group` and what else the source told of an image, as text.
-        prior: class frequencies that the model's probabilities take for granted, and those of the second reading.
+        samples: N rows in the order of the predictions: `group` and what else the source told of an image, as text.
         classes: C names.
 
-    Returns:
-        the parts of `metrics.json`: plain, tta, gain, and where they are defined pooled, adjusted, calibration,
-        operating_points, breakdown.
+    Raises:
+        ValueError: probabilities that are not finite or do not sum to 1.
     """
-    groups = facts["group"].astype(str).to_numpy()
-    parts = {
-        "plain": compute_metrics(found.center_probs, found.labels, classes, groups),
-        "tta": compute_metrics(found.tta_probs, found.labels, classes, groups),
-        "gain": paired_differences([found.center_probs], [found.tta_probs], found.labels, classes, groups),
+    labels, groups = predictions.labels, samples["group"].astype(str).to_numpy()
+    center, tta = predictions.center_probs, predictions.tta_probs
+    parts: dict[str, Any] = {
+        "center": compute_metrics(center, labels, classes, groups),
+        "tta": compute_metrics(tta, labels, classes, groups),
+        "tta_gain": paired_differences([center], [tta], labels, classes, groups),
     }
-    if found.view_probs is not None:  # as the 2021 notebook counted: each view is a prediction of its own
-        views = found.view_probs.shape[1]
-        pooled = (np.repeat(values, views) for values in (found.labels, groups))
-        parts["pooled"] = compute_metrics(
-            found.view_probs.reshape(-1, len(classes)), next(pooled), classes, next(pooled)
-        )
+    if predictions.view_probs is not None:  # as the 2021 notebook counted: each view is a prediction of its own
+        n_views = predictions.view_probs.shape[1]
+        probabilities = predictions.view_probs.reshape(-1, len(classes))  # (N * V, C)
+        repeated = np.repeat(labels, n_views), np.repeat(groups, n_views)
+        parts["per_view"] = compute_metrics(probabilities, repeated[0], classes, repeated[1])
     if settings.prior_correction:
-        moved = change_prior(found.tta_probs, prior, settings.prior_correction)
-        way = {"to": prior.target_name, "strength": settings.prior_correction}
-        shares = {"assumed": prior.model_prior.tolist(), "other": prior.target_prior.tolist()}
-        parts["adjusted"] = way | shares | compute_metrics(moved, found.labels, classes, groups)
+        parts["prior_corrected"] = {
+            "model_prior": prior.model_prior.tolist(),
+            "target_prior": prior.target_prior.tolist(),
+            "target_name": prior.target_name,
+            **compute_metrics(change_prior(tta, prior), labels, classes, groups),
+        }
     if validation is not None:
-        parts["calibration"] = _calibrated(found, validation, classes, groups)
-        parts["operating_points"] = _operating_points(found, validation, classes, groups, settings)
-    parts["breakdown"] = {
-        column: _by_value(found, facts[column], classes, groups) for column in settings.subgroups if column in facts
+        parts["calibration"] = _calibration(predictions, validation, classes, groups)
+        parts["operating_points"] = _operating_points(predictions, validation, classes, groups, settings)
+    parts["subgroups"] = {
+        column: subgroup_metrics(pd.Series(samples[column]), tta, labels, classes, groups)
+        for column in settings.subgroups
+        if column in samples
     }
     return parts
 
 
-def summary(metrics: dict) -> str:
-    """What an evaluation found, for people."""
-    scores, plain, gain = metrics["tta"], metrics["plain"], metrics["gain"]["balanced_accuracy"]
-    lines = [f"{metrics['split']} split, {scores['images']} images, views: {metrics['views']}", table(scores)]
-    if metrics["views"] != "none":
-        lines.append(
-            f"the views gain {format_metric(gain['gain'], gain['interval'], '+.3f')} balanced accuracy over the plain one "
-            f"({format_metric(plain['balanced_accuracy'])})"
-        )
-    if pooled := metrics.get("pooled"):
-        lines.append(
-            f"each view as a prediction of its own: accuracy {format_metric(pooled['accuracy'])}, balanced accuracy "
-            f"{format_metric(pooled['balanced_accuracy'])}, macro f1 {format_metric(pooled['macro_f1'])}"
-        )
-    if adjusted := metrics.get("adjusted"):
-        intervals = adjusted["intervals"]
-        figures = [
-            f"{name.replace('_', ' ')} {format_metric(adjusted[name], intervals[name])}" for name in PRIOR_METRICS
-        ]
-        lines.append(f"{FREQUENCIES[adjusted['to']]} (logit adjustment): {', '.join(figures)}")
-    if calibration := metrics.get("calibration"):
-        before, after = scores["calibration_error"], calibration["calibration_error"]
-        lines.append(
-            f"temperature {calibration['temperature']:.2f} (fitted on validation): calibration error {before:.3f} becomes "
-            f"{after:.3f}, loss {scores['loss']:.3f} becomes {calibration['loss']:.3f}"
-        )
-    for point in metrics.get("operating_points", []):
-        rates = {name: format_metric(**point[name]) for name in ("sensitivity", "specificity")}
-        lines.append(
-            f"{point['positive']} at the threshold {point['threshold']:.3f} (sensitivity {point['wanted_sensitivity']:.2f} on "
-            f"validation): sensitivity {rates['sensitivity']}, specificity {rates['specificity']}"
-        )
-    return "\n".join(lines + [f"warning: {warning}" for warning in metrics["warnings"]])
-
-
-def bin_values(values: pd.Series) -> pd.Series:
-    """Values of a column to break down by: text as it is, many numbers in bands, `unknown` where there is none.
-
-    Args:
-        values: (N,) text.
-
-    Returns:
-        (N,) ordered categories.
-    """
-    empty = values.isin(["", "nan", "None", "unknown"])
-    numbers = pd.to_numeric(values[~empty], errors="coerce")
-    if len(numbers) and numbers.notna().all() and numbers.nunique() > BANDS:
-        steps = (digit * 10.0**power for power in range(-6, 12) for digit in (1, 2, 5))
-        width = next(step for step in steps if numbers.max() // step - numbers.min() // step < BANDS)
-        lows = (numbers // width) * width
-        last = width - 1 if width >= 1 and (numbers % 1 == 0).all() else width  # whole numbers: 20 to 39
-        names = {low: f"{low:g} to {low + last:g}" for low in sorted(lows.unique())}
-        cut = lows.map(names)
-        order = list(names.values())
-    else:
-        cut, order = values[~empty], sorted(values[~empty].unique())
-    cut = cut.reindex(values.index, fill_value="unknown")
-    return pd.Series(pd.Categorical(cut, [*order, "unknown"] if empty.any() else order), values.index)
-
-
-def _calibrated(found: Predictions, validation: Predictions, classes: tuple[str, ...], groups: np.ndarray) -> dict:
-    """The temperature, fitted on `validation`, and what it makes of `found`."""
+def _calibration(
+    predictions: Predictions, validation: Predictions, classes: tuple[str, ...], groups: np.ndarray
+) -> dict[str, Any]:
+    """The temperature, fitted on `validation`, and the metrics of `predictions` with it."""
     temperature = fit_temperature(validation.tta_probs, validation.labels)
-    scores = compute_metrics(with_temperature(found.tta_probs, temperature), found.labels, classes, groups)
-    figures = {name: scores[name] for name in CALIBRATION}
-    return {"temperature": temperature} | figures | {"intervals": {name: scores["intervals"][name] for name in figures}}
+    metrics = compute_metrics(with_temperature(predictions.tta_probs, temperature), predictions.labels, classes, groups)
+    return {"temperature": temperature} | pick(metrics, CALIBRATION_METRICS)
 
 
 def _operating_points(
-    found: Predictions, validation: Predictions, classes: tuple[str, ...], groups: np.ndarray, settings: Eval
-) -> list[dict]:
-    """Thresholds, chosen on `validation`, and what they do on `found`."""
+    predictions: Predictions, validation: Predictions, classes: tuple[str, ...], groups: np.ndarray, settings: Eval
+) -> list[dict[str, Any]]:
+    """Thresholds, chosen on `validation`, and their rates on `predictions`."""
     points = []
     for positive in settings.positive_classes:
-        numbers = [classes.index(name) for name in positive.split("+") if name in classes]
-        if len(numbers) < len(positive.split("+")):
+        names = positive.split("+")
+        if not set(names) <= set(classes):
             continue  # of another dataset
-        here, there = ((p.tta_probs[:, numbers].sum(1), np.isin(p.labels, numbers)) for p in (found, validation))
-        threshold = threshold_for(*there, settings.sensitivity)
-        if threshold is not None:
-            point = {"positive": positive, "wanted_sensitivity": settings.sensitivity, "threshold": threshold}
-            points.append(point | {"positives": int(here[1].sum())} | at_threshold(*here, threshold, groups))
-    return points
-
-
-def _by_value(found: Predictions, values: pd.Series, classes: tuple[str, ...], groups: np.ndarray) -> dict[str, dict]:
-    """Figures of the images with each value of a column; cells of few images are marked."""
-    cells, cut = {}, bin_values(values)
-    for value in cut.cat.categories:
-        here = (cut == value).to_numpy()
-        scores = compute_metrics(found.tta_probs[here], found.labels[here], classes, groups[here])
-        counts = {
-            "images": int(here.sum()),
-            "groups": len(np.unique(groups[here])),
-            "small": bool(here.sum() < MIN_SUBGROUP),
-        }
-        figures = {name: scores[name] for name in SUBGROUP_METRICS}
-        cells[str(value)] = (
-            counts | figures | {"intervals": {name: scores["intervals"][name] for name in SUBGROUP_METRICS}}
+        numbers = [classes.index(name) for name in names]
+        (scores, is_positive), on_validation = (
+            (split.tta_probs[:, numbers].sum(1), np.isin(split.labels, numbers)) for split in (predictions, validation)
         )
-    return cells
+        threshold = threshold_for(*on_validation, settings.sensitivity)
+        if threshold is None:
+            continue  # validation has no such image
+        point = {"positive": positive, "wanted_sensitivity": settings.sensitivity, "threshold": threshold}
+        rates = at_threshold(scores, is_positive, threshold, groups)
+        points.append(point | {"positives": int(is_positive.sum())} | rates)
+    return points

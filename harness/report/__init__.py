@@ -1,1 +1,1 @@
-"""A finished run for people, from its files alone."""
+"""The report of a finished run, from its files: page, plots, text, TensorBoard."""

@@ -1,49 +1,64 @@
 """The plots of a run: matplotlib figures as PNG bytes.
 
-In: figures and predictions, as `metrics.json` and `predictions.csv` have them. Out: PNG. What stays true: a plot is drawn
-from what it is given and changes nothing; no window is opened.
+In: metrics and predictions, as `metrics.json` and `predictions.csv` have them. Out: PNG. Invariants: a plot is drawn from
+its arguments and changes nothing; no window is opened.
 """
 
 import io
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from harness.evaluation.metrics import BINS
+from harness.evaluation.metrics import CALIBRATION_BINS as BINS
+from harness.report.text import title as words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: str) -> bytes:
-    """A confusion matrix as PNG: colour is the share of the label's row, the number is the count."""
+    """A confusion matrix: colour is the share of the label's row, the number is the count.
+
+    Args:
+        confusion: C rows of labels, C columns of predictions. classes: C names.
+    """
     counts = np.asarray(confusion)
     images = counts.sum(1, keepdims=True)
     shares = np.divide(counts, images, out=np.zeros(counts.shape), where=images > 0)
     side = max(4.5, 0.75 * len(classes) + 1.8)
     figure, (axes,) = _figure(side, side * 0.92, 1)
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape):
         colour = "white" if shares[row, column] > 0.55 else "black"
         text = f"{counts[row, column]}\n{shares[row, column]:.0%}" if images[row] else "0"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), [f"{name} ({n})" for name, n in zip(classes, images[:, 0], strict=True)])
+    names = [_literal(name) for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), [f"{name} ({n})" for name, n in zip(names, images[:, 0], strict=True)])
     axes.set(xlabel="predicted", ylabel="label (images)", title=title)
-    figure.colorbar(picture, shrink=0.8, label="share of the label's images")
+    figure.colorbar(image, shrink=0.8, label="share of the label's images")
     return _png(figure)
 
 
-def draw_curves(rows: pd.DataFrame, scores: dict) -> bytes:
-    """ROC and precision-recall curves of each class that has images."""
+def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
+    """ROC and precision-recall curves of each class that has images.
+
+    Args:
+        rows: of predictions.csv. metrics: of the same predictions, as from `compute_metrics`.
+    """
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     figure, (left, right) = _figure(6.3, 8.2, 2, down=True)
-    for name, row in scores["per_class"].items():
+    for name, row in metrics["per_class"].items():
         if row["auc"] is None:
             continue
-        truth, found = rows["label"] == name, rows[f"p_{name}"]
-        false, true, _ = roc_curve(truth, found)
-        left.plot(false, true, label=f"{name} {row['auc']:.3f}")
-        precision, recall, _ = precision_recall_curve(truth, found)
-        right.step(recall, precision, where="post", label=f"{name} {row['average_precision']:.3f}")
+        is_label, probability = rows["label"] == name, rows[f"p_{name}"]
+        false_positive_rate, true_positive_rate, _ = roc_curve(is_label, probability)
+        left.plot(false_positive_rate, true_positive_rate, label=f"{_literal(name)} {row['auc']:.3f}")
+        precision, recall, _ = precision_recall_curve(is_label, probability)
+        right.step(recall, precision, where="post", label=f"{_literal(name)} {row['average_precision']:.3f}")
     left.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (area)")
     right.set(xlabel="recall", ylabel="precision", title="precision and recall (average precision)", ylim=(0, 1.02))
@@ -52,41 +67,52 @@ def draw_curves(rows: pd.DataFrame, scores: dict) -> bytes:
     return _png(figure)
 
 
-def draw_reliability(confidences: dict[str, np.ndarray], right: np.ndarray) -> bytes:
-    """Accuracy over confidence, with the number of images in each bin."""
+def draw_reliability(confidences: dict[str, np.ndarray], is_right: np.ndarray) -> bytes:
+    """Reliability diagram: accuracy over confidence, with the number of images in each bin (Niculescu-Mizil, 2005).
+
+    Args:
+        confidences: {name: (N,)} of the predicted class. is_right: (N,) bool.
+    """
     figure, (axes, below) = _figure(6.3, 6, 2, down=True, heights=(3, 1))
     for name, confidence in confidences.items():
         bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
         counts = np.bincount(bins, minlength=BINS)
         known = counts > 0
-        accuracy = np.bincount(bins, right, BINS)[known] / counts[known]
+        accuracy = np.bincount(bins, is_right, BINS)[known] / counts[known]
         axes.plot(np.bincount(bins, confidence, BINS)[known] / counts[known], accuracy, marker="o", label=name)
         below.bar((np.arange(BINS) + 0.5) / BINS, counts, width=0.9 / BINS, alpha=0.5)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    axes.set(ylabel="accuracy", title="does the model know how sure it may be?", xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(ylabel="accuracy", title="reliability diagram", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(fontsize=8)
     below.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
     return _png(figure)
 
 
 def draw_history(entries: list[dict]) -> bytes:
-    """Losses and the scores that were monitored, epoch by epoch."""
+    """Losses and validation metrics, epoch by epoch.
+
+    Args:
+        entries: of log.jsonl, with at least one epoch.
+    """
     epochs = pd.DataFrame([entry for entry in entries if entry["kind"] == "epoch"])
     val = pd.DataFrame([entry for entry in entries if entry["kind"] == "val"])
     figure, (left, right) = _figure(6.3, 6.6, 2, down=True)
     left.plot(epochs["epoch"], epochs["loss"], label="training")
     left.plot(epochs["epoch"], val["loss"], label="validation")
     for name in ("accuracy", "balanced_accuracy", "macro_f1"):
-        right.plot(epochs["epoch"], val[name], label=name.replace("_", " "))
+        right.plot(epochs["epoch"], val[name], label=words(name))
     left.set(xlabel="epoch", title="loss")
     right.set(xlabel="epoch", title="validation", ylim=(0, 1))
     for axes in (left, right):
         axes.legend(fontsize=8)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        locator: Any = axes.xaxis.get_major_locator()  # an AutoLocator
+        locator.set_params(integer=True)
     return _png(figure)
 
 
-def _figure(width: float, height: float, n: int, down: bool = False, heights: tuple[float, ...] | None = None):
+def _figure(
+    width: float, height: float, n: int, down: bool = False, heights: tuple[float, ...] | None = None
+) -> tuple["Figure", list["Axes"]]:
     """A matplotlib figure (sizes in inches) without a window, and its n axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, used once a run
     from matplotlib.figure import Figure
@@ -97,7 +123,12 @@ def _figure(width: float, height: float, n: int, down: bool = False, heights: tu
     return figure, list(axes.flat)
 
 
-def _png(figure) -> bytes:
+def _literal(name: str) -> str:
+    """A name as matplotlib draws it unchanged: what stands between two dollars would be a formula."""
+    return name.replace("$", r"\$")
+
+
+def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer)
     return buffer.getvalue()

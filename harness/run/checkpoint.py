@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from harness.run.console import LOGGER
 from harness.run.progress import Progress
-from shards.files import sha256, sync, write_durably
+from shards.files import sync, write_durably
 
 FORMAT = 2
 MANIFEST, EMA_FILE = "manifest.json", "ema.safetensors"
@@ -66,13 +65,13 @@ def save_step(
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
     saved = run / "checkpoints" / f"step-{progress.step:08d}"
     _save(saved, progress, provenance, model, state, ema)
-    steps = _latest_first(run, "step-")
+    steps = latest_first(run, "step-")
     later = steps.index(saved)  # damaged ones: this run continued from one before them
     for folder in steps[:later] + steps[later + keep :]:
         shutil.rmtree(folder)
     # Each checkpoint that is kept may be the one to continue from: the best weights that it names stay, too.
-    named = {f"best-{_best_step(folder):08d}" for folder in _latest_first(run, "step-")}
-    for folder in _latest_first(run, "best-"):
+    named = {f"best-{_best_step(folder):08d}" for folder in latest_first(run, "step-")}
+    for folder in latest_first(run, "best-"):
         if folder.name not in named:
             shutil.rmtree(folder)
     for leftover in (run / "checkpoints").glob(".*.tmp"):  # of a process that was killed while it saved
@@ -82,70 +81,6 @@ def save_step(
 def save_best(run: Path, progress: Progress, provenance: Provenance, model: nn.Module) -> None:
     """Save the best weights so far; the ones before are removed by the next `save_step`, which points to these."""
     _save(run / "checkpoints" / f"best-{progress.best_step:08d}", progress, provenance, model)
-
-
-def latest_valid(run: Path, quiet: bool = False) -> Checkpoint | None:
-    """The latest valid checkpoint to continue from, or None; damaged ones are named, unless `quiet`.
-
-    Raises:
-        ValueError: checkpoints are there, and none is valid, or they are of a newer format.
-    """
-    folders = _latest_first(run, "step-")
-    for folder in folders:
-        problem = find_corruption(folder)
-        if problem is None:
-            return _read(folder)
-        if not quiet:
-            LOGGER.warning(f"checkpoint {folder} is damaged ({problem}): using the one before it")
-    if folders:
-        raise ValueError(
-            f"No checkpoint in {run / 'checkpoints'} is whole. Remove {run} to start over, or restore a copy."
-        )
-    return None
-
-
-def repair_best(run: Path, progress: Progress) -> None:
-    """Make sure that the best weights named by a checkpoint are whole, from the checkpoint of their step if need be.
-
-    Raises:
-        ValueError: they are damaged, and no checkpoint of their step is kept.
-    """
-    name = f"{progress.best_step:08d}"
-    folder, same = run / "checkpoints" / f"best-{name}", run / "checkpoints" / f"step-{name}"
-    problem = find_corruption(folder) if progress.best_step else None
-    if not problem:
-        return
-    if find_corruption(same):
-        raise ValueError(
-            f"The best weights {folder} are damaged ({problem}). Restore a copy, or remove {run} to start over."
-        )
-    LOGGER.warning(f"the best weights {folder} are damaged ({problem}): made again from {same}")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(same, folder, ignore=shutil.ignore_patterns("optimizer.pt", MANIFEST))
-    if (folder / EMA_FILE).is_file():  # the best weights are those that were judged
-        os.replace(folder / EMA_FILE, folder / "model.safetensors")
-    write_durably(folder / MANIFEST, _json({path.name: sha256(path) for path in sorted(folder.iterdir())}))
-
-
-def find_best(run: Path, progress: Progress | None = None) -> Checkpoint:
-    """The best weights of a run.
-
-    Args:
-        run: its folder. progress: names the step of the best weights; without it, the newest there are.
-
-    Raises:
-        FileNotFoundError: there are none yet.
-        ValueError: they are damaged.
-    """
-    folders = _latest_first(run, "best-")
-    if progress is not None:
-        folders = [folder for folder in folders if folder.name == f"best-{progress.best_step:08d}"]
-    if not folders:
-        raise FileNotFoundError(f"No best weights in {run / 'checkpoints'}. Train first: the first epoch saves them.")
-    problem = find_corruption(folders[0])
-    if problem:
-        raise ValueError(f"The best weights {folders[0]} are damaged ({problem}). Restore a copy, or train again.")
-    return _read(folders[0])
 
 
 def restore(
@@ -200,7 +135,7 @@ def _save(
         temporary.mkdir(parents=True)
         files = _files(progress, provenance, model, state, ema)
         manifest = {name: write_durably(temporary / name, data) for name, data in files}
-        write_durably(temporary / MANIFEST, _json(manifest))
+        write_durably(temporary / MANIFEST, as_json(manifest))
         sync(temporary)
         if folder.exists():  # from before a crash: the same step again, so nothing is lost if this one replaces it
             shutil.rmtree(folder)
@@ -229,28 +164,20 @@ def _files(
     np.save(buffer, provenance.train_groups)
     yield "train-groups.npy", buffer.getbuffer()
     provenance_json = {name: value for name, value in asdict(provenance).items() if name != "train_groups"}
-    yield "progress.json", _json({"format": FORMAT, "progress": asdict(progress), "provenance": provenance_json})
+    yield "progress.json", as_json({"format": FORMAT, "progress": asdict(progress), "provenance": provenance_json})
 
 
-def _json(content: dict) -> bytes:
+def as_json(content: dict) -> bytes:
+    """A small file of a checkpoint."""
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def find_corruption(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if each has the SHA-256 of the manifest."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest.items():
-            if sha256(folder / name) != digest:
-                return f"{name} is not what was written"
-        if not {"progress.json", "model.safetensors", "train-groups.npy"} <= set(manifest):
-            return "its manifest is incomplete"
-    except (OSError, ValueError, AttributeError) as error:
-        return str(error)
-    return None
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint whose files are whole.
 
-
-def _read(folder: Path) -> Checkpoint:
+    Raises:
+        ValueError: it has the format of another version.
+    """
     content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     if content["format"] > FORMAT:
         raise ValueError(
@@ -281,5 +208,6 @@ def _best_step(folder: Path) -> int:
         return -1
 
 
-def _latest_first(run: Path, prefix: str) -> list[Path]:
+def latest_first(run: Path, prefix: str) -> list[Path]:
+    """Folders of checkpoints (step-) or best weights (best-), the latest first."""
     return sorted((run / "checkpoints").glob(f"{prefix}*"), reverse=True)

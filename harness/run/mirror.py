@@ -10,7 +10,8 @@ import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from harness.run.checkpoint import Checkpoint, find_corruption, latest_valid
+from harness.run.checkpoint import Checkpoint
+from harness.run.recovery import find_corruption, latest_valid
 from shards.files import write_atomically
 
 

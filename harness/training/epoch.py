@@ -173,7 +173,8 @@ def _describe_nan_loss(world: World, data: Data, progress: Progress, meter: Mete
     ]
     keys = torch.cat([keys for keys, _ in bad])
     steps = torch.cat([torch.full((len(keys),), float(step), device=keys.device) for keys, step in bad])
-    keys, steps = world.all_gather_rows(keys, steps)
+    keys, columns = world.all_gather_rows(keys, {"step": steps})
+    steps = columns["step"]
     step = int(steps.min()) if len(steps) else progress.step + meter.steps
     here = keys[steps == step].tolist()
     shown = ", ".join(f"{key:08d}" for key in here[:5]) + (f" and {len(here) - 5} more" if len(here) > 5 else "")

@@ -10,14 +10,14 @@ from pathlib import Path
 from shutil import disk_usage
 
 import torch
-import torchvision
 
 from harness.config import Config
 from harness.data.augment import parse_views
 from harness.distributed.hardware import check_compile
 from harness.distributed.trackers import check_trackers
 from harness.distributed.world import World
-from harness.model.build import TIMM, check_model, outline
+from harness.model.build import check_model, locate_weights, outline
+from harness.model.optim import checkpoint_bytes, weight_bytes
 from harness.run.checkpoint import required_bytes
 from harness.run.folder import check_folder
 from harness.training.check import Check, tried
@@ -133,8 +133,7 @@ def check_run_folder(config: Config, data: Data) -> list[Check]:
 def check_disk(config: Config, n_classes: int) -> list[Check]:
     """Room for the checkpoints of a run."""
     model = outline(config.model.name, n_classes)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    whole = weights * ((2 if config.optim.name == "sgd" else 3) + (config.optim.ema > 0))
+    weights, whole = weight_bytes(model), checkpoint_bytes(model, config.optim)
     found = []
     for place in dict.fromkeys(filter(None, (config.run.folder, config.run.checkpoint_dir))):
         there = next(path for path in (Path(place).absolute(), *Path(place).absolute().parents) if path.is_dir())
@@ -158,7 +157,7 @@ def check_recipe(
     synced = all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
     piece = min(images, config.optim.micro_batch or images)
     if norms and not synced and piece < FEW_IMAGES:
-        text = f"batch normalisation sees {piece} images at a time ({config.data.global_batch_size} over {n_ranks} processes)"
+        text = f"batch normalisation sees {piece} images at a time ({config.data.global_batch_size} over {n_ranks} process(es))"
         fix = (
             "raise --data.global_batch_size (and the learning rate with it), or set --model.sync_batchnorm true on GPUs"
         )
@@ -175,21 +174,12 @@ def check_recipe(
 
 def check_weights(config: Config) -> list[Check]:
     """The weights that training starts from."""
-    name, weights = config.model.name, config.model.weights
     if any((Path(config.run.folder) / "checkpoints").glob("step-*")):
         return [Check("ok", "weights", f"those of the latest checkpoint in {config.run.folder}")]
-    if weights == "none":
+    file = locate_weights(config.model.name, config.model.weights)
+    if file is None:
         return [Check("ok", "weights", "none: training from scratch")]
-    if not weights.startswith("imagenet1k_"):
-        there = Path(weights).is_file()
-        return [Check("ok" if there else "fail", "weights", f"{weights} is {'there' if there else 'not there'}")]
-    if name.startswith(TIMM):
-        return [Check("fail", "weights", f"{weights} are torchvision's, and the model is {name}", "a file, or none")]
-    entries = {entry.name.lower(): entry for entry in torchvision.models.get_model_weights(name)}
-    if weights not in entries:
-        return [Check("fail", "weights", f"torchvision has no {weights} for {name}", f"one of {', '.join(entries)}")]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / entries[weights].url.rpartition("/")[2]
-    if path.is_file():
-        return [Check("ok", "weights", f"{path} is there")]
-    fix = f"where there is no network, place the file at {path}, or set --model.weights none"
-    return [Check("warn", "weights", f"{path.name} will be downloaded at the start", fix)]
+    if file.path.is_file():
+        return [Check("ok", "weights", f"{file.path} is there")]
+    fix = f"where there is no network, place the file at {file.path}, or set --model.weights none"
+    return [Check("warn", "weights", f"{file.path.name} will be downloaded at the start", fix)]

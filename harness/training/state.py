@@ -20,7 +20,7 @@ from harness.run.progress import Progress
 from harness.run.state import write_state
 from shards.index import Dataset, load
 from shards.leaks import load_groups
-from shards.plan import BalancedPlan, Plan
+from shards.plan import Plan
 from shards.reader import SplitReader
 
 
@@ -64,10 +64,8 @@ def open_data(config: Config) -> Data:
     train, val, test = (SplitReader(dataset, name) for name in ("train", "val", config.eval.split))
     data = config.data
     numbers = (train.shard_sizes, data.global_batch_size, config.run.seed, data.lanes, data.shuffle_block_shards)
-    if config.optim.balance == "sampler":
-        plan = BalancedPlan(*numbers, lambda shard: train.table(shard).label)
-    else:
-        plan = Plan(*numbers)
+    labels = (lambda shard: train.table(shard).label) if config.optim.balance == "sampler" else None
+    plan = Plan(*numbers, labels)
     return Data(dataset=dataset, train=train, val=val, test=test, plan=plan)
 
 

@@ -65,8 +65,10 @@ def optimizer_step(
         zip(views.tensor_split(parts), targets.split(parts), strict=True), start=1
     ):
         with nullcontext() if number == parts else world.without_sync(state.ddp_model):
-            images = images.contiguous(memory_format=world.memory_format)
-            part, part_losses = forward_backward(state.ddp_model, state.loss_fn, images, labels, scale, world.backward)
+            laid_out = images.contiguous(memory_format=world.memory_format)
+            part, part_losses = forward_backward(
+                state.ddp_model, state.loss_fn, laid_out, labels, scale, world.backward
+            )
         sums += part
         losses.append(part_losses)
     if config.optim.max_grad_norm:

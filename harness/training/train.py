@@ -8,10 +8,12 @@ from harness.config import Config, flat
 from harness.distributed.hardware import available_cores, decode_threads
 from harness.distributed.world import World
 from harness.evaluation.calibration import class_priors
-from harness.evaluation.evaluate import EvalContext, evaluate, validate
+from harness.evaluation.evaluate import EvalContext, evaluate, save_evaluation
 from harness.evaluation.metrics import HIGHER_IS_BETTER
-from harness.evaluation.results import summary
-from harness.run import checkpoint
+from harness.evaluation.predict import validate
+from harness.evaluation.results import read_results
+from harness.report.text import summary
+from harness.run import checkpoint, recovery
 from harness.run.folder import Run, open_run
 from harness.run.log import RESULT, verdict
 from harness.run.progress import Progress, after_epoch, should_stop
@@ -65,7 +67,7 @@ def train(config: Config, world: World) -> str:
 def report_again(world: World, run: Run) -> str:
     """Collective: the results of a run that was finished before."""
     world.print(f"{run.folder} is finished. Its results again; to train anew, name another --run.folder.")
-    world.print("\n" + world.run_on_main(read_summary, run.folder))
+    world.print("\n" + summary(world.run_on_main(read_results, run.folder)))
     return "finished"
 
 
@@ -74,7 +76,7 @@ def announce(config: Config, world: World, data: Data, run: Run, progress: Progr
     dataset, plan = data.dataset, data.plan
     world.print(
         f"{sum(plan.shard_sizes)} training images, {plan.n_batches} batches of {plan.global_batch} an epoch "
-        f"({plan.note}); {sum(data.val.shard_sizes)} validation images; dataset {dataset.fingerprint[:12]}"
+        f"({plan.describe()}); {sum(data.val.shard_sizes)} validation images; dataset {dataset.fingerprint[:12]}"
     )
     for warning in dataset.description.warnings:
         world.warn(warning)
@@ -139,24 +141,18 @@ def say_verdict(config: Config, world: World, epochs: list[EpochStats]) -> None:
 
 def evaluate_best(config: Config, world: World, data: Data, state: TrainState, run: Run, progress: Progress) -> str:
     """Collective: evaluate the best weights of a run; `finished`, or `stopped` if somebody asked meanwhile."""
-    best = checkpoint.find_best(run.folder, progress)
+    best = recovery.find_best(run.folder, progress)
     checkpoint.load_model(best, state.model)
     prior = class_priors(config.optim, data.dataset.description.counts["train"])
     context = EvalContext(best, changes(run.folder), prior, data.val)
-    metrics = evaluate(state.model, data.test, config.eval.split, config, world, run.folder, context, run.stop.asked)
-    if metrics is None:
+    evaluation = evaluate(state.model, data.test, config, world, context, run.stop.asked)
+    if evaluation is None:
         return run.stopped(progress)
-    scores = {"split": config.eval.split} | {name: metrics["tta"][name] for name in SHOWN}
+    world.run_on_main(save_evaluation, run.folder, evaluation)
+    scores = {"split": config.eval.split} | {name: evaluation.results.tta[name] for name in SHOWN}
     run.log.write(RESULT, progress.step, scores)
     run.log.flush()
     run.write_state("finished", progress)
-    world.print("\n" + summary(metrics))
+    world.print("\n" + summary(evaluation.results))
     world.print(f"run folder: {run.folder}")
     return "finished"
-
-
-def read_summary(folder) -> str:
-    """The results of a finished run, human-readable."""
-    import json
-
-    return summary(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))

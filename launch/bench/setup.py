@@ -6,7 +6,6 @@ and read as in training.
 
 import time
 from collections.abc import Callable, Generator, Iterable
-from typing import Any
 
 import torch
 

@@ -6,13 +6,14 @@ of loops that ran in turns.
 
 import tempfile
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from harness.evaluation.evaluate import predict
+from harness.evaluation.predict import predict
 from harness.run.checkpoint import Provenance, save_step
 from harness.run.progress import Progress
 from launch.bench.setup import Trial, seconds_of
@@ -95,7 +96,8 @@ def bench_evaluate(options: Namespace) -> dict:
     seconds = {"none": [], "dihedral8": []}
     for _ in range(options.rounds):
         for views, found in seconds.items():
-            once = partial(predict, trial.model, reader, reader.dataset.classes, options.config, trial.world, views)
+            config = replace(options.config, eval=replace(options.config.eval, views=views))
+            once = partial(predict, trial.model, reader, reader.dataset.classes, config, trial.world)
             found.append(seconds_of(once, trial.world))
     n, one, eight = sum(reader.shard_sizes), min(seconds["none"]), min(seconds["dihedral8"])
     return {

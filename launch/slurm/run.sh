@@ -3,6 +3,8 @@
 # In: run (the run folder), processes (on each node), arguments, and program (launch/train.py if none is named). What
 # stays true: a job whose nodes another one needs is requeued, however far it got; one whose time is over is requeued if it
 # got further than it was; one that failed, was cancelled, or was stopped by hand ends.
+#
+# shellcheck shell=bash disable=SC2154,SC2016  # the job scripts set them; words in single quotes are for the nodes' shells
 set -uo pipefail
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
@@ -74,7 +76,7 @@ if [[ $found == *" PreemptTime=2"* ]]; then # a year, not None: the run may have
 fi
 case $status in
   stopped)
-    if [ "$reason" = file ] && [ $asked = no ]; then
+    if [ "$reason" = file ] && [ "$asked" = no ]; then
       say "somebody touched $run/stop: not requeued"
       exit 0
     fi

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from shards import __main__ as cli
+from shards import cli
 from shards.index import load, load_table, verify
 from support.processes import ROOT, launch
 
@@ -34,7 +34,7 @@ def test_the_demo_learns_shapes(tmp_path):
         words = ["--data.path", tmp_path / "data", "--run.folder", run]
         done = launch("train", *words, timeout=600)
         assert done.returncode == 0, done.stderr
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["tta"]["balanced_accuracy"] >= 0.6
     assert metrics["tta"]["images"] == 81
 
@@ -55,7 +55,7 @@ def test_all_of_ham10000_is_packed_without_a_shared_lesion_and_trains(ham10000, 
     words += ["--model.name", "shufflenet_v2_x0_5", "--model.weights", "none", "--run.epochs", "1"]
     done = launch("train", *words, "--run.folder", tmp_path / "run", timeout=600)
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["tta"]["images"] == 1120
 
 

@@ -142,7 +142,7 @@ def recipe(
 def test_few_images_on_each_process_and_few_steps_are_warned_of_with_what_to_do():
     assert recipe(64, 4) == []
     (text,) = recipe(64, 8)
-    assert "sees 8 images at a time (64 over 8 processes)" in text
+    assert "sees 8 images at a time (64 over 8 process(es))" in text
     assert "--data.global_batch_size" in text
     assert "sees 8 images" in recipe(64, 1, micro_batch=8)[0]
     assert recipe(64, 8, model="convnext_tiny") == []  # no batch normalisation
@@ -158,7 +158,7 @@ def test_pictures_that_would_be_enlarged_are_warned_of_with_the_size_to_pack():
 
 WRONG = {
     "an unknown model": ("model", {"name": "resnet7000"}, "'model.name'"),
-    "weights that do not exist": ("model", {"weights": "nowhere.pth"}, "nowhere.pth is not there"),
+    "weights that do not exist": ("model", {"weights": "nowhere.pth"}, "nowhere.pth not found"),
     "weights that torchvision lacks": ("model", {"name": "resnet18", "weights": "imagenet1k_v2"}, "no imagenet1k_v2"),
     "a size that the model cannot take": ("model", {"name": "alexnet"}, "cannot take"),
     "SyncBatchNorm on a CPU": ("model", {"sync_batchnorm": True}, "needs GPUs"),

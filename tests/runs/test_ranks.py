@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shards.catalogue import Catalogue, read_ham10000
+from shards.catalogue import Catalogue
 from shards.index import load
 from shards.pack import Packing, pack
+from shards.sources import read_ham10000
 from shards.split import split_by_lesion
 from support.processes import ROOT, command, environment, launch
 
@@ -84,18 +85,18 @@ def test_an_outside_set_may_have_some_of_the_classes_and_the_result_says_so(fini
     out = finished_run / f"evaluation-test-spins2-data-{load(folder).fingerprint[:6]}"
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["tta"]["per_class"]["bcc"]["recall"] is None  # not defined, not zero
-    assert metrics["pooled"]["images"] == 2 * metrics["tta"]["images"]
+    assert metrics["per_view"]["images"] == 2 * metrics["tta"]["images"]
     assert (finished_run / "metrics.json").read_bytes() == before
     shutil.rmtree(out)
 
 
 def test_weights_are_evaluated_at_another_size_beside_the_runs_own_results(finished_run):
-    done = launch("evaluate", finished_run, "--image-size", "36", "--prior-correction", "0", "--views", "none")
+    done = launch("evaluate", finished_run, "--image-size", "36", "--prior-correction", "false", "--views", "none")
     assert done.returncode == 0, done.stderr
     out = finished_run / "evaluation-test-none-36px"
     own, found = (json.loads((folder / "metrics.json").read_text()) for folder in (finished_run, out))
     assert (own["image_size"], found["image_size"]) == (32, 36)
-    assert "adjusted" not in found
+    assert "prior_corrected" not in found
     assert found["tta"]["loss"] != own["tta"]["loss"]
     shutil.rmtree(out)
     refused = launch("evaluate", finished_run, "--image-size", "8")
@@ -120,14 +121,14 @@ def test_an_outside_set_with_unknown_classes_is_refused_by_their_names(finished_
 
 
 def test_results_that_a_rank_lost_or_doubled_are_an_error(dataset, finished_run):
-    from harness.evaluation.evaluate import _incomplete
+    from harness.evaluation.predict import find_incomplete
     from shards.reader import SplitReader
 
     reader = SplitReader(dataset, "test")
     keys = torch.tensor(pd.read_csv(finished_run / "predictions.csv")["key"].to_numpy())
-    assert _incomplete(keys, reader) is None
-    assert "lost 1 samples" in _incomplete(keys[1:], reader)
-    assert "1 twice" in _incomplete(torch.cat([keys[:1], keys]), reader)
+    assert find_incomplete(keys, reader) is None
+    assert "lost 1 samples" in find_incomplete(keys[1:], reader)
+    assert "1 twice" in find_incomplete(torch.cat([keys[:1], keys]), reader)
 
 
 def test_a_run_of_two_ranks_killed_and_continued_on_one_goes_on(finished_run, two_ranks, tmp_path):

@@ -26,7 +26,7 @@ def test_a_finished_run_holds_all_that_was_promised(finished_run, dataset):
     names = {path.name for path in finished_run.iterdir()}
     assert names == {
         *("config.yaml", "dataset.json", "state.json", "log.jsonl", "tensorboard", "checkpoints"),
-        *("metrics.json", "predictions.csv", "confusion.png", "report.html", "starts.jsonl", "pictures"),
+        *("metrics.json", "predictions.csv", "confusion.png", "report.html", "starts.jsonl", "images"),
     }
     assert state(finished_run)["status"] == "finished"
     assert state(finished_run)["epoch"] == 3
@@ -139,18 +139,18 @@ def test_a_folder_that_holds_something_else_is_refused(tiny, tmp_path):
 
 
 def test_a_start_that_was_killed_before_it_wrote_its_settings_starts_again(tiny_config, dataset, tmp_path):
-    from harness.run.folder import open_run
+    from harness.run.folder import claim_folder
     from harness.run.lock import RunLock
 
     run = tmp_path / "run"
     run.mkdir()
     (run / ".config.yaml.123.tmp").write_text("half")
     with RunLock(run) as lock:
-        open_run(run, tiny_config, dataset, lock)
+        claim_folder(run, tiny_config, dataset, lock)
     assert load_config(run / "config.yaml") == tiny_config
     (run / "dataset.json").unlink()  # killed between the two files
     with RunLock(run) as lock:
-        open_run(run, tiny_config, dataset, lock)
+        claim_folder(run, tiny_config, dataset, lock)
     assert (run / "dataset.json").is_file()
 
 
@@ -162,8 +162,8 @@ def test_a_dataset_that_is_not_there_is_one_sentence_not_a_traceback(tiny):
 
 
 def test_another_dataset_under_the_same_run_is_refused(finished_run, source, tmp_path):
-    from shards.catalogue import read_ham10000
     from shards.pack import Packing, pack
+    from shards.sources import read_ham10000
     from shards.split import split_by_lesion
 
     catalogue = read_ham10000(source)

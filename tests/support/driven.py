@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import harness.distributed.heartbeat
 import harness.distributed.launcher
-import harness.evaluation.evaluate
+import harness.evaluation.predict
 import harness.training.step
 from launch.train import main
 
@@ -80,7 +80,7 @@ def disturbed_step(config, world, state, views, *rest, step=harness.training.ste
     return done
 
 
-def disturbed_units(reader, *rest, batches=harness.evaluation.evaluate.evaluation_batches):
+def disturbed_units(reader, *rest, batches=harness.evaluation.predict.evaluation_batches):
     split = reader.shards[0].split
     for batch in batches(reader, *rest):
         units[split] += 1
@@ -90,7 +90,7 @@ def disturbed_units(reader, *rest, batches=harness.evaluation.evaluate.evaluatio
 
 
 harness.training.step.optimizer_step = disturbed_step
-harness.evaluation.evaluate.evaluation_batches = disturbed_units
+harness.evaluation.predict.evaluation_batches = disturbed_units
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ from harness.config import Augment
 from harness.data.augment import mix, training_view
 from harness.data.loader import LoaderOptions, training_batches
 from harness.data.random import uniforms
-from harness.run.checkpoint import find_corruption
+from harness.run.recovery import find_corruption
 from shards.plan import Plan
 from shards.reader import SplitReader
 from support.images import smooth_images

@@ -181,7 +181,7 @@ def test_an_array_trains_one_run_for_each_seed(cluster, config, tmp_path, capsys
         found = ended(cluster, f"{number}_{task}")
         assert found["JobState"] == "COMPLETED", log(tmp_path, found["JobId"])
     results = [json.loads((tmp_path / f"run-{seed}" / "metrics.json").read_text()) for seed in (0, 1)]
-    assert results[0]["plain"]["loss"] != results[1]["plain"]["loss"]
+    assert results[0]["center"]["loss"] != results[1]["center"]["loss"]
     say(capsys, f"array {number}: 2 runs, COMPLETED")
 
 

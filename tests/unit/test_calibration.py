@@ -117,4 +117,3 @@ def test_changing_the_class_frequencies_is_bayes_rule_and_has_a_way_back():
     flat = change_prior(posterior, Prior(training, equal, "equal"))
     assert flat[:, :3] == pytest.approx(likelihoods[:, :3] / likelihoods[:, :3].sum(1, keepdims=True))
     assert change_prior(flat, Prior(equal, training, "training")) == pytest.approx(posterior)
-    assert change_prior(posterior, Prior(training, equal, "equal"), 0.0) == pytest.approx(posterior)

@@ -5,7 +5,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from shards.catalogue import HAM10000_CLASSES, read_ham10000
+from shards.sources import HAM10000_CLASSES, read_ham10000
 
 
 @pytest.fixture
@@ -27,6 +27,15 @@ def test_every_metadata_row_becomes_one_checked_image(source):
     assert catalogue.classes == HAM10000_CLASSES
     assert set(catalogue.images["label"]) == set(HAM10000_CLASSES)
     assert catalogue.extra_columns == ["dx_type", "age", "sex", "localization"]
+
+
+def test_the_demo_is_nobodys_and_ham10000_has_its_citation_and_licence(copy):
+    drawn = read_ham10000(copy)
+    assert (drawn.group_name, drawn.citation, drawn.license) == ("lesion", "drawn by the demo", "no limits")
+    rewrite(copy, metadata(copy).assign(dx_type="histo"))
+    real = read_ham10000(copy)
+    assert (real.group_name, real.license) == ("lesion", "CC BY-NC 4.0")
+    assert "doi:10.1038/sdata.2018.161" in real.citation
 
 
 def test_images_may_lie_in_one_folder_beside_the_csv_or_twice(copy):
@@ -82,10 +91,10 @@ def no_rows(folder):
 
 
 def empty_metadata(folder):
-    (folder / "HAM10000_metadata.csv").write_text("")
+    (folder / "HAM10000_metadata.csv").write_text("", encoding="utf-8")
 
 
-def two_pictures_of_one_name(folder):
+def two_images_of_one_name(folder):
     first, second = sorted((folder / "HAM10000_images_part_1").iterdir())[:2]
     shutil.copy(second, folder / first.name)
 
@@ -94,7 +103,7 @@ def two_pictures_of_one_name(folder):
     ("spoil", "words"),
     [
         (drop_column, ["lesion_id", "Found: image_id"]),
-        (drop_image, ["DEMO_", "no picture", "Unpack every part"]),
+        (drop_image, ["DEMO_", "no image", "Unpack every part"]),
         (empty_image, ["DEMO_", "0 bytes", "Download it again"]),
         (unknown_label, ["DEMO_0000005", "wart", "Known classes: mel"]),
         (repeated_id, ["DEMO_0000000", "repeated"]),
@@ -103,7 +112,7 @@ def two_pictures_of_one_name(folder):
         (no_metadata, ["HAM10000_metadata.csv", "shards demo"]),
         (no_rows, ["no images"]),
         (empty_metadata, ["is empty"]),
-        (two_pictures_of_one_name, ["Two different pictures", "DEMO_"]),
+        (two_images_of_one_name, ["Two different images", "DEMO_"]),
     ],
 )
 def test_bad_input_is_one_error_that_names_it_and_the_next_step(copy, spoil, words):

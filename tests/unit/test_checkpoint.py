@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.run import checkpoint
+from harness.run import checkpoint, recovery
 from harness.run.progress import Progress
 
 ORIGIN = checkpoint.Provenance("m", ("a", "b"), "d", np.array([3, 7], dtype=np.uint64), "o")
@@ -49,7 +49,7 @@ def names(run) -> list[str]:
 def test_continuing_from_a_checkpoint_equals_never_having_stopped(tmp_path):
     save(tmp_path, 3)
     model, optimizer = trained(0)
-    found = checkpoint.latest_valid(tmp_path)
+    found = recovery.latest_valid(tmp_path)
     assert found.progress.step == 3
     assert found.provenance.classes == ("a", "b")
     assert found.provenance.train_groups.tolist() == [3, 7]
@@ -73,7 +73,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     assert names(tmp_path) == ["best-00000001", "best-00000004", "step-00000003", "step-00000004"]
     save(tmp_path, 5, best_step=4)
     assert names(tmp_path) == ["best-00000004", "step-00000004", "step-00000005"]
-    assert checkpoint.find_best(tmp_path).progress.best_step == 4
+    assert recovery.find_best(tmp_path).progress.best_step == 4
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file
         data[len(data) // 2] ^= 4
         path.write_bytes(data if how == "flip" else data[:-5])
     said = []
-    assert checkpoint.latest_valid(tmp_path, said.append).progress.step == 1
+    assert recovery.latest_valid(tmp_path, said.append).progress.step == 1
     assert "step-00000002 is damaged" in said[0]
 
 
@@ -101,9 +101,9 @@ def test_the_best_weights_that_an_older_checkpoint_names_stay_as_long_as_it_does
         checkpoint.save_best(tmp_path, Progress(step=step, best_step=step), ORIGIN, model)
         save(tmp_path, step, best_step=step)
     (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"damaged")
-    found = checkpoint.latest_valid(tmp_path, lambda text: None)
+    found = recovery.latest_valid(tmp_path, lambda text: None)
     assert found.progress.step == 1
-    assert checkpoint.find_best(tmp_path, found.progress).progress.step == 1
+    assert recovery.find_best(tmp_path, found.progress).progress.step == 1
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -113,15 +113,15 @@ def test_best_weights_that_are_damaged_are_made_again_from_their_step_or_refused
     for step in (1, 2, 3):
         save(tmp_path, step, keep=3 if kept else 2, best_step=1)
     (tmp_path / "checkpoints" / "best-00000001" / "model.safetensors").write_bytes(b"damaged")
-    said, progress = [], checkpoint.latest_valid(tmp_path).progress
+    said, progress = [], recovery.latest_valid(tmp_path).progress
     if not kept:
         with pytest.raises(ValueError, match=r"best weights .* are damaged .*Restore a copy"):
-            checkpoint.repair_best(tmp_path, progress, said.append)
+            recovery.repair_best(tmp_path, progress, said.append)
         return
-    checkpoint.repair_best(tmp_path, progress, said.append)
+    recovery.repair_best(tmp_path, progress, said.append)
     assert "made again from" in said[0]
     again, _ = trained(0)
-    checkpoint.load_model(checkpoint.find_best(tmp_path, progress), again)
+    checkpoint.load_model(recovery.find_best(tmp_path, progress), again)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert not (tmp_path / "checkpoints" / "best-00000001" / "optimizer.pt").exists()
@@ -135,14 +135,14 @@ def test_an_average_of_weights_is_saved_restored_and_the_best(tmp_path):
     progress = Progress(epoch=1, step=3, best=0.5, best_step=3, best_epoch=1)
     checkpoint.save_best(tmp_path, progress, ORIGIN, average)
     checkpoint.save_step(tmp_path, progress, ORIGIN, model, optimizer, None, 2, average)
-    found, (other, _) = checkpoint.latest_valid(tmp_path), trained(1)
+    found, (other, _) = recovery.latest_valid(tmp_path), trained(1)
     again = copy.deepcopy(other)
     checkpoint.restore(found, other, optimizer, None, again)
     assert torch.equal(again[0].weight, average[0].weight)
     assert torch.equal(other[0].weight, model[0].weight)
     (tmp_path / "checkpoints" / "best-00000003" / "model.safetensors").write_bytes(b"")
-    checkpoint.repair_best(tmp_path, progress)
-    checkpoint.load_model(checkpoint.find_best(tmp_path), other)
+    recovery.repair_best(tmp_path, progress)
+    checkpoint.load_model(recovery.find_best(tmp_path), other)
     assert torch.equal(other[0].weight, average[0].weight)  # what was judged
 
 
@@ -150,7 +150,7 @@ def test_an_average_that_was_not_kept_starts_from_the_weights(tmp_path):
     model, optimizer = trained(3)
     checkpoint.save_step(tmp_path, Progress(step=3), ORIGIN, model, optimizer, None, 2)
     other, average = trained(1)[0], trained(1)[0]
-    checkpoint.restore(checkpoint.latest_valid(tmp_path), other, optimizer, None, average)
+    checkpoint.restore(recovery.latest_valid(tmp_path), other, optimizer, None, average)
     assert torch.equal(average[0].weight, model[0].weight)
 
 
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_a_whole_one(tmp_
     for step in (1, 2):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / "step-00000002" / "optimizer.pt").unlink()
-    assert checkpoint.latest_valid(tmp_path, lambda text: None).progress.step == 1
+    assert recovery.latest_valid(tmp_path, lambda text: None).progress.step == 1
     model, optimizer = trained(1)
     checkpoint.save_step(tmp_path, Progress(step=1, samples_seen=5), ORIGIN, model, optimizer, None, 2)  # not yet at 2
     assert names(tmp_path) == ["step-00000001"]
@@ -174,13 +174,13 @@ def test_when_none_is_whole_it_is_an_error_not_a_fresh_start(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "step-00000001" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"No checkpoint .* is whole"):
-        checkpoint.latest_valid(tmp_path, lambda text: None)
+        recovery.latest_valid(tmp_path, lambda text: None)
 
 
 def test_what_a_crash_left_half_written_is_not_seen(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / ".step-00000002.tmp").mkdir()
-    assert checkpoint.latest_valid(tmp_path).progress.step == 1
+    assert recovery.latest_valid(tmp_path).progress.step == 1
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
@@ -215,7 +215,7 @@ def test_a_crash_at_any_call_leaves_a_checkpoint_to_continue_from(tmp_path, monk
                 survived = True
             except Killed:
                 survived = False
-        assert checkpoint.latest_valid(run).progress.step in ((2,) if survived else (1, 2))
+        assert recovery.latest_valid(run).progress.step in ((2,) if survived else (1, 2))
         if survived:
             return
     raise AssertionError("never survived")
@@ -226,7 +226,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     model, optimizer = trained(1)
     again = replace(Progress(step=1), best=0.5)
     checkpoint.save_step(tmp_path, again, ORIGIN, model, optimizer, None, 2)
-    assert checkpoint.latest_valid(tmp_path).progress.best == 0.5
+    assert recovery.latest_valid(tmp_path).progress.best == 0.5
 
 
 def test_a_newer_format_says_to_update(tmp_path, monkeypatch):
@@ -234,9 +234,9 @@ def test_a_newer_format_says_to_update(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "FORMAT", 1)
     with pytest.raises(ValueError, match=r"format 99.*Update"):
-        checkpoint.latest_valid(tmp_path)
+        recovery.latest_valid(tmp_path)
 
 
 def test_no_best_weights_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="Train first"):
-        checkpoint.find_best(tmp_path)
+        recovery.find_best(tmp_path)

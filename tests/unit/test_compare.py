@@ -1,4 +1,4 @@
-"""Runs side by side: their figures, their spread, and the paired difference of two."""
+"""Runs side by side: their metrics, their spread, and the paired difference of two."""
 
 import json
 import re
@@ -34,19 +34,19 @@ def test_two_results_are_compared_on_the_same_images(finished_run, better, capsy
     assert f"{better} minus {finished_run}" in shown
     loss = next(line for line in shown.splitlines() if line.startswith("loss  "))
     assert "-" in loss
-    assert "may be none" not in loss
+    assert "interval includes 0" not in loss
 
 
 def test_a_result_compared_with_itself_differs_in_nothing(finished_run, tmp_path, capsys):
     copy = shutil.copytree(finished_run, tmp_path / "copy")
     assert main([str(finished_run), str(copy)]) == 0
     shown = capsys.readouterr().out
-    assert "+0.000 (+0.000 to +0.000)  may be none" in shown
+    assert "+0.000 (+0.000 to +0.000)  interval includes 0" in shown
     assert "recall of mel       +0.000" in shown
 
 
 def test_two_settings_of_several_seeds_are_compared_by_their_means(finished_run, better, tmp_path, capsys):
-    one, other = (["--figures", "loss", str(finished_run)], [str(better)])
+    one, other = (["--metrics", "loss", str(finished_run)], [str(better)])
 
     def gain_in_loss(*words):
         assert main(list(words)) == 0
@@ -59,36 +59,37 @@ def test_two_settings_of_several_seeds_are_compared_by_their_means(finished_run,
     assert half == pytest.approx(float(single.split()[1]) / 2, abs=0.0011)
 
 
-def test_runs_trained_in_different_ways_are_compared_at_one_frequency_of_the_classes(finished_run, tmp_path, capsys):
+def test_runs_trained_in_different_ways_are_compared_at_one_class_prior(finished_run, tmp_path, capsys):
     metrics = json.loads((finished_run / "metrics.json").read_text())
     rows = pd.read_csv(finished_run / "predictions.csv")
     columns = [f"p_{name}" for name in metrics["tta"]["per_class"]]
-    adjusted = metrics["adjusted"]
-    there = Prior(np.array(adjusted["assumed"]), np.array(adjusted["other"]), "equal")
-    back = {"to": "training", "strength": 1.0, "assumed": adjusted["other"], "other": adjusted["assumed"]}
+    corrected = metrics["prior_corrected"]
+    model_prior, target_prior = corrected["model_prior"], corrected["target_prior"]
+    there = Prior(np.array(model_prior), np.array(target_prior), "equal")
+    back = {"target_name": "training", "model_prior": target_prior, "target_prior": model_prior}
     balanced = tmp_path / "balanced"  # the same knowledge, told as if all classes were equally frequent
     balanced.mkdir()
     rows[columns] = change_prior(rows[columns].to_numpy(), there)
     rows.to_csv(balanced / "predictions.csv", index=False)
-    told = metrics | {"tta": adjusted, "adjusted": metrics["tta"] | back}
+    told = metrics | {"tta": corrected, "prior_corrected": metrics["tta"] | back}
     (balanced / "metrics.json").write_text(json.dumps(told))
     losses = {}
-    for frequencies in ("own", "equal", "training"):
-        assert main(["--frequencies", frequencies, "--figures", "loss", str(finished_run), str(balanced)]) == 0
+    for prior in ("own", "equal", "training"):
+        assert main(["--prior", prior, "--metrics", "loss", str(finished_run), str(balanced)]) == 0
         shown = capsys.readouterr().out
-        losses[frequencies] = [float(x) for x in re.findall(rf"^(?:{balanced}|loss) +([+-]?\d+\.\d+)", shown, re.M)]
-    plain, moved = metrics["tta"]["loss"], adjusted["loss"]
+        losses[prior] = [float(x) for x in re.findall(rf"^(?:{balanced}|loss) +([+-]?\d+\.\d+)", shown, re.M)]
+    plain, moved = metrics["tta"]["loss"], corrected["loss"]
     assert losses["own"] == pytest.approx([moved, moved - plain], abs=6e-4)
     assert losses["equal"] == pytest.approx([moved, 0], abs=6e-4)
     assert losses["training"] == pytest.approx([plain, 0], abs=6e-4)
 
 
-def test_a_result_without_its_second_reading_is_not_read_at_other_frequencies(better, capsys):
+def test_a_result_without_prior_correction_is_not_compared_at_another_prior(better, capsys):
     metrics = json.loads((better / "metrics.json").read_text())
-    metrics["adjusted"]["strength"] = 0.5
+    del metrics["prior_corrected"]
     (better / "metrics.json").write_text(json.dumps(metrics))
-    assert main(["--frequencies", "equal", str(better)]) == 1
-    assert "--prior-correction 1" in capsys.readouterr().err
+    assert main(["--prior", "equal", str(better)]) == 1
+    assert "--prior-correction true" in capsys.readouterr().err
 
 
 def test_results_on_different_images_are_not_paired(finished_run, better, capsys):
@@ -105,5 +106,5 @@ def test_results_on_different_images_are_not_paired(finished_run, better, capsys
 def test_what_cannot_be_compared_is_said(finished_run, tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert "has no metrics.json" in capsys.readouterr().err
-    assert main([str(finished_run), "--figures", "beauty"]) == 1
-    assert "Unknown figure beauty" in capsys.readouterr().err
+    assert main([str(finished_run), "--metrics", "beauty"]) == 1
+    assert "Unknown metric beauty" in capsys.readouterr().err

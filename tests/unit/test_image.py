@@ -1,4 +1,4 @@
-"""A stored picture has the stored size and shows what the original showed, whatever its mode."""
+"""A stored image has the stored size and shows what the original showed, whatever its mode."""
 
 import io
 
@@ -9,9 +9,9 @@ from PIL import Image
 from shards.image import decode_into, encode, fit, open_rgb
 
 
-def saved(picture: Image.Image, kind: str, **options) -> bytes:
+def saved(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -21,25 +21,25 @@ def gradient(width: int = 60, height: int = 40) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_colour_pictures_keep_their_colours(kind):
-    picture = open_rgb(saved(gradient(), kind, **({} if kind == "PNG" else {"quality": 98})), "x")
-    assert picture.mode == "RGB"
-    difference = np.asarray(picture).astype(int) - np.asarray(gradient())
+def test_colour_images_keep_their_colours(kind):
+    image = open_rgb(saved(gradient(), kind, **({} if kind == "PNG" else {"quality": 98})), "x")
+    assert image.mode == "RGB"
+    difference = np.asarray(image).astype(int) - np.asarray(gradient())
     assert abs(difference).mean() < 3
 
 
 def test_greyscale_becomes_three_equal_channels():
-    picture = np.asarray(open_rgb(saved(gradient().convert("L"), "PNG"), "x"))
-    assert (picture[..., 0] == picture[..., 1]).all()
-    assert (picture[..., 0] == picture[..., 2]).all()
+    image = np.asarray(open_rgb(saved(gradient().convert("L"), "PNG"), "x"))
+    assert (image[..., 0] == image[..., 1]).all()
+    assert (image[..., 0] == image[..., 2]).all()
 
 
 def test_sixteen_bit_greyscale_keeps_its_range():
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    picture = np.asarray(open_rgb(saved(Image.fromarray(ramp), "PNG"), "x"))
-    assert picture.min() == 0
-    assert picture.max() == 255
-    assert 120 < picture.mean() < 135
+    image = np.asarray(open_rgb(saved(Image.fromarray(ramp), "PNG"), "x"))
+    assert image.min() == 0
+    assert image.max() == 255
+    assert 120 < image.mean() < 135
 
 
 def test_dim_sixteen_bit_greyscale_stays_dim():
@@ -58,9 +58,9 @@ def test_exif_orientation_is_applied():
     assert open_rgb(saved(gradient(60, 40), "JPEG", exif=exif.tobytes()), "x").size == (40, 60)
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", saved(gradient(), "JPEG")[:-200], saved(gradient(), "PNG")[:100]])
+@pytest.mark.parametrize("data", [b"", b"no image", saved(gradient(), "JPEG")[:-200], saved(gradient(), "PNG")[:100]])
 def test_what_cannot_be_read_whole_is_an_error_that_names_it(data):
-    with pytest.raises(ValueError, match=r"Cannot decode the picture lesion7\.jpg"):
+    with pytest.raises(ValueError, match=r"Cannot decode the image lesion7\.jpg"):
         open_rgb(data, "lesion7.jpg")
 
 
@@ -76,11 +76,11 @@ def test_fits_do_what_they_are_called():
 
 
 def test_squeeze_equals_the_plain_resize_and_cover_crops_the_centre():
-    picture = gradient(200, 100)
-    squeezed = np.asarray(fit(picture, (50, 50), "squeeze")).astype(int)
-    assert abs(squeezed - np.asarray(picture.resize((50, 50), Image.Resampling.BICUBIC))).max() <= 4
-    covered = np.asarray(fit(picture, (50, 50), "cover")).astype(int)
-    centre = picture.crop((50, 0, 150, 100)).resize((50, 50), Image.Resampling.BICUBIC)
+    image = gradient(200, 100)
+    squeezed = np.asarray(fit(image, (50, 50), "squeeze")).astype(int)
+    assert abs(squeezed - np.asarray(image.resize((50, 50), Image.Resampling.BICUBIC))).max() <= 4
+    covered = np.asarray(fit(image, (50, 50), "cover")).astype(int)
+    centre = image.crop((50, 0, 150, 100)).resize((50, 50), Image.Resampling.BICUBIC)
     assert abs(covered - np.asarray(centre)).max() <= 4
 
 
@@ -95,14 +95,14 @@ def test_decoding_gives_back_what_was_encoded():
     assert abs(out.astype(int) - np.asarray(gradient())).mean() < 3
 
 
-def test_pictures_that_are_no_jpeg_decode_too():
+def test_images_that_are_no_jpeg_decode_too():
     out = np.empty((40, 60, 3), np.uint8)
     decode_into(saved(gradient(), "PNG"), out)
     assert (out == np.asarray(gradient())).all()
 
 
 @pytest.mark.parametrize("size", [(60, 41), (40, 60), (120, 80), (8, 8)])
-def test_a_picture_of_another_size_is_an_error(size):
+def test_an_image_of_another_size_is_an_error(size):
     out = np.empty((40, 60, 3), np.uint8)
     with pytest.raises(ValueError):  # noqa: PT011 - the words differ with the decoder
         decode_into(encode(gradient(*size), 90), out)

@@ -57,5 +57,15 @@ def test_inside_a_room_there_is_no_circle():
 
 
 def test_shards_do_not_import_torch_at_start():
-    code = "import shards.__main__, shards.reader, shards.plan, sys; sys.exit('torch' in sys.modules)"
+    code = "import shards.cli, shards.pack, shards.sources, shards.reader, shards.plan, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [("shards.cli", {"numpy", "pandas", "PIL", "torch"}), ("shards.split", {"pandas", "PIL", "torch"})],
+)
+def test_the_command_line_of_shards_and_its_help_start_without_slow_imports(module, slow):
+    code = f"import {module}, sys; print(sorted({slow} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"

@@ -5,7 +5,8 @@ import json
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from harness.distributed.world import World, check_trackers
+from harness.distributed.trackers import check_trackers
+from harness.distributed.world import World
 from harness.run.log import RESULT, Log, verdict
 
 
@@ -14,20 +15,20 @@ def entries(folder) -> list[dict]:
 
 
 def test_continuing_removes_what_came_after_the_checkpoint(tmp_path):
-    with Log(tmp_path, 0, True) as log:
+    with Log().start(tmp_path, 0, True) as log:
         for step in (5, 10, 15):
             log.write("train", step, {"loss": step / 10})
         log.flush()
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"kind": "train", "st')  # cut off by a crash
-    with Log(tmp_path, 10, True) as log:
+    with Log().start(tmp_path, 10, True) as log:
         log.write("train", 15, {"loss": 99.0})
     assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(5, 0.5), (10, 1.0), (15, 99.0)]
 
 
 def test_the_result_of_a_run_that_continues_is_written_anew(tmp_path):
     for loss in (1.0, 2.0):
-        with Log(tmp_path, 10, True) as log:
+        with Log().start(tmp_path, 10, True) as log:
             log.write("result", 10, {"split": "test", "loss": loss})
     assert entries(tmp_path) == [{"kind": "result", "step": 10, "split": "test", "loss": 2.0}]
 
@@ -36,7 +37,7 @@ def test_tensorboard_shows_each_step_once_with_the_later_value(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, value in ((0, 1.0), (10, 2.0)):
-        with Log(tmp_path, start, True) as log:
+        with Log().start(tmp_path, start, True) as log:
             for step in range(start + 5, 21, 5):
                 log.write("train", step, {"loss": value})
     board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True).Reload()
@@ -45,7 +46,7 @@ def test_tensorboard_shows_each_step_once_with_the_later_value(tmp_path):
 
 
 def test_ranks_that_do_not_write_leave_no_file(tmp_path):
-    with Log(tmp_path, 0, False) as log:
+    with Log().start(tmp_path, 0, False) as log:
         log.begin_bar("epoch", 10, 0)
         log.write("train", 1, {"loss": 1.0})
         log.move_bar(5)
@@ -66,7 +67,7 @@ def test_the_verdict_says_what_limits_the_run_and_what_to_change():
 
 def test_trackers_get_what_the_log_gets_results_too(tmp_path):
     told = []
-    with Log(tmp_path, 0, True, board=False, track=lambda numbers, step: told.append((step, numbers))) as log:
+    with Log().start(tmp_path, 0, True, board=False, track=lambda numbers, step: told.append((step, numbers))) as log:
         log.write("train", 1, {"loss": 2.0, "samples": "00ff"})
         log.write(RESULT, 2, {"accuracy": 0.5})
     assert told == [(1, {"train/loss": 2.0}), (2, {"result/accuracy": 0.5})]
@@ -92,7 +93,7 @@ def test_trackers_are_started_by_name_with_the_settings(tmp_path, monkeypatch):
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
     world = World("fp32")
     check_trackers(("tensorboard", "notebook"))
-    world.begin_trackers(("tensorboard", "notebook"), tmp_path, {"optim.lr": 0.1})
+    world.start_trackers(("tensorboard", "notebook"), tmp_path, {"optim.lr": 0.1})
     world.track({"train/loss": 2.0}, 3)
     assert told == ["dermharness", {"optim.lr": 0.1}, (3, {"train/loss": 2.0})]
 

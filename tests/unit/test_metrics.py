@@ -1,4 +1,4 @@
-"""Scores equal scikit-learn's, and what is not defined is not zero."""
+"""Metrics equal scikit-learn's, and what is not defined is not zero."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from harness.evaluation.metrics import (
     compute_metrics,
     paired_differences,
     percentile_interval,
-    table,
 )
+from harness.report.text import class_table
 
 NAMES = ("a", "b", "c", "d")
 
@@ -27,7 +27,7 @@ def predictions(draw):
 
 
 @given(predictions())
-def test_scores_equal_scikit_learns(drawn):
+def test_metrics_equal_scikit_learns(drawn):
     probabilities, labels = drawn
     found = compute_metrics(probabilities, labels, NAMES)
     guesses, present = probabilities.argmax(1), np.unique(labels)
@@ -71,7 +71,7 @@ def test_a_hand_worked_example():
 
 
 @given(predictions(), st.integers(0, 99))
-def test_weighted_figures_equal_scikit_learns(drawn, seed):
+def test_weighted_metrics_equal_scikit_learns(drawn, seed):
     """What a resample computes: each image counts as often as its weight says."""
     probabilities, labels = drawn
     weights = np.random.default_rng(seed).integers(0, 4, len(labels)).astype(np.float32)
@@ -132,7 +132,7 @@ def test_intervals_resample_groups_not_images():
     assert percentile_interval(copied["accuracy"]) == pytest.approx(percentile_interval(alone["accuracy"]))
 
 
-def test_a_figure_that_few_resamples_define_has_no_interval():
+def test_a_metric_that_few_resamples_define_has_no_interval():
     probabilities = np.array([[0.8, 0.2], [0.7, 0.3], [0.3, 0.7]])
     found = compute_metrics(probabilities, np.array([0, 0, 1]), ("x", "y"), np.arange(3))
     assert found["per_class"]["y"]["recall"] == 1.0
@@ -153,10 +153,10 @@ def test_paired_gains_are_surer_than_two_intervals():
     assert other[1] > one[0] - 1
 
 
-def test_a_class_without_images_is_shown_as_not_defined():
-    shown = table(compute_metrics(np.array([[0.8, 0.2]]), np.array([0]), ("x", "y")))
-    assert "not defined" in shown.splitlines()[2]
-    assert "0.000" not in shown
+def test_a_class_without_images_is_printed_as_not_defined():
+    text = class_table(compute_metrics(np.array([[0.8, 0.2]]), np.array([0]), ("x", "y")))
+    assert "not defined" in text.splitlines()[2]
+    assert "0.000" not in text
 
 
 @pytest.mark.parametrize(

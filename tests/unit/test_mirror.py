@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.run import checkpoint
+from harness.run import checkpoint, recovery
 from harness.run.checkpoint import Provenance
 from harness.run.mirror import CheckpointMirror
 from harness.run.progress import Progress
@@ -44,7 +44,7 @@ def test_the_run_folder_gets_what_was_saved_and_loses_what_was_removed(places):
             save(mirror, step, best_step=1)
         mirror.wait()
         assert names(mirror.directory()) == names(run) == ["best-00000001", "step-00000002", "step-00000003"]
-    assert checkpoint.latest_valid(run).progress.step == 3
+    assert recovery.latest_valid(run).progress.step == 3
 
 
 def test_without_a_local_folder_the_run_folder_is_the_place(places):
@@ -81,7 +81,7 @@ def test_a_copy_that_is_not_whole_is_made_again(places, damage):
         file.write_bytes(data if damage == "flipped" else data[:-9])
     with CheckpointMirror(run, str(local)) as mirror:
         mirror.sync_on_start()
-    assert checkpoint.latest_valid(run, lambda text: pytest.fail(text)).progress.step == 2
+    assert recovery.latest_valid(run).progress.step == 2
 
 
 def test_the_local_folder_of_another_run_is_not_taken_for_this_ones(places, tmp_path):
@@ -93,7 +93,7 @@ def test_the_local_folder_of_another_run_is_not_taken_for_this_ones(places, tmp_
     with CheckpointMirror(other, str(local)) as mirror:
         mirror.sync_on_start()
         assert not (mirror.directory() / "checkpoints").exists()
-    assert checkpoint.latest_valid(other) is None
+    assert recovery.latest_valid(other) is None
 
 
 def test_a_copy_that_cannot_be_made_is_said_before_the_next_is_saved(places):

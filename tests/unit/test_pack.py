@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards import __main__ as cli
-from shards.catalogue import read_ham10000
+from shards import cli
 from shards.index import load, load_table, verify
 from shards.pack import Packing, pack
+from shards.sources import read_ham10000
 from shards.split import split_by_lesion
 
 
@@ -84,7 +85,7 @@ def test_verify_finds_every_flipped_bit_truncation_missing_and_extra_file(packed
         path.unlink()
     else:
         path = folder / "extra.txt"
-        path.write_text("")
+        path.write_text("", encoding="utf-8")
     problems = verify(folder)
     assert problems
     if path.name != "dataset.json":  # without it, nothing says what belongs
@@ -94,13 +95,13 @@ def test_verify_finds_every_flipped_bit_truncation_missing_and_extra_file(packed
 
 def test_an_output_folder_that_exists_is_refused_and_left_as_it_was(source, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")
     assert cli.main(["pack", str(source), str(tmp_path / "out")]) == 1
     assert "exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
-def test_a_picture_that_cannot_be_decoded_is_named_and_nothing_is_left_behind(source, tmp_path, capsys):
+def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left_behind(source, tmp_path, capsys):
     folder = shutil.copytree(source, tmp_path / "source")
     victim = sorted((folder / "HAM10000_images_part_2").iterdir())[3]
     victim.write_bytes(victim.read_bytes()[:2000])
@@ -139,10 +140,50 @@ def test_verify_command_names_the_file_and_fails(packed, tmp_path, capsys):
 
 def test_a_dataset_of_a_newer_format_says_to_update(packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "copy")
-    content = json.loads((folder / "dataset.json").read_text()) | {"format": 99}
-    (folder / "dataset.json").write_text(json.dumps(content))
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8")) | {"format": 99}
+    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"format 99.*Update"):
         load(folder)
+
+
+def as_format_1(folder):
+    """Rewrite a dataset's description as the first format had it: no group name, citation or licence."""
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    old = {name: content[name] for name in content if name not in ("group_name", "citation", "license", "checksum")}
+    old |= {"format": 1, "protocol": old["protocol"] | {"name": "seed"}}
+    checksum = hashlib.sha256(json.dumps(old, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(old | {"checksum": checksum}, indent=1, ensure_ascii=False) + "\n"
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+    return checksum
+
+
+def test_a_dataset_of_format_1_is_read_and_still_verifies(packed, tmp_path, capsys):
+    folder = shutil.copytree(packed, tmp_path / "old")
+    checksum = as_format_1(folder)
+    dataset = load(folder)
+    assert verify(folder) == []
+    assert dataset.fingerprint == checksum
+    assert (dataset.group_name, dataset.groups_name, dataset.description.citation) == ("group", "groups", "")
+    assert cli.main(["show", str(folder)]) == 0
+    assert "protocol seed (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [("citation", "x"), ("format", 2), ("quality", 91)])
+def test_a_changed_dataset_of_format_1_is_refused(packed, tmp_path, change):
+    folder = shutil.copytree(packed, tmp_path / "old")
+    as_format_1(folder)
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8")) | dict([change])
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="was changed after packing"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("one", "many"), [("lesion", "lesions"), ("patient", "patients"), ("body", "bodies"), ("series", "series")]
+)
+def test_groups_are_named_in_the_plural(dataset, one, many):
+    assert replace(dataset, description=replace(dataset.description, group_name=one)).groups_name == many
 
 
 def test_no_dataset_says_how_to_pack_one(tmp_path):

@@ -1,4 +1,4 @@
-"""The page of a run stands alone, tells what is known, and nothing else."""
+"""The report of a run stands alone, tells what is known, and nothing else."""
 
 import io
 import json
@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness.evaluation.gallery import least_sure, worst_mistakes
-from harness.report.page import draw_results
-from harness.report.tensorboard import board_results
+from harness.evaluation.metrics import compute_metrics
+from harness.report.gallery import least_certain, worst_mistakes
+from harness.report.page import draw_report
+from harness.report.plots import draw_confusion, draw_curves
+from shards.index import load
 from shards.reader import SplitReader
 
 
@@ -23,16 +25,18 @@ def run(finished_run, tmp_path):
 
 
 def test_the_page_of_a_run_has_its_figures_with_intervals_and_its_story(run):
-    draw_results(run)
+    draw_report(run)
     page, metrics = (run / "report.html").read_text(), json.loads((run / "metrics.json").read_text())
     low, high = metrics["tta"]["intervals"]["balanced_accuracy"]
     assert f"<b>{metrics['tta']['balanced_accuracy']:.3f}</b><small>{low:.3f} to {high:.3f}</small>" in page
     for title in (
         "Classes",
-        "Other readings of the same predictions",
+        "Views and class priors",
         "Calibration",
         "Operating points",
+        "Subgroup performance",
         "Training",
+        "Provenance",
         "Use and limits",
     ):
         assert f"<h2>{title}</h2>" in page
@@ -51,7 +55,7 @@ def test_the_page_of_a_run_has_its_figures_with_intervals_and_its_story(run):
 
 
 def test_the_page_needs_no_network(run):
-    draw_results(run)
+    draw_report(run)
     page = (run / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "http" not in page
@@ -66,14 +70,14 @@ def test_a_result_without_a_training_beside_it_has_a_page_too(run, tmp_path):
     warning = "scores of <other> lesions"
     (out / "metrics.json").write_text(json.dumps(metrics | {"views": "none", "warnings": [warning]}))
     shutil.copy(run / "predictions.csv", out)
-    draw_results(out)
+    draw_report(out)
     page = (out / "report.html").read_text()
-    for title in ("Training", "The worst mistakes", "Operating points"):
+    for title in ("Training", "Worst mistakes", "Operating points"):
         assert f"<h2>{title}</h2>" not in page
     assert "scores of &lt;other&gt; lesions" in page
 
 
-def test_the_worst_mistakes_and_the_least_sure_are_chosen_by_their_probabilities():
+def test_the_worst_mistakes_and_the_least_certain_are_chosen_by_their_probabilities():
     rows = pd.DataFrame(
         {
             "key": [1, 2, 3, 4],
@@ -84,24 +88,85 @@ def test_the_worst_mistakes_and_the_least_sure_are_chosen_by_their_probabilities
         }
     )
     assert worst_mistakes(rows)["key"].tolist() == [3, 4, 2]
-    assert least_sure(rows)["key"].tolist() == [2, 4, 1, 3]
+    assert least_certain(rows)["key"].tolist() == [2, 4, 1, 3]
 
 
-def test_the_pictures_that_were_kept_are_those_of_the_predictions(run, dataset):
-    listed = json.loads((run / "pictures" / "pictures.json").read_text())
-    rows = pd.read_csv(run / "predictions.csv").set_index("key")
-    assert all(rows.loc[key, "label"] != rows.loc[key, "prediction"] for key in listed["mistakes"])
-    reader = SplitReader(dataset, "test")
-    (place,) = [n for n, key in enumerate(reader.table(0).key) if key == listed["unsure"][0]]
+def kept(folder) -> set[int]:
+    return {int(path.stem) for path in (folder / "images").glob("0*.jpg")}
+
+
+def test_the_images_are_those_of_the_predictions(run, dataset):
+    rows = pd.read_csv(run / "predictions.csv")
+    chosen = set(worst_mistakes(rows)["key"]) | set(least_certain(rows)["key"])
+    assert kept(run) == chosen
+    reader, key = SplitReader(dataset, "test"), least_certain(rows)["key"].iloc[0]
+    (place,) = np.flatnonzero(reader.table(0).key == key)
     ((_, data),) = reader.read(np.array([0]), np.array([place]))
-    kept = Image.open(run / "pictures" / f"{listed['unsure'][0]:08d}.jpg")
-    difference = np.asarray(kept, float) - np.asarray(Image.open(io.BytesIO(data)), float)
+    thumbnail = Image.open(run / "images" / f"{key:08d}.jpg")
+    difference = np.asarray(thumbnail, float) - np.asarray(Image.open(io.BytesIO(data)), float)
     assert abs(difference).mean() < 3  # encoded twice
+
+
+def test_a_report_drawn_again_has_the_same_bytes_with_or_without_the_dataset(run, dataset):
+    before = (run / "report.html").read_bytes(), kept(run)
+    shutil.rmtree(run / "images")
+    draw_report(run, dataset)
+    assert ((run / "report.html").read_bytes(), kept(run)) == before
+    draw_report(run)
+    assert ((run / "report.html").read_bytes(), kept(run)) == before
+
+
+def test_the_report_of_a_dataset_whose_shards_are_gone_has_no_images_but_all_else(run, packed, tmp_path):
+    copy = shutil.copytree(packed, tmp_path / "data")
+    for shard in copy.glob("*.tar"):
+        shard.unlink()
+    draw_report(run, load(copy))
+    page = (run / "report.html").read_text()
+    assert kept(run) == set()
+    assert "<h2>Worst mistakes</h2>" not in page
+    assert "<h2>Classes</h2>" in page
+
+
+def test_every_text_of_a_file_is_escaped(run):
+    evil = "<script>alert('x')</script>"
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics |= {"model": evil, "group_name": evil, "citation": evil, "license": evil, "warnings": [evil], "split": evil}
+    metrics["subgroups"] = {
+        evil: {evil: metrics["subgroups"]["sex"]["male"], "b": metrics["subgroups"]["sex"]["female"]}
+    }
+    metrics["protocol"]["name"] = metrics["operating_points"][0]["positive"] = evil
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    rows = pd.read_csv(run / "predictions.csv")
+    rows["image_id"] = evil
+    rows.to_csv(run / "predictions.csv", index=False)
+    draw_report(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") > 10
+
+
+def test_class_names_are_drawn_as_they_are():
+    names = ("costs $_ or $^", "100 %", "<b>", "_x")
+    assert draw_confusion(np.eye(4, dtype=int).tolist(), names, "four").startswith(b"\x89PNG")
+    rows = pd.DataFrame({"label": names} | {f"p_{name}": [0.7, 0.1, 0.1, 0.1] for name in names})
+    assert draw_curves(rows, compute_metrics(np.full((4, 4), 0.25), np.arange(4), names)).startswith(b"\x89PNG")
+
+
+def test_citation_and_license_of_the_data_are_printed_where_they_are_known(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    draw_report(run)
+    assert "License of the data" not in (run / "report.html").read_text()
+    told = {"citation": "Tschandl et al., 2018.", "license": "CC BY-NC 4.0", "group_name": "patient"}
+    (run / "metrics.json").write_text(json.dumps(metrics | told))
+    draw_report(run)
+    page = (run / "report.html").read_text()
+    assert "<p>Data: Tschandl et al., 2018. License of the data: CC BY-NC 4.0.</p>" in page
+    assert "resampled by patient" in page
 
 
 def test_tensorboard_shows_results_once_with_curves_and_settings(run):
     for _ in range(2):
-        board_results(run, draw_results(run))
+        draw_report(run)
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     metrics, step = (
         json.loads((run / "metrics.json").read_text())["tta"],

@@ -1,4 +1,6 @@
-"""What predictions are worth: each reading of them, by hand or against the plain one."""
+"""Results of predictions: each part by hand or against the others, and their way to a file and back."""
+
+import json
 
 import numpy as np
 import pandas as pd
@@ -7,14 +9,19 @@ import pytest
 from harness.config import Eval, Optim
 from harness.evaluation.calibration import class_priors
 from harness.evaluation.metrics import compute_metrics
-from harness.evaluation.results import Predictions, bin_values, compute_results, summary
+from harness.evaluation.results import Predictions, Results, compute_results, read_results
+from harness.evaluation.subgroups import bin_values
+from harness.report.text import summary
 
 CLASSES = ("mel", "nv", "bcc")
-HEAD = {"split": "test", "views": "spins:3", "warnings": ["a leak"]}
+ABOUT = {
+    **{"split": "test", "views": "spins:3", "image_size": 32, "dataset": "0" * 64, "group_name": "lesion"},
+    **{"protocol": {"name": "lesion"}, "warnings": ["a leak"], "model": "m", "trained_on": "1" * 64, "best_epoch": 2},
+}
 
 
 @pytest.fixture
-def found() -> Predictions:
+def predictions() -> Predictions:
     """120 images of 80 lesions under 3 views, more often right than not."""
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 3, 120)
@@ -26,77 +33,83 @@ def found() -> Predictions:
 
 
 @pytest.fixture
-def facts() -> pd.DataFrame:
+def samples() -> pd.DataFrame:
     draw = np.random.default_rng(1)
     sexes = np.where(np.arange(120) < 100, np.where(np.arange(120) % 2, "male", "female"), "")
     ages = [f"{age:.1f}" for age in draw.integers(0, 18, 120) * 5]
     return pd.DataFrame({"group": [f"L{n % 80}" for n in range(120)], "sex": sexes, "age": ages})
 
 
-def eval_model(found, facts, settings=None, prior=(0.2, 0.7, 0.1), validation=None, balance="none") -> dict:
+def results_of(predictions, samples, settings=None, prior=(0.2, 0.7, 0.1), validation=None, balance="none") -> dict:
     settings = settings or Eval(subgroups=("sex", "age", "camera"), positive_classes=("mel", "mel+akiec"))
     counts = dict(zip(CLASSES, (round(100 * share) for share in prior), strict=True))
-    return compute_results(found, validation, facts, class_priors(Optim(balance=balance), counts), CLASSES, settings)
+    return compute_results(
+        predictions, validation, samples, class_priors(Optim(balance=balance), counts), CLASSES, settings
+    )
 
 
-def test_pooled_views_count_each_view_as_a_prediction_of_its_own(found, facts):
-    pooled = eval_model(found, facts)["pooled"]
-    assert pooled["images"] == 360
-    guesses = found.view_probs.argmax(2)
-    assert pooled["accuracy"] == pytest.approx((guesses == found.labels[:, None]).mean())
-    low, high = pooled["intervals"]["accuracy"]
-    alone = compute_metrics(found.tta_probs, found.labels, CLASSES, facts["group"].to_numpy())["intervals"]["accuracy"]
+def test_per_view_views_count_each_view_as_a_prediction_of_its_own(predictions, samples):
+    per_view = results_of(predictions, samples)["per_view"]
+    assert per_view["images"] == 360
+    guesses = predictions.view_probs.argmax(2)
+    assert per_view["accuracy"] == pytest.approx((guesses == predictions.labels[:, None]).mean())
+    low, high = per_view["intervals"]["accuracy"]
+    alone = compute_metrics(predictions.tta_probs, predictions.labels, CLASSES, samples["group"].to_numpy())[
+        "intervals"
+    ]["accuracy"]
     assert high - low > 0.6 * (alone[1] - alone[0])  # three views of a lesion are not three lesions
-    assert "pooled" not in eval_model(Predictions(*list(vars(found).values())[:5]), facts)
+    assert "per_view" not in results_of(Predictions(*list(vars(predictions).values())[:5]), samples)
 
 
-def test_logit_adjustment_divides_by_the_prior(found, facts):
-    parts = eval_model(found, facts, prior=(0.25, 0.5, 0.25))
-    moved = found.tta_probs / np.array([0.25, 0.5, 0.25])
-    by_hand = compute_metrics(moved / moved.sum(1, keepdims=True), found.labels, CLASSES)
-    assert parts["adjusted"]["balanced_accuracy"] == pytest.approx(by_hand["balanced_accuracy"])
-    assert parts["adjusted"]["loss"] == pytest.approx(by_hand["loss"])
-    assert parts["adjusted"]["to"] == "equal"
-    assert "if all classes were equally frequent" in summary(HEAD | parts)
-    assert "adjusted" not in eval_model(found, facts, Eval(prior_correction=0))
+def test_prior_correction_divides_by_the_frequencies_of_training(predictions, samples):
+    parts = results_of(predictions, samples, prior=(0.25, 0.5, 0.25))
+    moved = predictions.tta_probs / np.array([0.25, 0.5, 0.25])
+    by_hand = compute_metrics(moved / moved.sum(1, keepdims=True), predictions.labels, CLASSES)
+    assert parts["prior_corrected"]["balanced_accuracy"] == pytest.approx(by_hand["balanced_accuracy"])
+    assert parts["prior_corrected"]["loss"] == pytest.approx(by_hand["loss"])
+    assert parts["prior_corrected"]["target_name"] == "equal"
+    assert "prior-corrected to equal class frequencies" in summary(Results(**ABOUT, **parts))
+    assert "prior_corrected" not in results_of(predictions, samples, Eval(prior_correction=False))
 
 
-def test_after_balanced_training_the_second_reading_is_at_the_frequencies_of_training(found, facts):
-    parts = eval_model(found, facts, prior=(0.25, 0.5, 0.25), balance="sampler")
-    moved = found.tta_probs * np.array([0.25, 0.5, 0.25])
-    by_hand = compute_metrics(moved / moved.sum(1, keepdims=True), found.labels, CLASSES)
-    assert parts["adjusted"]["accuracy"] == pytest.approx(by_hand["accuracy"])
-    assert parts["adjusted"]["loss"] == pytest.approx(by_hand["loss"])
-    assert parts["adjusted"]["to"] == "training"
-    assert "if classes were as frequent as in training" in summary(HEAD | parts)
+def test_after_balanced_training_the_correction_is_to_the_frequencies_of_training(predictions, samples):
+    parts = results_of(predictions, samples, prior=(0.25, 0.5, 0.25), balance="sampler")
+    moved = predictions.tta_probs * np.array([0.25, 0.5, 0.25])
+    by_hand = compute_metrics(moved / moved.sum(1, keepdims=True), predictions.labels, CLASSES)
+    assert parts["prior_corrected"]["accuracy"] == pytest.approx(by_hand["accuracy"])
+    assert parts["prior_corrected"]["loss"] == pytest.approx(by_hand["loss"])
+    assert parts["prior_corrected"]["target_name"] == "training"
+    assert "prior-corrected to the class frequencies of training" in summary(Results(**ABOUT, **parts))
 
 
-def test_a_class_that_training_lacked_keeps_its_probability_under_adjustment(found, facts):
-    assert np.isfinite(eval_model(found, facts, prior=(0.5, 0.5, 0))["adjusted"]["loss"])
+def test_a_class_that_training_lacked_keeps_its_probability_under_prior_correction(predictions, samples):
+    assert np.isfinite(results_of(predictions, samples, prior=(0.5, 0.5, 0))["prior_corrected"]["loss"])
 
 
-def test_a_breakdown_holds_each_image_once_with_its_own_score(found, facts):
-    breakdown = eval_model(found, facts)["breakdown"]
-    assert list(breakdown) == ["sex", "age"]  # the source knows of no camera
-    assert list(breakdown["sex"]) == ["female", "male", "unknown"]
-    for cells in breakdown.values():
+def test_subgroups_hold_each_image_once_with_its_own_metrics(predictions, samples):
+    subgroups = results_of(predictions, samples)["subgroups"]
+    assert list(subgroups) == ["sex", "age"]  # the source knows of no camera
+    assert list(subgroups["sex"]) == ["female", "male", "unknown"]
+    for cells in subgroups.values():
         assert sum(cell["images"] for cell in cells.values()) == 120
-    men = (facts["sex"] == "male").to_numpy()
-    alone = compute_metrics(found.tta_probs[men], found.labels[men], CLASSES, facts["group"][men].to_numpy())
-    cell = breakdown["sex"]["male"]
+    men = (samples["sex"] == "male").to_numpy()
+    alone = compute_metrics(
+        predictions.tta_probs[men], predictions.labels[men], CLASSES, samples["group"][men].to_numpy()
+    )
+    cell = subgroups["sex"]["male"]
     assert cell["accuracy"] == alone["accuracy"]
     assert cell["intervals"]["balanced_accuracy"] == alone["intervals"]["balanced_accuracy"]
-    assert (cell["small"], breakdown["sex"]["unknown"]["small"]) == (False, True)
+    assert (cell["small"], subgroups["sex"]["unknown"]["small"]) == (False, True)
 
 
-def test_a_cell_of_one_class_has_no_area_under_the_curve(found, facts):
-    facts["sex"] = np.where(found.labels == 0, "male", "female")
-    cell = eval_model(found, facts)["breakdown"]["sex"]["male"]
+def test_a_subgroup_of_one_class_has_no_area_under_the_curve(predictions, samples):
+    samples["sex"] = np.where(predictions.labels == 0, "male", "female")
+    cell = results_of(predictions, samples)["subgroups"]["sex"]["male"]
     assert cell["macro_auc"] is None
     assert cell["balanced_accuracy"] == cell["accuracy"]
 
 
-def test_many_numbers_are_cut_into_bands_and_text_is_left_as_it_is():
+def test_many_numbers_are_cut_into_bins_and_text_is_left_as_it_is():
     ages = bin_values(pd.Series(["5.0", "85.0", "", "40", "45", "60", "20", "nan", "35.0"]))
     assert list(ages.cat.categories) == ["0 to 19", "20 to 39", "40 to 59", "60 to 79", "80 to 99", "unknown"]
     assert ages.tolist()[:4] == ["0 to 19", "80 to 99", "unknown", "40 to 59"]
@@ -106,29 +119,86 @@ def test_many_numbers_are_cut_into_bands_and_text_is_left_as_it_is():
     assert bin_values(pd.Series(["", ""])).tolist() == ["unknown", "unknown"]
 
 
-def test_thresholds_and_temperature_come_from_validation_alone(found, facts):
-    other = Predictions(found.keys, found.labels, found.center_probs, found.tta_probs[:, [1, 0, 2]], found.tta_std)
-    parts, moved = (eval_model(found, facts, validation=one) for one in (found, other))
+def test_thresholds_and_temperature_come_from_validation_alone(predictions, samples):
+    other = Predictions(
+        predictions.keys,
+        predictions.labels,
+        predictions.center_probs,
+        predictions.tta_probs[:, [1, 0, 2]],
+        predictions.tta_std,
+    )
+    parts, moved = (results_of(predictions, samples, validation=one) for one in (predictions, other))
     (point,), (elsewhere,) = parts["operating_points"], moved["operating_points"]  # akiec is no class here
     assert point["positive"] == "mel"
     assert point["sensitivity"]["value"] >= 0.9
     assert elsewhere["threshold"] != point["threshold"]
     assert parts["calibration"]["loss"] <= parts["tta"]["loss"]
     assert parts["tta"] == moved["tta"]
-    assert "calibration" not in eval_model(found, facts)
+    assert "calibration" not in results_of(predictions, samples)
 
 
-def test_probabilities_that_are_none_are_refused(found, facts):
-    broken = found.tta_probs.copy()
+def test_probabilities_that_are_none_are_refused(predictions, samples):
+    broken = predictions.tta_probs.copy()
     broken[3, 0] = np.nan
     with pytest.raises(ValueError, match="finite and sum to 1"):
-        eval_model(Predictions(found.keys, found.labels, found.center_probs, broken, found.tta_std), facts)
+        results_of(
+            Predictions(predictions.keys, predictions.labels, predictions.center_probs, broken, predictions.tta_std),
+            samples,
+        )
     with pytest.raises(ValueError, match="finite and sum to 1"):
-        eval_model(Predictions(found.keys, found.labels, 2 * found.center_probs, found.tta_probs, found.tta_std), facts)
+        results_of(
+            Predictions(
+                predictions.keys,
+                predictions.labels,
+                2 * predictions.center_probs,
+                predictions.tta_probs,
+                predictions.tta_std,
+            ),
+            samples,
+        )
 
 
-def test_the_words_tell_every_reading(found, facts):
-    words = summary(HEAD | eval_model(found, facts, validation=found))
-    for part in ("each view as a prediction of its own", "equally frequent", "temperature", "mel at the threshold"):
+def test_the_text_tells_every_part(predictions, samples):
+    words = summary(Results(**ABOUT, **results_of(predictions, samples, validation=predictions)))
+    for part in (
+        "each view as a prediction of its own",
+        "TTA gain",
+        "equal class frequencies",
+        "resampled by lesion",
+        "temperature",
+        "mel at the threshold",
+    ):
         assert part in words
     assert words.endswith("warning: a leak")
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_results_come_back_from_their_file_as_they_were(predictions, samples, tmp_path, full):
+    parts = results_of(predictions, samples, validation=predictions if full else None)
+    if not full:
+        del parts["per_view"], parts["prior_corrected"]
+    results = Results(**ABOUT, **parts)
+    (tmp_path / "metrics.json").write_text(results.to_json(), encoding="utf-8")
+    assert read_results(tmp_path) == results
+    content = json.loads(results.to_json())
+    assert content["format"] == 4
+    assert ("calibration" in content, "per_view" in content) == (full, full)
+    assert None not in content.values()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"format": 3, "plain": {}}, "has format 3, and this version of dermharness reads format 4"),
+        ({"format": 4, "split": "test"}, "is damaged .*image_size.*launch/evaluate.py"),
+        ({"format": 4, "beauty": 1}, "is damaged .*beauty"),
+        ({}, "is damaged .*format"),
+        ([1], "is damaged"),
+    ],
+)
+def test_a_file_that_is_no_result_of_this_version_is_refused_with_what_to_do(tmp_path, content, sentence):
+    with pytest.raises(FileNotFoundError, match=r"has no metrics\.json"):
+        read_results(tmp_path)
+    (tmp_path / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=sentence):
+        read_results(tmp_path)

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from shards import __main__ as cli
-from shards.catalogue import NO_GROUPS, read_class_folders, read_isic2018, read_table
+from shards import cli
+from shards.catalogue import NO_GROUPS
 from shards.index import load, load_table, verify
+from shards.sources import read_class_folders, read_isic2018, read_table
 
 RNG = np.random.default_rng(0)
 
@@ -27,7 +28,7 @@ def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (60, 45)) -> Pat
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """Two classes in folders: pictures of any kind, mode and size."""
+    """Two classes in folders: images of any kind, mode and size."""
     kinds = [
         ("a.jpg", "RGB", (60, 45)),
         ("b.png", "RGBA", (33, 80)),
@@ -48,10 +49,10 @@ def tree(tmp_path) -> Path:
 
 @pytest.fixture
 def table(tmp_path) -> Path:
-    """A CSV of 24 pictures of 12 patients, some paths without their ending."""
+    """A CSV of 24 images of 12 patients, some paths without their ending."""
     rows = []
     for number in range(24):
-        path = save(tmp_path / "csv" / "pictures" / f"p{number}.jpg")
+        path = save(tmp_path / "csv" / "images" / f"p{number}.jpg")
         name = str(path.relative_to(tmp_path / "csv"))
         name = name.removesuffix(".jpg") if number % 2 else name
         rows.append(
@@ -64,7 +65,7 @@ def table(tmp_path) -> Path:
 COLUMNS = ["--image-column", "file", "--label-column", "diagnosis", "--group-column", "patient"]
 
 
-def test_class_folders_pack_whatever_the_kind_of_picture(tree, tmp_path, capsys):
+def test_class_folders_pack_whatever_the_kind_of_image(tree, tmp_path, capsys):
     assert cli.main(["pack", str(tree), str(tmp_path / "out"), "--size", "32x24"]) == 0
     dataset = load(tmp_path / "out")
     assert dataset.classes == ("benign", "malignant")
@@ -80,9 +81,28 @@ def test_a_csv_keeps_groups_together_and_carries_its_other_columns(table, tmp_pa
     rows = pd.concat(load_table(dataset, shard) for shard in dataset.shards)
     assert set(rows.columns) == {"key", "offset", "size", "label", "group", "image_id", "camera"}
     assert dataset.classes == ("m", "n")
+    assert (dataset.group_name, dataset.groups_name) == ("patient", "patients")
     assert dataset.description.warnings == []
     train = set(pd.concat(load_table(dataset, shard) for shard in dataset.split("train"))["group"])
     assert not train & set(pd.concat(load_table(dataset, shard) for shard in dataset.split("val"))["group"])
+
+
+@pytest.mark.parametrize(
+    ("column", "name"),
+    [("patient", "patient"), ("Patient_ID", "patient"), ("id", "group"), ("imaging day", "imaging day")],
+)
+def test_a_csvs_group_column_says_what_a_group_is(table, column, name):
+    pd.read_csv(table).rename(columns={"patient": column}).to_csv(table, index=False)
+    assert read_table(table, "file", "diagnosis", column).group_name == name
+    assert read_table(table, "file", "diagnosis", None).group_name == "group"
+
+
+def test_citation_and_license_of_a_source_are_kept_and_shown(tree, tmp_path, capsys):
+    words = ["--size", "32x24", "--citation", "Müller (2024)", "--license", "CC0"]
+    assert cli.main(["pack", str(tree), str(tmp_path / "out"), *words]) == 0
+    about = load(tmp_path / "out").description
+    assert (about.format, about.citation, about.license, about.group_name) == (2, "Müller (2024)", "CC0", "group")
+    assert "citation: Müller (2024)\nlicense: CC0" in capsys.readouterr().out
 
 
 def test_parquet_is_read_as_csv_is(table, tmp_path):
@@ -98,7 +118,7 @@ def test_parquet_is_read_as_csv_is(table, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda t: t.assign(file=t["file"] + "x"), ["no such picture", "Paths are taken from"]),
+        (lambda t: t.assign(file=t["file"] + "x"), ["no such image", "Paths are taken from"]),
         (lambda t: t.assign(patient=["", *t["patient"][1:]]), ["blank group", "row(s) 2"]),
         (lambda t: t.assign(diagnosis=["", *t["diagnosis"][1:]]), ["blank label"]),
         (lambda t: t.drop(columns="patient"), ["no column 'patient' (--group-column)", "camera"]),
@@ -115,7 +135,7 @@ def test_a_bad_csv_is_one_error_and_nothing_is_written(table, tmp_path, capsys, 
     assert not list(tmp_path.glob("out*"))
 
 
-def test_one_picture_under_two_names_is_refused(table, tmp_path, capsys):
+def test_one_image_under_two_names_is_refused(table, tmp_path, capsys):
     rows = pd.read_csv(table)
     again = rows[:1].assign(file=f"../csv/{rows['file'][0]}", patient="P99")
     pd.concat([rows, again]).to_csv(table, index=False)
@@ -124,10 +144,10 @@ def test_one_picture_under_two_names_is_refused(table, tmp_path, capsys):
 
 
 def test_rows_longer_than_the_header_are_refused(table, tmp_path, capsys):
-    lines = table.read_text().splitlines()
-    table.write_text("\n".join([lines[0], *(f"{line}," for line in lines[1:])]))
+    lines = table.read_text(encoding="utf-8").splitlines()
+    table.write_text("\n".join([lines[0], *(f"{line}," for line in lines[1:])]), encoding="utf-8")
     assert cli.main(["pack", str(table), str(tmp_path / "out"), *COLUMNS]) == 1
-    assert "is no CSV" in capsys.readouterr().err
+    assert "is not a CSV file" in capsys.readouterr().err
 
 
 def test_outputs_of_one_pass_must_differ(source, tmp_path, capsys):
@@ -144,7 +164,7 @@ def test_a_csv_without_its_columns_named_says_which_options(table, tmp_path, cap
 def test_a_folder_that_is_no_source_says_what_one_looks_like(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["pack", str(tmp_path / "empty"), str(tmp_path / "out")]) == 1
-    assert "neither HAM10000_metadata.csv nor pictures" in capsys.readouterr().err
+    assert "neither HAM10000_metadata.csv nor images" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -168,6 +188,8 @@ def test_isic2018_trains_on_ham10000_and_tests_on_the_challenge(source, challeng
     assert dataset.description.counts["test"] == dict.fromkeys(dataset.classes, 1)
     left_out = pd.read_csv(tmp_path / "out" / "left_out.csv").set_index("image_id")["reason"]
     assert "easter egg" in left_out["ISIC_0035068"]
+    assert dataset.group_name == "lesion"
+    assert "1902.03368" in dataset.description.citation
     assert verify(tmp_path / "out") == []
 
 
@@ -176,7 +198,7 @@ def test_isic2018_trains_on_ham10000_and_tests_on_the_challenge(source, challeng
     [
         (lambda t: t.rename(columns={"DF": "SCC"}), ["image, MEL, NV", "SCC"]),
         (lambda t: t.assign(NV=1.0), ["not exactly one class is 1"]),
-        (lambda t: pd.concat([t, t[:1].assign(image="ISIC_9999999")]), ["ISIC_9999999", "no picture"]),
+        (lambda t: pd.concat([t, t[:1].assign(image="ISIC_9999999")]), ["ISIC_9999999", "no image"]),
     ],
 )
 def test_a_bad_ground_truth_is_named(source, challenge, change, words):
@@ -192,7 +214,10 @@ def test_a_bad_ground_truth_is_named(source, challenge, change, words):
     ("words", "expected"),
     [
         (["--protocol", "isic2018"], "needs --test-source"),
-        (["--protocol", "lesions"], "must be one of lesion, image, seed, notebook-leaky"),
+        (
+            ["--protocol", "lesions"],
+            "must be one of lesion, notebook, isic2018, column:NAME, test, image, notebook-leaky",
+        ),
         (["--protocol", "notebook", "--folds", "5"], "--folds goes with --protocol lesion"),
         (["--protocol", "column:sex", "--holdout", "0.2"], "a test split of its own"),
         (["--protocol", "test", "--holdout", "0.2"], "a test split of its own"),
@@ -209,7 +234,7 @@ def test_study_protocols_are_marked_in_the_dataset(source, tmp_path):
     assert (
         cli.main(["pack", str(source), str(tmp_path / "out"), "--protocol", "notebook-leaky", "--size", "32x24"]) == 0
     )
-    content = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    content = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))
     assert content["protocol"] == {"name": "notebook-leaky", "seed": 0, "leaks": True}
     assert "scores mean nothing" in content["warnings"][0]
 

@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.grouping import VAL_IS_TEST, with_holdout
+from shards.leaks import check_split
 from shards.split import (
     FRACTIONS,
     NOT_A_LESION,
-    VAL_IS_TEST,
-    check_split,
+    PROTOCOLS,
+    choose_protocol,
+    describe_protocols,
     external_test,
     split_by_column,
     split_by_fold,
@@ -19,7 +22,6 @@ from shards.split import (
     split_isic2018,
     split_notebook,
     split_notebook_leaky,
-    with_holdout,
 )
 
 
@@ -58,7 +60,7 @@ def test_lesion_split_is_disjoint_stratified_and_complete(table, number):
 
 
 @given(catalogues(), st.integers(0, 5))
-def test_seed_split_is_the_notebooks_without_its_leak(table, number):
+def test_notebook_split_is_the_notebooks_without_its_leak(table, number):
     split = split_notebook(table, number)
     check(table, split)
     assert split.aliases == {"test": "val"}
@@ -244,7 +246,7 @@ def test_a_column_that_puts_one_group_in_two_splits_is_refused():
 def test_test_classes_unknown_to_train_are_refused():
     table = said(["train", "val", "test"])
     table.loc[2, "label"] = "rare"
-    with pytest.raises(ValueError, match=r"test split has classes that train has not: rare"):
+    with pytest.raises(ValueError, match=r"test split has classes that train lacks: rare"):
         check_split(table, split_by_column(table, "part"))
 
 
@@ -252,3 +254,19 @@ def test_a_holdout_that_is_no_share_is_refused():
     for fraction in (-0.1, 1.0):
         with pytest.raises(ValueError, match="--holdout"):
             with_holdout(said(["train"] * 4), fraction, split_notebook)
+
+
+def test_every_protocol_is_described_and_can_be_chosen_by_its_name():
+    table = said(["train", "val", "test", "train", "val"] * 4)
+    for name in PROTOCOLS:
+        assert f"  {name} " in describe_protocols()
+        split = choose_protocol(name.replace("NAME", "part"))(table)
+        assert split.protocol["name"] == name.replace("NAME", "part")
+        assert split.leaks == PROTOCOLS[name].is_study
+        assert ("test" in split.rows) or split.aliases == {"test": "val"}
+
+
+@pytest.mark.parametrize(("old", "new"), [("seed", "notebook"), ("seed-leaky", "notebook-leaky")])
+def test_a_renamed_protocol_is_refused_by_its_new_name(old, new):
+    with pytest.raises(ValueError, match=f"^The '--protocol' {old} is now called {new}\\.$"):
+        choose_protocol(old)

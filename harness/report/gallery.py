@@ -1,0 +1,107 @@
+"""Images for the report: the worst mistakes, the least certain predictions, and what training looks like.
+
+In: a folder of results and the dataset that was evaluated. Out: small JPEGs under `images/` of that folder. Invariants:
+which images these are follows from `predictions.csv` alone; an image that cannot be read is left out and costs nothing else.
+"""
+
+import io
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from harness.config import Config
+from harness.data.augment import MEAN, STD, plain_view, training_view
+from harness.evaluation.results import read_predictions, read_results
+from shards.contact_sheet import draw_sheet, first_of_class
+from shards.index import Dataset
+from shards.reader import SplitReader
+
+FOLDER, AUGMENTED = "images", "augmented.jpg"
+MAX_IMAGES = 8  # of a kind
+THUMBNAIL_SIDE = 200  # the longer one, in pixels
+
+
+def worst_mistakes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of predictions.csv, the wrong rows that gave their label the least probability, the worst first."""
+    of_label = np.array([float(row[f"p_{row['label']}"]) for row in rows.to_dict("records")])
+    wrong = rows.assign(of_label=of_label)[rows["prediction"] != rows["label"]]
+    return pd.DataFrame(wrong).sort_values(["of_label", "key"]).head(MAX_IMAGES)
+
+
+def least_certain(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of predictions.csv, the rows of the greatest entropy (nats), the least certain first."""
+    probabilities = rows[[name for name in rows if str(name).startswith("p_")]].to_numpy(float)
+    entropy = -(probabilities * np.log(probabilities.clip(1e-12))).sum(1)
+    return rows.assign(entropy=entropy).sort_values(["entropy", "key"], ascending=[False, True]).head(MAX_IMAGES)
+
+
+def thumbnail_path(folder: Path, key: int) -> Path:
+    """Where a sample's small image lies in a folder of results, if it could be made."""
+    return folder / FOLDER / f"{key:08d}.jpg"
+
+
+def save_gallery(folder: Path, dataset: Dataset, config: Config | None = None) -> None:
+    """Replace `images/` of a folder of results: small images of the predictions, and a sheet of training views.
+
+    Args:
+        folder: with metrics.json and predictions.csv. dataset: the one that was evaluated; images of another are not used.
+        config: settings of the training whose views are drawn; None for no sheet.
+    """
+    rows, results = read_predictions(folder), read_results(folder)
+    if dataset.fingerprint != results.dataset:
+        return
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    (folder / FOLDER).mkdir()
+    keys = {int(key) for kind in (worst_mistakes(rows), least_certain(rows)) for key in kind["key"]}
+    for key, image in _thumbnails(SplitReader(dataset, results.split), keys).items():
+        image.save(thumbnail_path(folder, key), quality=85)
+    if config is not None:
+        title = f"the center view, then training views, {config.data.image_size} px"
+        with suppress(
+            OSError, ValueError
+        ):  # an image that cannot be decoded (training may skip it), a shard that is gone
+            sheet = augmented_rows(dataset, config, 6)
+            draw_sheet(sheet, folder / FOLDER / AUGMENTED, title)
+
+
+def augmented_rows(dataset: Dataset, config: Config, n_views: int = 9) -> list[tuple[str, list[np.ndarray]]]:
+    """For each class one training image: its center view and `n_views` training views, (S, S, 3) uint8.
+
+    Raises:
+        ValueError, FileNotFoundError: an image cannot be decoded, or its shard is missing.
+    """
+    rows, size = [], config.data.image_size
+    for label, name in enumerate(dataset.classes):
+        for key, image in first_of_class(dataset, "train", label, 1):
+            images = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
+            position = torch.tensor([key])
+            views = [plain_view(images, config.augment, size)]
+            for epoch in range(n_views):
+                views.append(training_view(images, position, epoch, config.run.seed, config.augment, size))
+            rows.append((name, [_visible(view[0]) for view in views]))
+    return rows
+
+
+def _thumbnails(reader: SplitReader, keys: set[int]) -> dict[int, Image.Image]:
+    """Small RGB images by key, of those that can be read."""
+    images = {}
+    for shard in range(len(reader.shards)):
+        with suppress(OSError, ValueError):  # the shard is gone, or damaged
+            all_keys = reader.table(shard).key
+            places = np.flatnonzero(np.isin(all_keys, sorted(keys)))
+            for number, data in reader.read(np.full(len(places), shard), places):
+                with suppress(OSError, ValueError), Image.open(io.BytesIO(data)) as image:
+                    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+                    images[int(all_keys[places[number]])] = image.convert("RGB")
+    return images
+
+
+def _visible(view: torch.Tensor) -> np.ndarray:
+    """A normalised view, (3, S, S), as an image, (S, S, 3) uint8."""
+    colours = view * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    return (colours * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

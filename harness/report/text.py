@@ -1,0 +1,93 @@
+"""Results as human-readable text, for a terminal.
+
+In: `Results`. Out: lines of text. Invariants: metrics are printed by their names; what is not defined says so.
+"""
+
+from harness.evaluation.results import Results
+
+# The lines below the table of classes. Of the two F1 averages only the macro one: the other is mostly the commonest class's.
+SUMMARY_LINES = (
+    ("accuracy", "balanced_accuracy", "macro_f1"),
+    ("macro_auc", "kappa"),
+    ("loss", "brier", "calibration_error"),
+)
+CLASS_COLUMNS = ("precision", "recall", "f1", "auc")
+PER_VIEW_METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
+PRIOR_METRICS = ("accuracy", "balanced_accuracy", "macro_auc", "loss")
+PRIOR_TEXT = {
+    "equal": "prior-corrected to equal class frequencies",
+    "training": "prior-corrected to the class frequencies of training",
+}
+
+
+def format_metric(value: float | None, interval: list[float] | None = None, form: str = ".3f") -> str:
+    """A metric with its interval: `0.812 (0.790 to 0.833)`, or `not defined`."""
+    if value is None:
+        return "not defined"
+    return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
+
+
+def title(name: str) -> str:
+    """A name of a metric as words."""
+    return name.replace("_", " ")
+
+
+def class_table(metrics: dict, group_name: str = "group") -> str:
+    """Per-class and summary metrics, as from `compute_metrics`; 95 % intervals where there are any."""
+    intervals = metrics.get("intervals")
+    width = max(10, *(len(name) + 2 for name in metrics["per_class"]))
+    cell = 20 if intervals else 13
+    lines = [f"{'class':<{width}}{'images':>8}" + "".join(f"{name:>{cell}}" for name in CLASS_COLUMNS)]
+    for label, row in metrics["per_class"].items():
+        of_class = intervals["per_class"][label] if intervals else {}
+        cells = "".join(f"{_compact(row[name], of_class.get(name)):>{cell}}" for name in CLASS_COLUMNS)
+        lines.append(f"{label:<{width}}{row['images']:>8}{cells}")
+    lines += [_named(metrics, names, separator=",  ") for names in SUMMARY_LINES]
+    if intervals:
+        lines.append(f"in brackets: 95 % bootstrap intervals, resampled by {group_name}")
+    return "\n".join(lines)
+
+
+def summary(results: Results) -> str:
+    """What an evaluation found, as text of several lines."""
+    tta, center = results.tta, results.center
+    lines = [
+        f"{results.split} split, {tta['images']} images, views: {results.views}",
+        class_table(tta, results.group_name),
+    ]
+    if results.views != "none":
+        gain = format_metric(**_gain(results, "balanced_accuracy"), form="+.3f")
+        lines.append(
+            f"TTA gain {gain} balanced accuracy over the single center view ({format_metric(center['balanced_accuracy'])})"
+        )
+    if results.per_view:
+        values = _named(results.per_view, PER_VIEW_METRICS, with_intervals=False)
+        lines.append(f"each view as a prediction of its own: {values}")
+    if corrected := results.prior_corrected:
+        lines.append(f"{PRIOR_TEXT[corrected['target_name']]}: {_named(corrected, PRIOR_METRICS)}")
+    if calibration := results.calibration:
+        lines.append(
+            f"temperature {calibration['temperature']:.2f}, fitted on validation: calibration error "
+            f"{tta['calibration_error']:.3f} -> {calibration['calibration_error']:.3f}, loss {tta['loss']:.3f} -> "
+            f"{calibration['loss']:.3f}"
+        )
+    for point in results.operating_points:
+        rates = ", ".join(f"{name} {format_metric(**point[name])}" for name in ("sensitivity", "specificity"))
+        lines.append(
+            f"{point['positive']} at the threshold {point['threshold']:.3f} (sensitivity {point['wanted_sensitivity']:.2f} on "
+            f"validation): {rates}"
+        )
+    return "\n".join(lines + [f"warning: {warning}" for warning in results.warnings])
+
+
+def _named(metrics: dict, names: tuple[str, ...], separator: str = ", ", with_intervals: bool = True) -> str:
+    intervals = metrics.get("intervals", {}) if with_intervals else {}
+    return separator.join(f"{title(name)} {format_metric(metrics[name], intervals.get(name))}" for name in names)
+
+
+def _gain(results: Results, name: str) -> dict:
+    return {"value": results.tta_gain[name]["gain"], "interval": results.tta_gain[name]["interval"]}
+
+
+def _compact(value: float | None, interval: list[float] | None) -> str:
+    return format_metric(value) + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval and value is not None else "")

@@ -1,0 +1,226 @@
+"""`python -m shards demo | pack | verify | show`: make packed datasets and look at them.
+
+In: arguments of the command line. Out: files, a table on the console and an exit code. Invariants: invalid input ends
+with one sentence and exit code 1; --help imports neither pandas nor NumPy nor Pillow, so each command imports what it
+needs.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shards.catalogue import Catalogue
+    from shards.index import Dataset
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser(describes_protocols=argv[:1] == ["pack"]).parse_args(argv)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; no partial output was kept", file=sys.stderr)
+        return 130
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from shards import demo
+
+    demo.draw(options.out, options.images, options.seed)
+    print(f"drew {options.images} demo lesions; next: python -m shards pack {options.out} data/demo")
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from shards import index
+    from shards.files import refuse_used_folder
+    from shards.pack import Packing, pack_several
+    from shards.split import choose_protocol
+
+    start = time.perf_counter()
+    refuse_used_folder(options.out)
+    outputs = [(options.out, options.size, options.fit), *options.also]
+    packings = [(out, Packing(size, fit, options.quality, options.shard_samples)) for out, size, fit in outputs]
+    protocol = choose_protocol(options.protocol, options.seed, options.folds, options.fold, options.holdout)
+    source = _read_source(options)
+    source = replace(source, citation=options.citation or source.citation, license=options.license or source.license)
+    described = pack_several(source, protocol(source.images), packings, options.threads)[0]
+    seconds = time.perf_counter() - start
+    dataset = index.load(options.out)
+    images, size = sum(s.samples for s in dataset.shards), sum(s.bytes for s in dataset.shards)
+    print(
+        f"packed {images} images into {len(dataset.shards)} shards ({size / 1e6:.0f} MB) in {seconds:.0f} s, "
+        f"{images / seconds:.0f} images/s; left out {described.left_out} (left_out.csv says why)"
+    )
+    _print_table(options.out, dataset)
+    return 0
+
+
+def _read_source(options: argparse.Namespace) -> "Catalogue":
+    from shards import sources
+
+    path: Path = options.source
+    if (options.protocol == "isic2018") != (options.test_source is not None):
+        raise ValueError(
+            "--protocol isic2018 needs --test-source, the folder of the challenge's test images, "
+            f"and no other protocol takes it. Got --protocol {options.protocol}."
+        )
+    if options.protocol == "isic2018":
+        return sources.read_isic2018(path, options.test_source)
+    if path.suffix.lower() in (".csv", ".parquet"):
+        if not (options.image_column and options.label_column):
+            raise ValueError(
+                f"{path.name} needs --image-column and --label-column (and --group-column if it has groups)."
+            )
+        return sources.read_table(path, options.image_column, options.label_column, options.group_column)
+    if path.is_dir() and not any((path / name).is_file() for name in sources.METADATA):
+        return sources.read_class_folders(path)
+    return sources.read_ham10000(path)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from shards import index
+
+    problems = index.verify(options.out)
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{options.out}: {len(problems)} problem(s)")
+        return 1
+    dataset = index.load(options.out)
+    print(f"{options.out}: {len(dataset.shards)} shards as packed, fingerprint {dataset.fingerprint[:12]}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from shards import index
+    from shards.contact_sheet import dataset_rows, draw_sheet
+
+    dataset = index.load(options.out)
+    _print_table(options.out, dataset)
+    sheet = options.sheet or options.out.resolve().with_name(f"{options.out.resolve().name}-sheet.png")
+    draw_sheet(dataset_rows(dataset), sheet, f"{options.out.name}, {dataset.describe_split()}")
+    print(f"contact sheet: {sheet}")
+    return 0
+
+
+def _print_table(out: Path, dataset: "Dataset") -> None:
+    about = dataset.description
+    print(f"{out}: {about.source['name']}, {dataset.width}x{dataset.height}, fingerprint {dataset.fingerprint[:12]}")
+    print(dataset.describe_split())
+    names = list(about.counts)
+    print(f"{'class':<12}" + "".join(f"{name:>8}" for name in names))
+    for label in dataset.classes:
+        print(f"{label:<12}" + "".join(f"{about.counts[name][label]:>8}" for name in names))
+    print(f"{'images':<12}" + "".join(f"{sum(about.counts[name].values()):>8}" for name in names))
+    for what in ("citation", "license"):
+        if text := getattr(about, what):
+            print(f"{what}: {text}")
+    for alias, real in about.aliases.items():
+        print(f"{alias} is {real} under another name")
+    for warning in about.warnings:
+        print(f"warning: {warning}")
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = text.lower().split("x")
+        return int(width), int(height)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a size is WIDTHxHEIGHT in pixels, as 341x256. Got {text!r}") from error
+
+
+def _output(text: str) -> tuple[Path, tuple[int, int], str]:
+    out, _, stored = text.rpartition("=")
+    size, _, fit = stored.partition(":")
+    if not out:
+        raise argparse.ArgumentTypeError(f"another output is OUT=SIZE:FIT, as data/small=280x224:squeeze. Got {text!r}")
+    return Path(out), _size(size), fit or "cover"
+
+
+def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m shards", description="Make packed datasets (WebDataset shards) and look at them."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands.add_parser("demo", help="draw lesions in HAM10000's layout"))
+    pack = commands.add_parser(
+        "pack", help="pack images into shards", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_pack(pack)
+    if describes_protocols:  # the import is slow, and packing needs it anyway
+        from shards.split import describe_protocols
+
+        pack.epilog = describe_protocols()
+    verify = commands.add_parser("verify", help="check every file against its SHA-256")
+    verify.add_argument("out", type=Path, help="packed folder")
+    verify.set_defaults(run=_verify)
+    show = commands.add_parser("show", help="print the class table of each split and draw a contact sheet")
+    show.add_argument("out", type=Path, help="packed folder")
+    show.add_argument("--sheet", type=Path, help="PNG to draw (default: OUT-sheet.png beside the folder)")
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", type=Path, help="folder to make")
+    command.add_argument("--images", type=int, default=700, help="images to draw (default 700)")
+    command.add_argument("--seed", type=int, default=0, help="a different seed draws different lesions (default 0)")
+    command.set_defaults(run=_demo)
+
+
+def _add_pack(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("source", type=Path, help="HAM10000 folder, folder with one folder a class, CSV or Parquet file")
+    add("out", type=Path, help="folder to make")
+    add("--seed", type=int, default=0, help="a different seed gives a different split (default 0)")
+    add("--threads", type=int, default=0, help="decoding threads (default: one a core)")
+    _add_source_options(command.add_argument_group("source"))
+    _add_split_options(command.add_argument_group("split"))
+    _add_storage_options(command.add_argument_group("storage"))
+    command.set_defaults(run=_pack)
+
+
+def _add_source_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--image-column", help="of a CSV or Parquet file: paths of the images, from the file's folder")
+    add("--label-column", help="of a CSV or Parquet file: class names")
+    add(
+        "--group-column",
+        help="of a CSV or Parquet file: lesion or patient, whose images have one label; never cut by a split",
+    )
+    add("--citation", default="", help="how to cite the images (HAM10000 and ISIC 2018 are cited by themselves)")
+    add("--license", default="", help="licence of the images (that of HAM10000 and ISIC 2018 is known)")
+    add("--test-source", type=Path, help="folder of the ISIC 2018 test images and their ground truth")
+
+
+def _add_split_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--protocol", default="lesion", help="how to split, see below (default lesion)")
+    add("--folds", type=int, default=0, help="number of cross-validation folds, 3 or more")
+    add("--fold", type=int, default=0, help="which fold is the test split, from 0 (default 0)")
+    add("--holdout", type=float, default=0.0, help="share of groups cut as a common test set before all else")
+
+
+def _add_storage_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--size", type=_size, default=(341, 256), help="stored WIDTHxHEIGHT in pixels (default 341x256)")
+    add("--fit", default="cover", help="how an image is brought to that size: cover (default), contain or squeeze")
+    add("--quality", type=int, default=90, help="JPEG quality of stored images (default 90)")
+    add("--shard-samples", type=int, default=1000, help="most samples in one shard (default 1000)")
+    add(
+        "--also",
+        type=_output,
+        action="append",
+        default=[],
+        metavar="OUT=SIZE:FIT",
+        help="pack the same split in another size, too, in the same pass: data/small=280x224:squeeze; may be repeated",
+    )
