@@ -37,10 +37,9 @@ class Trial:
         self.model.to(self.world.device, memory_format=self.world.memory_format)  # pyright: ignore[reportCallIssue]
         counts = self.reader.dataset.description.counts["train"]
         loss_fn = Loss(config.optim, counts, self.world.device)
-        optimizer = build_optimizer(self.model, config.optim)
-        # torch.compile is typed as giving a function.
-        prepared: tuple[Any, Any] = self.world.prepare(self.model, optimizer, config.run.compile)
-        ddp_model, self.optimizer = prepared
+        ddp_model, self.optimizer = self.world.prepare(
+            self.model, build_optimizer(self.model, config.optim), config.run.compile
+        )
         self.state = TrainState(model=self.model, ddp_model=ddp_model, optimizer=self.optimizer, loss_fn=loss_fn)
 
     def batches(self, epoch: int) -> Generator[Batch, None, None]:
