@@ -21,7 +21,11 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     (settings,) = (cell for cell in notebook.cells if cell.metadata.get("tags") == ["settings"])
     settings.source = settings.source.replace('EXTRA = ""', 'EXTRA = "--run.epochs 2 --eval.views flips"')
     settings.source = settings.source.replace('RUNS = "runs"', f'RUNS = "{tmp_path / "runs"}"')
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    pip = tmp_path / "bin" / "pip"  # so that the environment that other tests run in stays as it is
+    pip.parent.mkdir()
+    pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" --dry-run\n')
+    pip.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{pip.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     try:
         nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
     finally:  # TensorBoard outlives its kernel
