@@ -146,7 +146,7 @@ def test_a_table_or_shard_that_is_not_what_was_packed_is_refused(packed, tmp_pat
     shutil.copy(packed / table.name, table)
     with open(folder / "train-000001.tar", "ab") as file:
         file.write(b"more")
-    with pytest.raises(ValueError, match=r"train-000001\.tar has \d+ bytes, and \d+ were packed"):
+    with pytest.raises(ValueError, match=r"train-000001\.tar has \d+ bytes instead of the \d+ that were packed"):
         batches(load(folder))
 
 
