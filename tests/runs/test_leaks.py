@@ -105,7 +105,7 @@ def test_an_outside_set_is_evaluated_whole_and_never_trained_on(finished_run, ti
     assert metrics["warnings"] == []
     refused = launch("train", "--config", tiny, "--data.path", other)
     assert refused.returncode == 1
-    assert "has no split 'val'. It has: test" in refused.stderr
+    assert "has no split 'train'. It has: test" in refused.stderr
 
 
 def test_the_runs_own_test_split_is_no_leak(finished_run):

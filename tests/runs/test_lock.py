@@ -1,6 +1,7 @@
 """One job at a time writes a run folder, and a dead one does not block it."""
 
 import json
+import logging
 import os
 import signal
 import time
@@ -41,22 +42,22 @@ def test_a_living_process_of_this_machine_keeps_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("owner", [{"process": 2**22 + 1}, {"process": 1, "started": 12.5}])
-def test_a_dead_process_of_this_machine_is_seen_at_once_also_when_its_number_is_used_again(tmp_path, owner):
+def test_a_dead_process_of_this_machine_is_seen_at_once_also_when_its_number_is_used_again(tmp_path, owner, caplog):
     left_by(tmp_path, **owner)
-    said = []
+    caplog.set_level(logging.INFO, "dermharness")
     began = time.monotonic()
     with RunLock(tmp_path) as lock:
-        lock.acquire(said.append)
+        lock.acquire()
     assert time.monotonic() - began < 5  # watching would take 30
-    assert "which is gone" in said[-1]
+    assert "which is gone" in caplog.messages[-1]
 
 
-def test_another_machine_that_gives_no_sign_of_life_loses_its_lock(tmp_path, quick):
+def test_another_machine_that_gives_no_sign_of_life_loses_its_lock(tmp_path, quick, caplog):
     left_by(tmp_path, host="elsewhere")
-    said = []
+    caplog.set_level(logging.INFO, "dermharness")
     with RunLock(tmp_path) as lock:
-        lock.acquire(said.append)
-    assert "elsewhere; watching for" in said[0]
+        lock.acquire()
+    assert "elsewhere; watching for" in caplog.messages[0]
 
 
 def test_another_machine_whose_heartbeat_goes_on_keeps_it(tmp_path, quick):
@@ -64,7 +65,7 @@ def test_another_machine_whose_heartbeat_goes_on_keeps_it(tmp_path, quick):
         owner._owner["host"] = "elsewhere"
         owner.acquire()
         with RunLock(tmp_path) as lock, pytest.raises(BlockingIOError, match="elsewhere"):
-            lock.acquire(lambda text: None)
+            lock.acquire()
         owner.check()
 
 
@@ -82,7 +83,7 @@ def test_a_job_whose_lock_was_taken_over_writes_nothing_more(tmp_path, quick):
 def test_a_damaged_lock_is_nobodys(tmp_path, quick, content):
     (tmp_path / "lock.json").write_text(content)
     with RunLock(tmp_path) as lock:
-        lock.acquire(lambda text: None)
+        lock.acquire()
         lock.check()
 
 

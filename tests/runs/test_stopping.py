@@ -139,7 +139,7 @@ def test_the_time_limit_stops_before_the_first_step_and_the_run_goes_on_later(fi
 def test_the_time_limit_leaves_room_for_one_more_interval(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    stop = StopRequest(tmp_path, max_minutes=1)
+    stop = StopRequest(tmp_path, time_limit_minutes=1)
     stop._end = now + 60
     found = []
     for seconds in (0, 10, 22, 10, 5, 14):  # a checkpoint lay in the longest

@@ -27,6 +27,7 @@ def test_a_finished_run_holds_all_that_was_promised(finished_run, dataset):
     assert names == {
         *("config.yaml", "dataset.json", "state.json", "log.jsonl", "tensorboard", "checkpoints"),
         *("metrics.json", "predictions.csv", "confusion.png", "report.html", "starts.jsonl", "images"),
+        "console.log",
     }
     assert state(finished_run)["status"] == "finished"
     assert state(finished_run)["epoch"] == 3
