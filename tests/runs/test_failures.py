@@ -73,7 +73,7 @@ def test_when_a_rank_raises_its_error_is_the_runs_and_the_next_start_continues(f
 def test_a_nan_loss_names_its_step_and_samples_and_keeps_the_checkpoint_before(finished_run, packed, tmp_path):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
     words = ["--config", config, "--run.folder", run, "--run.save_every_minutes", "0", "--run.sync_every", "2"]
-    done = launch("driven", *words, disturb="nan@3")  # a picture of the 3rd step, in the interval of the 3rd and 4th
+    done = launch("driven", *words, disturb="nan@3")  # an image of the 3rd step, in the interval of the 3rd and 4th
     assert done.returncode == 1
     found = re.search(r"Loss became NaN or Inf at step 3; samples (\d{8})", done.stderr)
     assert found, done.stderr

@@ -149,7 +149,7 @@ def test_few_images_on_each_process_and_few_steps_are_warned_of_with_what_to_do(
     assert "an epoch has 9 steps" in recipe(640, 8, n_batches=9)[0]
 
 
-def test_pictures_that_would_be_enlarged_are_warned_of_with_the_size_to_pack():
+def test_images_that_would_be_enlarged_are_warned_of_with_the_size_to_pack():
     assert recipe(64, 4, stored=(299, 224)) == []
     (text,) = recipe(64, 4, stored=(160, 120))
     assert "stored at 160x120 and enlarged to 224 pixels" in text

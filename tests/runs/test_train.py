@@ -186,7 +186,7 @@ def test_another_dataset_under_the_same_run_is_refused(finished_run, source, tmp
 
 
 def with_a_damaged_sample(packed, tmp_path):
-    """A copy of the dataset in which the first training picture is none; its key."""
+    """A copy of the dataset in which the first training image is none; its key."""
     folder = shutil.copytree(packed, tmp_path / "data")
     shard = load(folder).split("train")[0]
     row = load_table(load(folder), shard).iloc[0]

@@ -1,7 +1,7 @@
 """launch/train.py with a fault at a chosen step: `DISTURB="die@3:1 ..." python tests/support/driven.py --config ...`.
 
 A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
-(sleep for ever), slow (from that step on sleep SLOW_S, else 0.3 s), raise, nan (a picture of the batch), inf (a weight),
+(sleep for ever), slow (from that step on sleep SLOW_S, else 0.3 s), raise, nan (an image of the batch), inf (a weight),
 stop-val and stop-test (touch RUN/stop at unit number STEP of that split). It adds a model that normalises each image
 by itself, so that nothing depends on how a batch is shared out.
 """

@@ -1,6 +1,6 @@
 """The losses of a tiny float64 run, step by step: a refactor leaves them as they are.
 
-Order of samples, augmentation, loss, learning rate and optimizer take part; pictures and first weights are formulas. A
+Order of samples, augmentation, loss, learning rate and optimizer take part; images and first weights are formulas. A
 change that means to move them runs `python tests/unit/test_golden.py` and says so in its commit message.
 """
 
@@ -28,7 +28,7 @@ PLAN = Plan((10, 7, 10, 10, 6), 6, 5, 2, 2)
 EPOCHS = 3
 
 
-def pictures(keys: torch.Tensor) -> torch.Tensor:
+def synthetic_images(keys: torch.Tensor) -> torch.Tensor:
     """(B, 3, 20, 28) uint8: slopes that differ from key to key."""
     key, c = keys[:, None, None, None], torch.arange(3)[:, None, None]
     y, x = torch.arange(20)[:, None], torch.arange(28)
@@ -71,7 +71,7 @@ def losses(name: str) -> list[float]:
             positions = torch.arange(number * PLAN.global_batch, (number + 1) * PLAN.global_batch)
             shards, rows = PLAN.locate(epoch, positions.numpy())
             keys = torch.from_numpy(shards * 100 + rows)
-            views = training_view(pictures(keys), positions, epoch, 5, config.augment, 16).double()
+            views = training_view(synthetic_images(keys), positions, epoch, 5, config.augment, 16).double()
             lr = lr_at(len(found), config.optim, PLAN.n_batches, EPOCHS)
             sums, _ = optimizer_step(config, world, state, views, Targets(keys % 3), lr)
             found.append((sums[0] / sums[2]).item())
