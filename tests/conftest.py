@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from harness.config import Config, load_config, read_config
 from shards import demo
@@ -19,8 +20,12 @@ augment: {crop_side: [0.8, 1.0]}
 model: {name: shufflenet_v2_x0_5, weights: none}
 optim: {lr: 1.0e-3, warmup_epochs: 0.5}
 run: {folder: RUN, epochs: 3, precision: fp32, sync_every: 2}
-eval: {views: flips, batch_size: 8}
+eval: {views: flips, batch_size: 8, positive_classes: [mel, mel+bcc+akiec], subgroups: [sex, age, localization, dx_type]}
 """
+
+
+settings.register_profile("shared machine", deadline=None)  # a timing is no assertion
+settings.load_profile("shared machine")
 
 
 def pytest_configure(config) -> None:

@@ -56,7 +56,7 @@ def build_model(name: str, n_classes: int) -> nn.Module:
 
 def _build_timm(name: str, n_classes: int) -> nn.Module:
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise ValueError(
             f"'model.name' {TIMM}{name} needs the timm package: pip install -e \".[timm]\". Or name a torchvision model."

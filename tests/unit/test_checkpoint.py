@@ -80,7 +80,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     "file", ["model.safetensors", "optimizer.pt", "progress.json", "manifest.json", "train-groups.npy"]
 )
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file, how):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file, how, caplog):
     save(tmp_path, 1)
     save(tmp_path, 2)
     path = tmp_path / "checkpoints" / "step-00000002" / file
@@ -90,9 +90,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file
     else:
         data[len(data) // 2] ^= 4
         path.write_bytes(data if how == "flip" else data[:-5])
-    said = []
-    assert recovery.latest_valid(tmp_path, said.append).progress.step == 1
-    assert "step-00000002 is damaged" in said[0]
+    assert recovery.latest_valid(tmp_path).progress.step == 1
+    assert "step-00000002 is damaged" in caplog.messages[0]
 
 
 def test_the_best_weights_that_an_older_checkpoint_names_stay_as_long_as_it_does(tmp_path):
@@ -101,25 +100,25 @@ def test_the_best_weights_that_an_older_checkpoint_names_stay_as_long_as_it_does
         checkpoint.save_best(tmp_path, Progress(step=step, best_step=step), ORIGIN, model)
         save(tmp_path, step, best_step=step)
     (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"damaged")
-    found = recovery.latest_valid(tmp_path, lambda text: None)
+    found = recovery.latest_valid(tmp_path)
     assert found.progress.step == 1
     assert recovery.find_best(tmp_path, found.progress).progress.step == 1
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_best_weights_that_are_damaged_are_made_again_from_their_step_or_refused(tmp_path, kept):
+def test_best_weights_that_are_damaged_are_made_again_from_their_step_or_refused(tmp_path, kept, caplog):
     model, _ = trained(1)
     checkpoint.save_best(tmp_path, Progress(step=1, best_step=1), ORIGIN, model)
     for step in (1, 2, 3):
         save(tmp_path, step, keep=3 if kept else 2, best_step=1)
     (tmp_path / "checkpoints" / "best-00000001" / "model.safetensors").write_bytes(b"damaged")
-    said, progress = [], recovery.latest_valid(tmp_path).progress
+    progress = recovery.latest_valid(tmp_path).progress
     if not kept:
         with pytest.raises(ValueError, match=r"best weights .* are damaged .*Restore a copy"):
-            recovery.repair_best(tmp_path, progress, said.append)
+            recovery.repair_best(tmp_path, progress)
         return
-    recovery.repair_best(tmp_path, progress, said.append)
-    assert "made again from" in said[0]
+    recovery.repair_best(tmp_path, progress)
+    assert "made again from" in caplog.messages[0]
     again, _ = trained(0)
     checkpoint.load_model(recovery.find_best(tmp_path, progress), again)
     for name, tensor in model.state_dict().items():
@@ -158,7 +157,7 @@ def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_a_whole_one(tmp_
     for step in (1, 2):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / "step-00000002" / "optimizer.pt").unlink()
-    assert recovery.latest_valid(tmp_path, lambda text: None).progress.step == 1
+    assert recovery.latest_valid(tmp_path).progress.step == 1
     model, optimizer = trained(1)
     checkpoint.save_step(tmp_path, Progress(step=1, samples_seen=5), ORIGIN, model, optimizer, None, 2)  # not yet at 2
     assert names(tmp_path) == ["step-00000001"]
@@ -174,7 +173,7 @@ def test_when_none_is_whole_it_is_an_error_not_a_fresh_start(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "step-00000001" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"No checkpoint .* is whole"):
-        recovery.latest_valid(tmp_path, lambda text: None)
+        recovery.latest_valid(tmp_path)
 
 
 def test_what_a_crash_left_half_written_is_not_seen(tmp_path):

@@ -101,6 +101,6 @@ def test_trackers_are_started_by_name_with_the_settings(tmp_path, monkeypatch):
 def test_trackers_that_are_not_to_be_had_are_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match=r"knows aim, .*wandb.* Got 'diary'"):
         check_trackers(("diary",))
-    monkeypatch.setattr("harness.distributed.world.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("harness.distributed.trackers.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match="pip install wandb"):
         check_trackers(("tensorboard", "wandb"))
