@@ -35,7 +35,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "demo"
     assert state(run)["status"] == "finished"
     text = json.dumps(notebook.cells)
-    assert "nothing is in the way of a run" in text
+    assert "all checks passed" in text
     assert "images: balanced accuracy" in text
     assert "image/png" in text
     assert (run / "evaluation-val-none" / "metrics.json").is_file()

@@ -96,7 +96,7 @@ def free_port() -> str:
 
 def start(words: list[str], **variables: str) -> subprocess.Popen:
     """Start a command in a session of its own, so that a signal reaches whom the test means."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     return subprocess.Popen(words, **pipes, env=environment(**variables), cwd=ROOT, start_new_session=True)
 
 
