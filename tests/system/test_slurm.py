@@ -149,7 +149,7 @@ def test_the_doctor_looks_at_the_nodes_of_a_job(cluster, config, tmp_path, capsy
     number = submit(looking, tmp_path, "many_nodes.sh", arguments=f"(--config {config})")
     assert ended(cluster, number)["JobState"] == "COMPLETED", log(tmp_path, number)
     assert "2 processes on CPU" in log(tmp_path, number)
-    assert "nothing is in the way of a run" in log(tmp_path, number)
+    assert "all checks passed" in log(tmp_path, number)
     assert "the run is" not in log(tmp_path, number)
     say(capsys, f"job {number}: the doctor found nothing in the way")
 
