@@ -15,6 +15,7 @@ from harness.evaluation.calibration import Prior, change_prior
 from harness.evaluation.metrics import SUMMARY_METRICS, paired_differences
 from harness.evaluation.results import Results, read_predictions, read_results
 from harness.report.text import format_metric, title
+from shards.terminal import replace_unprintable
 
 Run = tuple[Path, Results]  # a folder and the results in it
 
@@ -22,6 +23,7 @@ Run = tuple[Path, Results]  # a folder and the results in it
 def main(arguments: list[str] | None = None) -> int:
     """Run; the exit code is 0, or 1 after an error."""
     options = _parser().parse_args(arguments)
+    replace_unprintable()
     try:
         metrics = options.metrics.split(",")
         first = [(folder, read_results(folder)) for folder in options.folders]

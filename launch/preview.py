@@ -11,6 +11,7 @@ from harness.config import read_config
 from harness.report.gallery import augmented_rows
 from shards.contact_sheet import draw_sheet
 from shards.index import load
+from shards.terminal import replace_unprintable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="PNG to write (default: beside the dataset)")
     options, settings = parser.parse_known_args(arguments)
     config = read_config(settings)
+    replace_unprintable()
     try:
         dataset = load(config.data.path)
         folder = dataset.folder.resolve()

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shards.terminal import replace_unprintable
+
 if TYPE_CHECKING:
     from shards.catalogue import Catalogue
     from shards.index import Dataset
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    replace_unprintable()
     options = _parser(describes_protocols=argv[:1] == ["pack"]).parse_args(argv)
     try:
         return options.run(options)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from shards.terminal import replace_unprintable
+
 LOGGER = logging.getLogger("dermharness")
 
 
@@ -48,9 +50,7 @@ class _Dated(_Lines):
 
 def start_console() -> None:
     """Log to the terminal from now on; whatever its encoding is, no character is fatal."""
-    for stream in (sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")
+    replace_unprintable()
     if not any(isinstance(handler, Terminal) for handler in LOGGER.handlers):
         LOGGER.addHandler(Terminal())
         LOGGER.setLevel(logging.INFO)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -50,9 +51,14 @@ def test_a_locale_that_is_not_utf_8_ends_no_run(accented, tiny, tmp_path, encodi
         assert "test split" in out
     assert state(tmp_path / "run")["status"] == "finished"
     assert "Mélanome" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    process = start(command("evaluate", tmp_path / "run", "--split", "val"), **variables)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    for words in (
+        command("evaluate", tmp_path / "run", "--split", "val"),
+        command("compare", tmp_path / "run"),
+        [sys.executable, "-m", "shards", "show", str(accented), "--sheet", str(tmp_path / "sheet.png")],
+    ):
+        process = start(words, **variables)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 @pytest.mark.slow
