@@ -74,6 +74,7 @@ def test_training_on_a_study_split_warns_and_the_warning_reaches_the_metrics(sou
     assert any(re.search(r"\d+ of \d+ lesions of the \w+ split were trained on", warning) for warning in warnings)
 
 
+@pytest.mark.slow
 def test_evaluating_on_trained_lesions_is_refused_or_marked(finished_run, source, tmp_path):
     other = pack_small(source, tmp_path / "other", "--seed", "5")  # the same lesions, split in another way
     words = [finished_run, "--data", other, "--out", tmp_path / "out"]

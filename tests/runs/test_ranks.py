@@ -144,6 +144,7 @@ def test_a_run_of_two_ranks_killed_and_continued_on_one_goes_on(finished_run, tw
     assert all(torch.isfinite(tensor.float()).all() for tensor in newest.values())
 
 
+@pytest.mark.slow
 def test_more_ranks_than_images_in_a_batch_is_an_error_with_the_numbers(tiny):
     done = launch("train", "--config", tiny, "--data.global_batch_size", "2", ranks=3)
     assert done.returncode == 1

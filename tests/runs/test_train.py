@@ -69,6 +69,7 @@ def begin(config, folder, *words):
     return start(command("train", "--config", config, "--run.folder", folder, *words))
 
 
+@pytest.mark.slow
 def test_a_new_run_asked_to_stop_while_it_starts_stops_at_once_and_continues(finished_run, tmp_path, monkeypatch):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
     run.mkdir()
@@ -102,7 +103,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bits(finished_run, tmp_pa
         assert (run / name).read_bytes() == (finished_run / name).read_bytes()
 
 
-@pytest.mark.parametrize("how", ["signal", "file"])
+@pytest.mark.parametrize("how", ["signal", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_run_stopped_in_an_epoch_exits_with_75_and_continues_with_the_same_bits(finished_run, tmp_path, how):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
     process = begin(config, run, "--run.sync_every", "1")
