@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.config import Config, load_config
 from harness.data.augment import parse_views
 from harness.distributed.world import World
-from harness.evaluation.evaluate import context_of_run, evaluate, refuse_unknown_classes, save_evaluation
+from harness.evaluation.evaluate import context_of_run, evaluate, refuse_unknown_classes
 from harness.model.build import build_model
 from harness.report.page import draw_report
 from harness.report.text import summary
@@ -48,11 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint.load_model(weights, model)
         # torch's stubs know no memory_format beside a device, which its documentation has
         model.to(world.device, memory_format=world.memory_format)  # pyright: ignore[reportCallIssue]
-        evaluation = evaluate(model, reader, config, world, context_of_run(options.run, weights))
-        assert evaluation is not None  # nobody asks this to stop
-        world.run_on_main(save_evaluation, folder, evaluation)
+        results = evaluate(model, reader, config, world, folder, context_of_run(options.run, weights))
+        assert results is not None  # nobody asks this to stop
         world.run_on_main(draw_report, folder, dataset)
-        world.print("\n" + summary(evaluation.results))
+        world.print("\n" + summary(results))
         world.print(f"results: {folder}")
         world.close()
     except (ValueError, OSError) as error:

@@ -21,7 +21,8 @@ HAM10000_CITATION = (
     "Tschandl, Rosendahl, Kittler: The HAM10000 dataset, Scientific Data 5, 180161 (2018), doi:10.1038/sdata.2018.161"
 )
 ISIC2018_CITATION = (
-    "Codella et al.: Skin Lesion Analysis Toward Melanoma Detection 2018, arXiv:1902.03368 (2019); " + HAM10000_CITATION
+    "Codella et al.: Skin Lesion Analysis Toward Melanoma Detection 2018: A Challenge Hosted by the International Skin Imaging "
+    "Collaboration (ISIC), arXiv:1902.03368 (2019); " + HAM10000_CITATION
 )
 CC_BY_NC = "CC BY-NC 4.0"  # of both
 DRAWN = "drawn"  # the `dx_type` of the demo's images, which nobody owns

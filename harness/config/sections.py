@@ -99,9 +99,9 @@ class Augment:
             )
 
     @property
-    def mixes_pairs(self) -> bool:
-        """Whether neighbours of the stream are mixed, and so must be on one rank."""
-        return self.mixup_prob + self.cutmix_prob > 0
+    def group_size(self) -> int:
+        """How many neighbours of the stream are mixed, and so must be on one rank: 2, or 1 for none."""
+        return 2 if self.mixup_prob or self.cutmix_prob else 1
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Config:
             raise ValueError(
                 f"'optim.warmup_epochs' ({self.optim.warmup_epochs}) must not exceed 'run.epochs' ({self.run.epochs})."
             )
-        if self.augment.mixes_pairs and self.data.global_batch_size % 2:
+        if self.data.global_batch_size % self.augment.group_size:
             raise ValueError(
                 "'augment.mixup_prob' and 'augment.cutmix_prob' mix pairs: 'data.global_batch_size' "
                 f"({self.data.global_batch_size}) must be even."

@@ -14,13 +14,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 import torch
-from accelerate.utils import (
-    broadcast,
-    broadcast_object_list,
-    gather,
-    gather_object,
-    reduce,
-)
+from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object, reduce
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - its documented place
 
 from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision
@@ -176,6 +170,11 @@ class World:
         """Wait for the kernels of this rank's GPU, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    @property
+    def hides_bars(self) -> bool | None:
+        """What a progress bar's `disable` should be: None on rank 0, where tqdm asks for a terminal, True elsewhere."""
+        return None if self.is_main else True
 
     def print(self, text: str = "") -> None:
         """Log a line on rank 0."""

@@ -1,6 +1,6 @@
 """Evaluate weights: predict a split, compute the results, write them.
 
-In: a model with its checkpoint, a split, settings. Out: `Evaluation`, then `predictions.csv` and `metrics.json`. Invariants:
+In: a model with its checkpoint, a split, settings. Out: `Results`, `predictions.csv` and `metrics.json`. Invariants:
 the bytes of both files are the same at any world size; where there is a `metrics.json`, the `predictions.csv` beside it
 belongs to it.
 """
@@ -20,7 +20,7 @@ from harness.evaluation.calibration import Prior, class_priors
 from harness.evaluation.predict import never, predict
 from harness.evaluation.results import METRICS_FILE, PREDICTIONS_FILE, Predictions, Results, compute_results
 from harness.run.checkpoint import Checkpoint, Provenance
-from harness.run.folder import changes
+from harness.run.state import changes
 from shards.files import write_atomically
 from shards.index import Dataset, load, load_table
 from shards.leaks import leak_warnings
@@ -42,34 +42,28 @@ class EvalContext:
     validation: SplitReader | None
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found. results: of metrics.json. rows: of predictions.csv, one an image."""
-
-    results: Results
-    rows: pd.DataFrame
-
-
 def evaluate(
     model: nn.Module,
     reader: SplitReader,
     config: Config,
     world: World,
+    folder: Path,
     context: EvalContext,
     stop: Callable[[], bool] = never,
-) -> Evaluation | None:
-    """Collective: evaluate a split with test-time augmentation; nothing is written.
+) -> Results | None:
+    """Collective: evaluate a split with test-time augmentation, and write predictions.csv and metrics.json.
 
     Args:
         model: with the weights of the context, on the world's device. reader: of the split `config.eval.split`.
-        stop: whether this rank was asked to stop.
+        folder: for the two files. stop: whether this rank was asked to stop.
 
     Returns:
-        the same on every rank; None if a rank was asked to stop.
+        the contents of metrics.json, on every rank; None if a rank was asked to stop, and then nothing is written.
 
     Raises:
         RuntimeError: a sample was lost or predicted twice.
         ValueError: the model's probabilities are not finite.
+        OSError: the folder cannot be written.
     """
     classes, on_validation = context.weights.provenance.classes, None
     if context.validation is not None and context.validation.shards != reader.shards:  # nothing is tuned on this split
@@ -79,19 +73,19 @@ def evaluate(
     predictions = predict(model, reader, classes, config, world, stop)
     if predictions is None:
         return None
-    return world.run_on_main(_evaluation, predictions, on_validation, reader, config, context)
 
+    def save() -> Results:
+        samples = pd.concat([load_table(reader.dataset, shard) for shard in reader.shards])
+        samples = samples.sort_values("key", ignore_index=True)
+        results = _results(predictions, on_validation, samples, reader.dataset, config, context)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS_FILE).unlink(missing_ok=True)  # written last: where it is, both files are whole
+        rows = prediction_rows(predictions, samples, classes)
+        write_atomically(folder / PREDICTIONS_FILE, rows.to_csv(index=False).encode())
+        write_atomically(folder / METRICS_FILE, results.to_json().encode())
+        return results
 
-def save_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Write predictions.csv and metrics.json, on rank 0; metrics.json is the mark that both are whole, and goes last.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / METRICS_FILE).unlink(missing_ok=True)
-    write_atomically(folder / PREDICTIONS_FILE, evaluation.rows.to_csv(index=False).encode())
-    write_atomically(folder / METRICS_FILE, evaluation.results.to_json().encode())
+    return world.run_on_main(save)
 
 
 def context_of_run(run: Path, weights: Checkpoint) -> EvalContext:
@@ -158,25 +152,23 @@ def prediction_rows(predictions: Predictions, samples: pd.DataFrame, classes: tu
     return rows
 
 
-def _evaluation(
+def _results(
     predictions: Predictions,
     on_validation: Predictions | None,
-    reader: SplitReader,
+    samples: pd.DataFrame,
+    dataset: Dataset,
     config: Config,
     context: EvalContext,
-) -> Evaluation:
-    """Results and rows of a split that is predicted, on rank 0."""
-    dataset, provenance = reader.dataset, context.weights.provenance
-    description = dataset.description
-    tables = [load_table(dataset, shard) for shard in reader.shards]
-    samples = pd.concat(tables).sort_values("key", ignore_index=True)
+) -> Results:
+    """Results of a split that is predicted; samples: N rows of its tables, in the order of the predictions."""
+    description, provenance = dataset.description, context.weights.provenance
     warnings = [
         *description.warnings,
         *leak_warnings(dataset, config.eval.split, provenance.train_groups),
         *missing_class_warnings(dataset, provenance),
         *(f"changed during training: {change}" for change in context.changed_settings),
     ]
-    results = Results(
+    return Results(
         split=config.eval.split,
         views=config.eval.views,
         image_size=config.eval.image_size or config.data.image_size,
@@ -191,4 +183,3 @@ def _evaluation(
         best_epoch=context.weights.progress.best_epoch,
         **compute_results(predictions, on_validation, samples, context.prior, provenance.classes, config.eval),
     )
-    return Evaluation(results, prediction_rows(predictions, samples, provenance.classes))

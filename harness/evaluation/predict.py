@@ -141,8 +141,7 @@ def _progress_bar(reader: SplitReader, config: Config, world: World) -> tqdm:
     turns, flips, n_random = parse_views(config.eval.views)
     n_views = n_random or len(turns) * len(flips)
     title = SPLIT_TITLES.get(split, split) + (f", {n_views} views" if n_views > 1 else "")
-    hidden = True if world.rank else None  # None: tqdm asks whether this is a terminal
-    return tqdm(total=sum(reader.shard_sizes), desc=title, unit=" images", leave=False, disable=hidden)
+    return tqdm(total=sum(reader.shard_sizes), desc=title, unit=" images", leave=False, disable=world.hides_bars)
 
 
 def _no_samples(n_classes: int, n_random: int) -> Columns:

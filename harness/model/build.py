@@ -80,16 +80,16 @@ def outline(name: str, n_classes: int) -> nn.Module:
         return build_model(name, n_classes)
 
 
-def check_model(name: str, n_classes: int, size: int, setting: str = "data.image_size") -> None:
-    """Refuse a model that cannot take (B, 3, size, size) images; costs no memory.
+def check_input_size(model: nn.Module, name: str, size: int, setting: str = "data.image_size") -> None:
+    """Refuse a model that cannot take (B, 3, size, size) images; costs no memory on the meta device.
 
     Args:
-        setting: where the size comes from.
+        model: as from `outline`; left in evaluation mode. name: its name. setting: where the size comes from.
 
     Raises:
         ValueError: naming both.
     """
-    model = outline(name, n_classes).eval()
+    model.eval()
     with torch.device(next(model.parameters()).device), torch.no_grad():
         try:
             model(torch.zeros(2, 3, size, size))

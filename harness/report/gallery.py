@@ -16,7 +16,6 @@ from PIL import Image
 
 from harness.config import Config
 from harness.data.augment import MEAN, STD, plain_view, training_view
-from harness.evaluation.results import read_predictions, read_results
 from shards.contact_sheet import draw_sheet, first_of_class
 from shards.index import Dataset
 from shards.reader import SplitReader
@@ -45,26 +44,22 @@ def thumbnail_path(folder: Path, key: int) -> Path:
     return folder / FOLDER / f"{key:08d}.jpg"
 
 
-def save_gallery(folder: Path, dataset: Dataset, config: Config | None = None) -> None:
+def save_gallery(folder: Path, split: str, rows: pd.DataFrame, dataset: Dataset, config: Config | None = None) -> None:
     """Replace `images/` of a folder of results: small images of the predictions, and a sheet of training views.
 
     Args:
-        folder: with metrics.json and predictions.csv. dataset: the one that was evaluated; images of another are not used.
-        config: settings of the training whose views are drawn; None for no sheet.
+        rows: of predictions.csv, of that split of the dataset. config: settings of the training whose views are drawn;
+            None for no sheet.
     """
-    rows, results = read_predictions(folder), read_results(folder)
-    if dataset.fingerprint != results.dataset:
-        return
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     (folder / FOLDER).mkdir()
     keys = {int(key) for kind in (worst_mistakes(rows), least_certain(rows)) for key in kind["key"]}
-    for key, image in _thumbnails(SplitReader(dataset, results.split), keys).items():
+    for key, image in _thumbnails(SplitReader(dataset, split), keys).items():
         image.save(thumbnail_path(folder, key), quality=85)
     if config is not None:
         title = f"the center view, then training views, {config.data.image_size} px"
-        with suppress(
-            OSError, ValueError
-        ):  # an image that cannot be decoded (training may skip it), a shard that is gone
+        # An image that cannot be decoded (training may skip it), or a shard that is gone: no sheet.
+        with suppress(OSError, ValueError):
             sheet = augmented_rows(dataset, config, 6)
             draw_sheet(sheet, folder / FOLDER / AUGMENTED, title)
 

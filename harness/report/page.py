@@ -32,7 +32,7 @@ def draw_report(folder: Path, dataset: Dataset | None = None) -> None:
     """Draw all of the report of a finished run, or of a result of `launch/evaluate.py`; it can be drawn again at any time.
 
     Args:
-        dataset: the one that was evaluated, for `images/`. Without it, the images that are there stay.
+        dataset: the one that was evaluated, for `images/`. Without it, or with another, the images that are there stay.
 
     Raises:
         FileNotFoundError, ValueError: no results, or of another format, or settings of another version.
@@ -40,20 +40,20 @@ def draw_report(folder: Path, dataset: Dataset | None = None) -> None:
     """
     saved = folder / "config.yaml"
     config = load_config(saved) if saved.is_file() else None  # None: not the folder of a training
-    if dataset is not None:
-        save_gallery(folder, dataset, config)
-    plots = write_page(folder)
+    results, rows = read_results(folder), read_predictions(folder)
+    if dataset is not None and dataset.fingerprint == results.dataset:
+        save_gallery(folder, results.split, rows, dataset, config)
+    plots = write_page(folder, results, rows)
     if config is not None and "tensorboard" in config.run.trackers:
-        write_tensorboard(folder, plots)
+        write_tensorboard(folder, results, rows, config, plots)
 
 
-def write_page(folder: Path) -> dict[str, bytes]:
-    """Write `report.html` and `confusion.png` beside a `metrics.json`.
+def write_page(folder: Path, results: Results, rows: pd.DataFrame) -> dict[str, bytes]:
+    """Write `report.html` and `confusion.png` into a folder of results; rows: of predictions.csv.
 
     Returns:
         the plots of the results by name, as PNG.
     """
-    results, rows = read_results(folder), read_predictions(folder)
     plots = {
         "confusion": draw_confusion(results.tta["confusion"], results.classes, "test-time average"),
         "curves": draw_curves(rows, results.tta),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.config import Config, differences, flat, load_config, to_yaml
 from harness.distributed.world import World
-from harness.run.checkpoint import Checkpoint
+from harness.run.checkpoint import Checkpoint, Provenance
 from harness.run.console import LOGGER, console_log
 from harness.run.lock import RunLock
 from harness.run.log import Log
@@ -24,6 +24,7 @@ from harness.run.state import CHANGES, changes, failure_noted, is_finished, writ
 from harness.run.stop import StopRequest
 from shards.files import write_atomically
 from shards.index import Dataset
+from shards.leaks import load_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,15 @@ class Run:
     mirror: CheckpointMirror
     log: Log
     profiler: StepProfiler
+    provenance: Provenance
 
     def is_finished(self) -> bool:
         """Collective: whether the run was finished before, and its results are there."""
         return self.world.run_on_main(is_finished, self.folder)
 
     def find_start(self, dataset: Dataset) -> Checkpoint | None:
-        """Collective: where to continue, as `find_start` says it."""
+        """Collective: where to continue, as `find_start` says it, after copies in a local folder were compared."""
+        self.world.run_on_main(self.mirror.sync_on_start)
         return self.world.run_on_main(find_start, self.folder, dataset)
 
     def write_state(self, status: str, progress: Progress, reason: str = "") -> None:
@@ -77,13 +80,33 @@ def open_run(config: Config, world: World, dataset: Dataset) -> Iterator[Run]:
         StopRequest(folder, config.run.time_limit_minutes) as stop,
         CheckpointMirror(folder, config.run.checkpoint_dir) as mirror,
         Log() as log,
-        StepProfiler(config.run.profile, folder, world) as profiler,
+        StepProfiler(config.run.profile, folder, world.device, world.is_main) as profiler,
     ):
         world.run_on_main(claim_folder, folder, config, dataset, lock)
         world.run_on_main(stop.forget_old_file)
         with console_log(folder, world.is_main), failure_noted(folder, world):
-            world.run_on_main(mirror.sync_on_start)
-            yield Run(folder=folder, world=world, lock=lock, stop=stop, mirror=mirror, log=log, profiler=profiler)
+            yield Run(
+                folder=folder,
+                world=world,
+                lock=lock,
+                stop=stop,
+                mirror=mirror,
+                log=log,
+                profiler=profiler,
+                provenance=provenance(config, dataset),
+            )
+
+
+def provenance(config: Config, dataset: Dataset) -> Provenance:
+    """What the weights of a run are made of.
+
+    Raises:
+        ValueError, FileNotFoundError: the dataset's list of training groups is damaged or missing.
+    """
+    data = config.data
+    order = f"batches of {data.global_batch_size}, {data.lanes} lanes, blocks of {data.shuffle_block_shards}, seed {config.run.seed}"
+    order += ", classes equally often" if config.optim.balance == "sampler" else ""
+    return Provenance(config.model.name, dataset.classes, dataset.fingerprint, load_groups(dataset, "train"), order)
 
 
 def check_folder(folder: Path, config: Config, dataset: Dataset) -> list[str]:
@@ -139,6 +162,8 @@ def claim_folder(folder: Path, config: Config, dataset: Dataset, lock: RunLock) 
             LOGGER.info(f"continuing with other settings, as asked: {'; '.join(changed)}")
         # First: it marks the folder as a run's, if killed here.
         write_atomically(folder / "config.yaml", to_yaml(config).encode())
+        if (folder / "dataset.json").is_file() and not _fingerprint(folder / "dataset.json"):
+            LOGGER.warning(f"{folder / 'dataset.json'} is damaged: written anew")
         write_atomically(folder / "dataset.json", dataset.description.to_bytes())
     except BlockingIOError:
         raise
@@ -154,7 +179,6 @@ def _fingerprint(described: Path) -> str:
     try:
         return json.loads(described.read_text(encoding="utf-8"))["checksum"]
     except (ValueError, KeyError, TypeError):
-        LOGGER.warning(f"{described} is damaged: written anew")
         return ""
 
 

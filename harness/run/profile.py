@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from harness.distributed.world import World
+from harness.run.console import LOGGER
 
 WARM_UP = 10  # steps before the first that is recorded: compiled kernels, cuDNN's choices, filled caches
 LONGEST = 10  # operators that are named
@@ -18,14 +18,15 @@ LONGEST = 10  # operators that are named
 class StepProfiler:
     """Records steps WARM_UP + 1 to WARM_UP + `steps` of this process."""
 
-    def __init__(self, steps: int, folder: Path, world: World):
-        self._folder, self._world, self._steps = folder / "profile", world, steps
+    def __init__(self, steps: int, folder: Path, device: torch.device, writes: bool):
+        """Record nothing yet; `writes` says whether this rank is the one that records."""
+        self._folder, self._device, self._steps = folder / "profile", device, steps if writes else 0
         self._profiler: profile | None = None
 
     def __enter__(self) -> "StepProfiler":
-        if self._steps and self._world.is_main:
+        if self._steps:
             activities = [ProfilerActivity.CPU]
-            if self._world.device.type == "cuda":
+            if self._device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
             self._profiler = profile(
                 activities=activities,
@@ -49,9 +50,9 @@ class StepProfiler:
         self._folder.mkdir(exist_ok=True)
         path = self._folder / "rank0.pt.trace.json.gz"
         found.export_chrome_trace(str(path))
-        for line in longest_operators(found, self._world.device):
-            self._world.print(line)
-        self._world.print(f"profile of {self._steps} steps: {path} (open it in ui.perfetto.dev)")
+        for line in longest_operators(found, self._device):
+            LOGGER.info(line)
+        LOGGER.info(f"profile of {self._steps} steps: {path} (open it in ui.perfetto.dev)")
 
 
 def longest_operators(found: profile, device: torch.device) -> list[str]:

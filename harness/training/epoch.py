@@ -76,7 +76,11 @@ class Meter:
 
     def images_per_s(self) -> float:
         """Training speed since the epoch began."""
-        return self.images / max(1e-9, time.perf_counter() - self.began)
+        return self.images / self.seconds()
+
+    def seconds(self) -> float:
+        """Since the epoch began; never 0."""
+        return max(1e-9, time.perf_counter() - self.began)
 
     def stats(self, lr: float, stop_requested: bool) -> EpochStats:
         """The epoch so far."""
@@ -112,7 +116,7 @@ def train_epoch(
             continue
         progress, stop, save = synchronise(config, world, data, run, progress, meter, lr)
         if (stop or save) and not is_last:
-            save_checkpoint(config, world, data, state, run, progress)
+            save_checkpoint(config, world, state, run, progress)
             meter.saved = time.perf_counter()
         if stop:
             break
@@ -135,7 +139,7 @@ def synchronise(
     Raises:
         FloatingPointError: the loss became NaN or Inf.
     """
-    due = world.is_main and time.perf_counter() - meter.saved > 60 * config.run.save_every_minutes
+    due = time.perf_counter() - meter.saved > 60 * config.run.save_every_minutes
     asked = torch.tensor([run.stop.asked(), due], dtype=torch.float64, device=world.device)
     loss, correct, images, samples, stop, save = world.all_reduce_sum(torch.cat([meter.sums, asked])).tolist()
     if not abs(loss) < float("inf"):  # also NaN
@@ -154,16 +158,11 @@ def synchronise(
     return progress, bool(stop), bool(save)
 
 
-def mix_group_size(config: Config) -> int:
-    """How many neighbours of the stream must be on one rank: 2 where pairs are mixed, else 1."""
-    return 2 if config.augment.mixes_pairs else 1
-
-
 def _batches(config: Config, world: World, data: Data, epoch: int, first: int, skipped: list[int] | None):
     """This rank's batches of an epoch, from number `first` on."""
     options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device, skipped)
-    group_size = mix_group_size(config)
-    return training_batches(data.train, data.plan, epoch, first, world.rank, world.size, options, group_size)
+    shares = world.rank, world.size
+    return training_batches(data.train, data.plan, epoch, first, *shares, options, config.augment.group_size)
 
 
 def _describe_nan_loss(world: World, data: Data, progress: Progress, meter: Meter, lr: float) -> str:

@@ -16,12 +16,11 @@ from harness.data.augment import parse_views
 from harness.distributed.hardware import check_compile
 from harness.distributed.trackers import check_trackers
 from harness.distributed.world import World
-from harness.model.build import check_model, locate_weights, outline
+from harness.model.build import check_input_size, locate_weights, outline
 from harness.model.optim import checkpoint_bytes, weight_bytes
 from harness.run.checkpoint import required_bytes
 from harness.run.folder import check_folder
 from harness.training.check import Check, tried
-from harness.training.epoch import mix_group_size
 from harness.training.machine import check_consistency, check_device
 from harness.training.state import Data, open_data
 from shards.leaks import refuse_leak
@@ -33,8 +32,9 @@ FEW_IMAGES, FEW_STEPS = 16, 10  # below which batch statistics are noise, and a 
 def preflight(config: Config, world: World) -> tuple[list[Check], Data | None]:
     """Collective: every check that a run must pass, and the data that it will read, None where they cannot be opened."""
     data, opened = _open(config)
-    by_rank = world.all_gather_objects([*check_device(), *opened])
-    checks = [check for rank, found in enumerate(by_rank) for check in found if rank == 0 or check.level == "fail"]
+    here = [*check_device(), *opened]
+    failed = [check for found in world.all_gather_objects(here) for check in found if check.level == "fail"]
+    checks = [*here, *failed]
     checks += check_consistency(world, data.dataset.fingerprint[:12] if data else "none")
     checks += world.run_on_main(_check_on_main, config, world.size, world.device, data)
     return list(dict.fromkeys(checks)), data
@@ -55,19 +55,20 @@ def _open(config: Config) -> tuple[Data | None, list[Check]]:
 def _check_on_main(config: Config, n_ranks: int, device: torch.device, data: Data | None) -> list[Check]:
     """The checks that one rank can make for all."""
     checks = tried("settings", check_settings, config, device)
-    checks += tried("model", check_input_sizes, config, data)
     checks += tried("weights", check_weights, config)
     if data is not None:
         checks += tried("data", check_classes, config, data)
         checks += tried("leak", check_leaks, config, data)
         checks += tried("processes", check_ranks, config, data, n_ranks)
         checks += tried("run folder", check_run_folder, config, data)
-    if not any(check.level == "fail" and check.name == "model" for check in checks):
-        n_classes = len(data.dataset.classes) if data else 2
-        checks += tried("disk", check_disk, config, n_classes)
-        if data is not None:
-            model = outline(config.model.name, n_classes)
-            checks += check_recipe(config, model, data.plan.n_batches, n_ranks, data.dataset.description.size)
+    try:
+        model = outline(config.model.name, len(data.dataset.classes) if data else 2)
+    except ValueError as error:
+        return [*checks, Check("fail", "model", str(error))]
+    checks += tried("model", check_input_sizes, config, model)
+    checks += tried("disk", check_disk, config, model)
+    if data is not None:
+        checks += check_recipe(config, model, data.plan.n_batches, n_ranks, data.dataset.description.size)
     return checks
 
 
@@ -82,12 +83,11 @@ def check_settings(config: Config, device: torch.device) -> list[Check]:
     return [Check("ok", "settings", f"{config.model.name}, {config.data.image_size} px, views {config.eval.views}")]
 
 
-def check_input_sizes(config: Config, data: Data | None) -> list[Check]:
-    """Whether the model exists, and takes images of these sizes."""
-    n_classes = len(data.dataset.classes) if data else 2
-    check_model(config.model.name, n_classes, config.data.image_size)
+def check_input_sizes(config: Config, model: torch.nn.Module) -> list[Check]:
+    """Whether the model takes images of these sizes."""
+    check_input_size(model, config.model.name, config.data.image_size)
     if config.eval.image_size:
-        check_model(config.model.name, n_classes, config.eval.image_size, "eval.image_size")
+        check_input_size(model, config.model.name, config.eval.image_size, "eval.image_size")
     return []
 
 
@@ -120,7 +120,7 @@ def check_leaks(config: Config, data: Data) -> list[Check]:
 
 def check_ranks(config: Config, data: Data, n_ranks: int) -> list[Check]:
     """Each process gets images of each batch."""
-    rank_slice(data.plan.global_batch, 0, n_ranks, mix_group_size(config))
+    rank_slice(data.plan.global_batch, 0, n_ranks, config.augment.group_size)
     return []
 
 
@@ -130,9 +130,8 @@ def check_run_folder(config: Config, data: Data) -> list[Check]:
     return []
 
 
-def check_disk(config: Config, n_classes: int) -> list[Check]:
+def check_disk(config: Config, model: torch.nn.Module) -> list[Check]:
     """Room for the checkpoints of a run."""
-    model = outline(config.model.name, n_classes)
     weights, whole = weight_bytes(model), checkpoint_bytes(model, config.optim)
     found = []
     for place in dict.fromkeys(filter(None, (config.run.folder, config.run.checkpoint_dir))):

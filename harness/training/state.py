@@ -19,7 +19,6 @@ from harness.run.folder import Run
 from harness.run.progress import Progress
 from harness.run.state import write_state
 from shards.index import Dataset, load
-from shards.leaks import load_groups
 from shards.plan import Plan
 from shards.reader import SplitReader
 
@@ -93,22 +92,12 @@ def build_or_resume(config: Config, world: World, data: Data, run: Run) -> tuple
     checkpoint.restore(start, model, optimizer, world.scaler, ema and ema.model)
     if ema:
         ema.mark_restored()
-    progress = _continued(start, provenance(config, data.dataset), world)
+    progress = _continued(start, run.provenance, world)
     world.print(f"continuing {run.folder} at epoch {progress.epoch + 1}, step {progress.step}")
     return state, progress
 
 
-def provenance(config: Config, dataset: Dataset) -> checkpoint.Provenance:
-    """What the weights of a run are made of."""
-    data = config.data
-    order = f"batches of {data.global_batch_size}, {data.lanes} lanes, blocks of {data.shuffle_block_shards}, seed {config.run.seed}"
-    order += ", classes equally often" if config.optim.balance == "sampler" else ""
-    return checkpoint.Provenance(
-        config.model.name, dataset.classes, dataset.fingerprint, load_groups(dataset, "train"), order
-    )
-
-
-def save_checkpoint(config: Config, world: World, data: Data, state: TrainState, run: Run, progress: Progress) -> None:
+def save_checkpoint(config: Config, world: World, state: TrainState, run: Run, progress: Progress) -> None:
     """Collective: a checkpoint of this moment, after the log of it.
 
     Raises:
@@ -123,13 +112,13 @@ def save_checkpoint(config: Config, world: World, data: Data, state: TrainState,
         eval_model = state.eval_model
         run.log.flush()
         run.mirror.wait()
-        made_of, folder = provenance(config, data.dataset), run.mirror.directory()
+        folder = run.mirror.directory()
         if progress.best_step == progress.step and not progress.samples_seen:
-            checkpoint.save_best(folder, progress, made_of, eval_model)
+            checkpoint.save_best(folder, progress, run.provenance, eval_model)
         checkpoint.save_step(
             folder,
             progress,
-            made_of,
+            run.provenance,
             state.model,
             state.optimizer,
             world.scaler,

@@ -34,7 +34,7 @@ def train_step(
     torch.manual_seed(seed + step)
     views = training_view(batch.images, batch.positions, epoch, seed, config.augment, config.data.image_size)
     targets = Targets(batch.labels)
-    if config.augment.mixes_pairs:
+    if config.augment.group_size > 1:
         views, shares = mix(views, batch.positions, epoch, seed, config.augment)
         targets = mixed_targets(batch.labels, shares)
     sums, losses = optimizer_step(config, world, state, views, targets, lr)

@@ -8,7 +8,7 @@ from harness.config import Config, flat
 from harness.distributed.hardware import available_cores, decode_threads
 from harness.distributed.world import World
 from harness.evaluation.calibration import class_priors
-from harness.evaluation.evaluate import EvalContext, evaluate, save_evaluation
+from harness.evaluation.evaluate import EvalContext, evaluate
 from harness.evaluation.metrics import HIGHER_IS_BETTER
 from harness.evaluation.predict import validate
 from harness.evaluation.results import read_results
@@ -55,7 +55,7 @@ def train(config: Config, world: World) -> str:
             if progress.samples_seen == data.plan.n_batches * data.plan.global_batch:
                 ended = validate_and_save(config, world, data, state, run, progress, stats)
                 if ended is None:  # asked to stop while it validated: the validation comes again
-                    save_checkpoint(config, world, data, state, run, progress)
+                    save_checkpoint(config, world, state, run, progress)
                     return stopped(config, world, run, progress, epochs)
                 progress = ended
             elif stats.stop_requested:
@@ -111,7 +111,7 @@ def validate_and_save(
         f"{scores['macro_f1']:.3f}  lr {stats.lr:.1e}  {stats.images_per_s:.0f} img/s  wait {stats.waited:.0%}"
         + ("  best" if ended.best_step == ended.step else "")
     )
-    save_checkpoint(config, world, data, state, run, ended)
+    save_checkpoint(config, world, state, run, ended)
     return ended
 
 
@@ -145,14 +145,13 @@ def evaluate_best(config: Config, world: World, data: Data, state: TrainState, r
     checkpoint.load_model(best, state.model)
     prior = class_priors(config.optim, data.dataset.description.counts["train"])
     context = EvalContext(best, changes(run.folder), prior, data.val)
-    evaluation = evaluate(state.model, data.test, config, world, context, run.stop.asked)
-    if evaluation is None:
+    results = evaluate(state.model, data.test, config, world, run.folder, context, run.stop.asked)
+    if results is None:
         return run.stopped(progress)
-    world.run_on_main(save_evaluation, run.folder, evaluation)
-    scores = {"split": config.eval.split} | {name: evaluation.results.tta[name] for name in SHOWN}
+    scores = {"split": config.eval.split} | {name: results.tta[name] for name in SHOWN}
     run.log.write(RESULT, progress.step, scores)
     run.log.flush()
     run.write_state("finished", progress)
-    world.print("\n" + summary(evaluation.results))
+    world.print("\n" + summary(results))
     world.print(f"run folder: {run.folder}")
     return "finished"

@@ -83,7 +83,7 @@ def test_a_damaged_shard_is_found(packed, tiny_config, tmp_path):
 
 def test_a_full_disk_is_found(tiny_config, monkeypatch):
     monkeypatch.setattr("harness.training.preflight.disk_usage", lambda path: SimpleNamespace(free=10**6))
-    (found,) = check_disk(tiny_config, 7)
+    (found,) = check_disk(tiny_config, outline(tiny_config.model.name, 7))
     assert found.level == "fail"
     assert "1 MB free" in found.message
 

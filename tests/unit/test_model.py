@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from harness.config import Config, Optim
 from harness.distributed.world import World
-from harness.model.build import build_model, check_model, fetch, find_head, load_weights, locate_weights
+from harness.model.build import build_model, check_input_size, fetch, find_head, load_weights, locate_weights, outline
 from harness.model.loss import Loss, Targets
 from harness.model.optim import build_optimizer
 from harness.training.state import TrainState
@@ -54,7 +54,7 @@ def test_the_head_of_each_family_is_replaced(name, head):
     ],
 )
 def test_each_family_of_torchvision_trains_a_step_and_evaluates(name, size):
-    check_model(name, 7, size)
+    check_input_size(outline(name, 7), name, size)
     one_step(build_model(name, 7), size)
 
 
@@ -103,10 +103,10 @@ def test_a_model_that_is_no_classifier_of_ours_is_refused(name):
 
 
 def test_a_model_that_cannot_take_the_image_size_is_refused():
-    check_model("resnet18", 7, 64)
+    check_input_size(outline("resnet18", 7), "resnet18", 64)
     for name in ("vit_b_16", "alexnet"):
         with pytest.raises(ValueError, match=r"cannot take images of 32 pixels .'data\.image_size'"):
-            check_model(name, 7, 32)
+            check_input_size(outline(name, 7), name, 32)
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
