@@ -6,6 +6,7 @@ called by all ranks at the same point, or all of them wait for ever.
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,14 +15,18 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object, reduce
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - its documented place
+from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
+from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage] - their documented place
+    PrefixStore,
+    TCPStore,
+)
 
 from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision
 from harness.distributed.heartbeat import Heartbeat
-from harness.distributed.launcher import check_gpu_of_rank, start_accelerator
+from harness.distributed.launcher import check_gpu_of_rank, meet, serve_store, start_accelerator
 from harness.distributed.trackers import start_trackers
 
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 LOGGER = logging.getLogger("dermharness")
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,7 +54,8 @@ class World:
         if precision == "auto" and launched in ("bf16", "fp16"):
             precision = launched
         self.precision, self.precision_reason = choose_precision(precision, torch.device("cuda" if cuda else "cpu"))
-        self._accelerator = start_accelerator(self.precision, cuda)
+        with meet():
+            self._accelerator = start_accelerator(self.precision, cuda)
         if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
             torch.set_num_threads(available_cores())
         announced = int(os.environ.get("WORLD_SIZE", "1"))
@@ -65,7 +71,10 @@ class World:
         self.memory_format = choose_memory_format(channels_last, self.device)
         self.is_main = self.rank == 0
         self.host_pid = f"{socket.gethostname()}, process {os.getpid()}"
-        self.heartbeat = self._start_heartbeat() if self.size > 1 else None
+        self._has_trained, self._turns = False, 0  # works of rank 0 that the others waited for
+        self.heartbeat: Heartbeat | None = None
+        if self.size > 1:
+            self.heartbeat = self._start_heartbeat()
 
     def describe(self) -> str:
         """One line: how many processes on what, in which precision, and why."""
@@ -74,23 +83,41 @@ class World:
         return f"{count} on {device}, {self.precision} ({self.precision_reason}), torch {torch.__version__}"
 
     def start_trackers(self, names: tuple[str, ...], folder: Path, settings: dict) -> None:
-        """Start experiment trackers on rank 0, as `trackers.start_trackers` does."""
-        start_trackers(self._accelerator, names, folder, settings)
+        """Collective: start experiment trackers on rank 0, as `trackers.start_trackers` does."""
+        self.run_on_main(start_trackers, self._accelerator, names, folder, settings)
 
     def track(self, numbers: dict[str, float], step: int) -> None:
         """Send numbers to the trackers, if there are any."""
         self._accelerator.log(numbers, step=step)
 
     def _start_heartbeat(self) -> Heartbeat:
-        """Collective: rank 0 serves a small store, in which every rank says that it lives."""
+        """Collective: rank 0 serves a small store, in which every rank says that it lives.
+
+        Its names begin with a number that nobody can guess, sent through the process group: no stray process ends a run.
+        """
         host, wait = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if self.is_main else None
-        (port,) = broadcast_object_list([store.port if store else 0])
+        store = serve_store(host, wait) if self.is_main else None
+        port, secret = broadcast_object_list([store.port, secrets.token_hex(16)] if store else [0, ""])
         store = store or TCPStore(host, port, is_master=False, timeout=wait)
-        heartbeat = Heartbeat(store, self.rank, range(1, self.size) if self.is_main else [0], self.host_pid)
+        if self.is_main:
+            PrefixStore(secret, store).set("turn", "0")
+        heartbeat = Heartbeat(PrefixStore(secret, store), self.rank, self.size, self.host_pid)
         self.any_rank(False)  # everyone has said who it is
         heartbeat.start()
         return heartbeat
+
+    def passes(self, place: str) -> None:
+        """This rank comes to a point where ranks wait for each other: one that stays behind is stuck, and is named.
+
+        Every rank must pass the same points in the same order. Every collective is one.
+        """
+        if self.heartbeat:
+            self.heartbeat.passes(place)
+
+    def works(self) -> None:
+        """A sign of work, where much time may lie between two points; from any thread."""
+        if self.heartbeat:
+            self.heartbeat.works()
 
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False
@@ -101,6 +128,11 @@ class World:
             compiled: the training step's passes become kernels made for this model and these shapes (torch.compile). The model
                 itself stays as it is, so that what is evaluated does not depend on it.
         """
+        self.passes("prepare")
+        if self.heartbeat:
+            self.heartbeat.is_long = (
+                compiled  # kernels are made in the first step: minutes, and not the same on each rank
+            )
         ddp_model, optimizer = self._accelerator.prepare(model, optimizer)
         return (cast(torch.nn.Module, torch.compile(ddp_model, dynamic=False)) if compiled else ddp_model), optimizer
 
@@ -129,7 +161,9 @@ class World:
         return self._accelerator.no_sync(model)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Backward pass, with the loss scaled where fp16 asks for it."""
+        """Backward pass, with the loss scaled where fp16 asks for it; gradients are summed over ranks in it."""
+        self.passes("backward")
+        self._has_trained = True
         self._accelerator.backward(loss)
 
     def clip_gradients(self, model: torch.nn.Module, norm: float) -> None:
@@ -144,17 +178,23 @@ class World:
     def run_on_main(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Collective: run on rank 0 alone; its result is everyone's, and its error ends every rank.
 
-        No rank goes on before rank 0 is done: what it wrote is there, and a launcher that kills the others when one
-        leaves finds nothing half-written. Rank 0 raises its error; the others exit with code 1 and no message.
+        No rank goes on before rank 0 is done, however long that takes: what it wrote is there, and a launcher that kills the
+        others when one leaves finds nothing half-written. Rank 0 raises its error; the others exit with code 1 and no message.
         """
-        if self.size == 1:
+        if self.heartbeat is None:
             return action(*args, **kwargs)
-        result, error = None, None
+        result, error, self._turns = None, None, self._turns + 1
+        work = getattr(action, "__name__", "work")
+        self.passes(work)
         if self.is_main:
+            self.heartbeat.begin_turn(work)
             try:
                 result = action(*args, **kwargs)
             except Exception as raised:
                 error = raised
+            self.heartbeat.end_turn(self._turns)
+        else:
+            self.heartbeat.wait_for_turn(self._turns)
         result, failed = broadcast_object_list([result, error is not None], from_process=0)
         if error is not None:
             raise error
@@ -164,6 +204,7 @@ class World:
 
     def all_gather_objects(self, value) -> list:
         """Collective: every rank's value, by rank; any object that can be pickled."""
+        self.passes("all_gather_objects")
         return [value] if self.size == 1 else gather_object([value])
 
     def synchronize(self) -> None:
@@ -190,6 +231,9 @@ class World:
         """Collective: elementwise sum over ranks, on every rank."""
         if self.size == 1:
             return values
+        self.passes("all_reduce_sum")
+        if self.heartbeat and self._has_trained:
+            self.heartbeat.is_long = False
         return cast(torch.Tensor, reduce(values.to(self.device), reduction="sum"))
 
     def all_gather_rows(
@@ -205,6 +249,7 @@ class World:
             (N,) keys and (N, ...) columns of the same names and types, on every rank, on the CPU.
         """
         if self.size > 1:
+            self.passes("all_gather_rows")
             counts = _gathered(torch.tensor([len(keys)], device=self.device))
             n_missing = int(counts.max()) - len(keys)
             keys = _gathered(torch.cat([keys.to(self.device), keys.new_full((n_missing,), -1).to(self.device)]))
@@ -224,11 +269,17 @@ class World:
             return flag
         return bool(self.all_reduce_sum(torch.tensor([float(flag)])).item())
 
-    def broadcast_buffers(self, model: torch.nn.Module) -> None:
-        """Collective: rank 0's BatchNorm statistics become everyone's."""
-        if self.size > 1:
-            for buffer in model.buffers():
-                buffer.copy_(broadcast(buffer))
+    def average_batch_statistics(self, model: torch.nn.Module) -> None:
+        """Collective: running means and variances of batch normalisation become the mean over ranks, on every rank.
+
+        Each rank keeps its own of the images that it sees, so that what is validated would else be one rank's share of the data.
+        """
+        norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.running_mean is not None]
+        statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+        if self.size == 1 or not statistics:
+            return
+        sums = self.all_reduce_sum(torch.cat(statistics)) / self.size
+        torch._foreach_copy_(statistics, list(sums.split([len(tensor) for tensor in statistics])))
 
     def close(self) -> None:
         """Collective: leave the world in good order."""

@@ -47,7 +47,7 @@ def predict(
     """Collective: predict the reader's split under `config.eval.views`; each image is decoded once, on one rank.
 
     Args:
-        model: not wrapped for gradients, on the world's device; left in evaluation mode.
+        model: the same on each rank, not wrapped for gradients, on the world's device; left in evaluation mode.
         classes: the C names of the model's outputs; the dataset's are among them, in any order.
         stop: whether this rank was asked to stop; the ranks compare before each batch.
 
@@ -58,7 +58,6 @@ def predict(
         RuntimeError: a sample was lost or predicted twice.
     """
     model.eval()
-    world.broadcast_buffers(model)
     _, _, n_random = parse_views(config.eval.views)
     parts = [_no_samples(len(classes), n_random)]
     for part in _local_predictions(model, reader, config, world, stop):
@@ -189,6 +188,7 @@ def _predict_batch(model: nn.Module, batch: Batch, config: Config, world: World)
 
 def _probabilities(model: nn.Module, view: torch.Tensor, world: World) -> torch.Tensor:
     """Class probabilities of a view, (B, 3, S, S) to (B, C) float32."""
+    world.works()
     with world.autocast():
         logits = model(view.contiguous(memory_format=world.memory_format))
     return logits.float().softmax(1)

@@ -115,6 +115,7 @@ def train_epoch(
         if meter.steps < config.run.sync_every and not is_last:
             continue
         progress, stop, save = synchronise(config, world, data, run, progress, meter, lr)
+        world.average_batch_statistics(state.model)  # at these steps alone, so that a resume changes no rounding
         if (stop or save) and not is_last:
             save_checkpoint(config, world, state, run, progress)
             meter.saved = time.perf_counter()

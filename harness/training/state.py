@@ -104,7 +104,6 @@ def save_checkpoint(config: Config, world: World, state: TrainState, run: Run, p
         FloatingPointError: the weights contain NaN or Inf; the checkpoint before stays the latest.
         OSError: it cannot be saved, or copied, or another job has taken over the run folder.
     """
-    world.broadcast_buffers(state.model)
 
     def write() -> None:
         run.lock.check()

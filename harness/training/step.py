@@ -64,6 +64,7 @@ def optimizer_step(
     for number, (images, labels) in enumerate(
         zip(views.tensor_split(parts), targets.split(parts), strict=True), start=1
     ):
+        world.passes("forward")
         with nullcontext() if number == parts else world.without_sync(state.ddp_model):
             laid_out = images.contiguous(memory_format=world.memory_format)
             part, part_losses = forward_backward(

@@ -48,6 +48,48 @@ def test_when_a_rank_hangs_the_other_names_it_and_ends(finished_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_when_rank_0_is_frozen_the_others_name_it_and_end(finished_run, tmp_path):
+    """It serves the store that the ranks watch each other by: whoever asks it waits for ever."""
+    run = tmp_path / "run"
+    ranks = bare_ranks(finished_run.parent / "tiny.yaml", run, "slow@1", DEAD_S="8")
+    while state(run).get("step", 0) < 2:
+        time.sleep(0.05)
+    os.kill(ranks[0].pid, signal.SIGSTOP)
+    try:
+        seconds, errors = ended(ranks[1], 60)
+    finally:
+        os.kill(ranks[0].pid, signal.SIGKILL)
+    assert re.search(rf"rank 0 \(.*process {ranks[0].pid}\) hangs", errors), errors
+    assert seconds < 40
+    assert (state(run)["status"], state(run)["rank"]) == ("failed", 0)
+    ranks[0].communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_when_a_rank_is_alive_but_stuck_it_is_named_and_all_end(finished_run, tmp_path, stuck):
+    """As in a kernel that never ends, or a read from a file system that is away: its other threads still run."""
+    run = tmp_path / "run"
+    ranks = bare_ranks(finished_run.parent / "tiny.yaml", run, f"hang@4:{stuck}", STUCK_S="5")
+    (first, errors), (second, _) = ended(ranks[1 - stuck], 60), ended(ranks[stuck], 60)
+    assert re.search(rf"rank {stuck} \(.*process {ranks[stuck].pid}\) is stuck: .* 5 s after", errors), errors
+    assert first + second < 60
+    assert (state(run)["status"], state(run)["rank"]) == ("failed", stuck)
+    assert state(run)["step"] == 3
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_rank_0_longer_than_a_collective_may(finished_run, tmp_path):
+    """It copies to a slow disk, downloads weights, or computes intervals of a million images."""
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    limits = {"COLLECTIVE_TIMEOUT_S": "5", "STUCK_S": "5", "TURN_S": "6", "SLOW_S": "15"}
+    ranks = bare_ranks(config, run, "long-save@3:0", "--run.epochs", "1", **limits)
+    said = [rank.communicate(timeout=90) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said[0][1] + said[1][1]
+    assert "rank 0 has been at 'write' for" in said[0][0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launched", ["torchrun", "alone"])
 def test_when_a_rank_raises_its_error_is_the_runs_and_the_next_start_continues(finished_run, tmp_path, launched):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"

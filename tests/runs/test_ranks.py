@@ -14,7 +14,7 @@ from shards.index import load
 from shards.pack import Packing, pack
 from shards.sources import read_ham10000
 from shards.split import split_by_lesion
-from support.processes import ROOT, command, environment, launch
+from support.processes import ROOT, command, environment, launch, weights
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,19 @@ def test_evaluating_again_gives_the_runs_own_results(finished_run, tmp_path):
     done = launch("evaluate", finished_run, "--out", tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "again" / "predictions.csv").read_bytes() == (finished_run / "predictions.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_statistics_of_batch_normalisation_are_those_of_all_ranks(finished_run, tmp_path):
+    """With weights that stand still, the first layer's running mean follows from the images alone."""
+    still, found = ("--optim.lr", "0", "--run.epochs", "1", "--data.global_batch_size", "12"), {}
+    for ranks in (1, 2, 3):
+        run = tmp_path / str(ranks)
+        done = launch("train", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run, *still, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        found[ranks] = weights(run)["conv1.1.running_mean"]
+    torch.testing.assert_close(found[2], found[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[3], found[1], rtol=1e-4, atol=1e-6)
 
 
 def repacked(source, folder, classes: tuple[str, ...]):

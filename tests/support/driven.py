@@ -1,7 +1,7 @@
 """launch/train.py with a fault at a chosen step: `DISTURB="die@3:1 ..." python tests/support/driven.py --config ...`.
 
 A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
-(sleep for ever), slow (from that step on sleep SLOW_S, else 0.3 s), raise, nan (an image of the batch), inf (a weight),
+(sleep for ever), long-save (the checkpoint of that step takes SLOW_S), slow (from that step on sleep SLOW_S, else 0.3 s), raise, nan (an image of the batch), inf (a weight),
 stop-val and stop-test (touch RUN/stop at unit number STEP of that split). It adds a model that normalises each image
 by itself, so that nothing depends on how a batch is shared out.
 """
@@ -22,10 +22,13 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import harness.distributed.heartbeat
 import harness.distributed.launcher
 import harness.evaluation.predict
+import harness.run.checkpoint
 import harness.training.step
 from launch.train import main
 
-harness.distributed.heartbeat.DEAD_S = float(os.environ.get("DEAD_S", harness.distributed.heartbeat.DEAD_S))
+for name in ("DEAD_S", "STUCK_S", "TURN_S"):
+    if name in os.environ:
+        setattr(harness.distributed.heartbeat, name, float(os.environ[name]))
 harness.distributed.launcher.COLLECTIVE_TIMEOUT_S = float(
     os.environ.get("COLLECTIVE_TIMEOUT_S", harness.distributed.launcher.COLLECTIVE_TIMEOUT_S)
 )
@@ -89,7 +92,14 @@ def disturbed_units(reader, *rest, batches=harness.evaluation.predict.evaluation
         yield batch
 
 
+def disturbed_save(run, progress, *rest, save=harness.run.checkpoint.save_step):
+    if disturbances("long-save", progress.step):
+        time.sleep(float(os.environ["SLOW_S"]))
+    save(run, progress, *rest)
+
+
 harness.training.step.optimizer_step = disturbed_step
+harness.run.checkpoint.save_step = disturbed_save
 harness.evaluation.predict.evaluation_batches = disturbed_units
 
 if __name__ == "__main__":
