@@ -274,8 +274,9 @@ class World:
 
         Each rank keeps its own of the images that it sees, so that what is validated would else be one rank's share of the data.
         """
-        norms = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.running_mean is not None]
-        statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+        norms = [module for module in model.modules() if isinstance(module, BATCH_NORM)]
+        of_norms = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+        statistics = [tensor for tensor in of_norms if tensor is not None]
         if self.size == 1 or not statistics:
             return
         sums = self.all_reduce_sum(torch.cat(statistics)) / self.size

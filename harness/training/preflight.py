@@ -6,6 +6,8 @@ its first step, `preflight` finds.
 """
 
 import math
+import time
+import uuid
 from pathlib import Path
 from shutil import disk_usage
 
@@ -26,6 +28,7 @@ from harness.training.state import Data, open_data
 from shards.leaks import refuse_leak
 from shards.plan import rank_slice
 
+SHARED_S = 10.0  # until a file that one machine made is seen by another
 FEW_IMAGES, FEW_STEPS = 16, 10  # below which batch statistics are noise, and a schedule is coarse
 
 
@@ -36,6 +39,7 @@ def preflight(config: Config, world: World) -> tuple[list[Check], Data | None]:
     failed = [check for found in world.all_gather_objects(here) for check in found if check.level == "fail"]
     checks = [*here, *failed]
     checks += check_consistency(world, data.dataset.fingerprint[:12] if data else "none")
+    checks += check_shared(config.run.folder, world)
     checks += world.run_on_main(_check_on_main, config, world.size, world.device, data)
     return list(dict.fromkeys(checks)), data
 
@@ -91,6 +95,61 @@ def check_input_sizes(config: Config, model: torch.nn.Module) -> list[Check]:
     return []
 
 
+def check_shared(folder: str, world: World) -> list[Check]:
+    """Collective: whether every process sees one run folder: each looks for a file that rank 0 makes there, and removes again.
+
+    All read checkpoints and the best weights from it. A folder that is yet to be made is judged by the one that it will be in.
+    """
+    if world.size == 1:
+        return []
+    name = f".seen-by-all-{uuid.uuid4().hex}.tmp"  # a new name: a network file system remembers old ones for a while
+    made = world.run_on_main(_make_token, folder, name)
+    if made is None:  # whatever writes there will say so
+        return []
+    levels, name = made
+    here = (Path(folder).absolute(), *Path(folder).absolute().parents)[levels]
+    try:
+        seen = world.all_gather_objects((world.host_pid, _comes(here / name)))
+    finally:
+        world.run_on_main((here / name).unlink)
+    blind = [f"rank {rank} ({who})" for rank, (who, sees) in enumerate(seen) if not sees]
+    if not blind:
+        return [Check("ok", "run folder", f"all processes see {folder}")]
+    text = f"the run folder {Path(folder).absolute()} of rank 0 ({seen[0][0]}) is not the one of {', '.join(blind[:4])}"
+    fix = "name a --run.folder on a file system that all machines share, by a path that is the same on each"
+    return [Check("fail", "run folder", text + (", ..." if len(blind) > 4 else ""), fix)]
+
+
+def _make_token(folder: str, name: str) -> tuple[int, str] | None:
+    """Make an empty file in a folder, or in the nearest one above it that is there.
+
+    Returns:
+        how many levels above the folder it is, and its name; None where it may not be made.
+    """
+    place = existing_folder(folder)
+    try:
+        (place / name).touch()
+    except OSError:
+        return None
+    return len(Path(folder).absolute().parts) - len(place.parts), name
+
+
+def _comes(file: Path) -> bool:
+    """Whether a file is there, or comes within the seconds that a network file system may take."""
+    deadline = time.monotonic() + SHARED_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def existing_folder(place: str) -> Path:
+    """A folder, or the nearest one above it that is there."""
+    path = Path(place).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def check_classes(config: Config, data: Data) -> list[Check]:
     """Mixing and balancing need several classes in the training split."""
     counts = data.dataset.description.counts["train"]
@@ -135,9 +194,8 @@ def check_disk(config: Config, model: torch.nn.Module) -> list[Check]:
     weights, whole = weight_bytes(model), checkpoint_bytes(model, config.optim)
     found = []
     for place in dict.fromkeys(filter(None, (config.run.folder, config.run.checkpoint_dir))):
-        there = next(path for path in (Path(place).absolute(), *Path(place).absolute().parents) if path.is_dir())
         needed = required_bytes(Path(place), weights, whole, config.run.keep_checkpoints)
-        free = disk_usage(there).free
+        free = disk_usage(existing_folder(place)).free
         text = f"{place}: {free / 1e6:.0f} MB free, and checkpoints of {config.model.name} need up to {needed / 1e6:.0f} MB"
         if free < needed:
             fix = f"make room, name another --run.folder, or lower --run.keep_checkpoints (now {config.run.keep_checkpoints})"

@@ -48,6 +48,19 @@ def test_when_a_rank_hangs_the_other_names_it_and_ends(finished_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_folder_that_the_machines_do_not_share_is_refused_at_the_start(finished_run, tmp_path):
+    places = tmp_path / "one", tmp_path / "two"
+    for place in places:
+        place.mkdir()
+    ranks = bare_ranks(finished_run.parent / "tiny.yaml", "runs/run", "", folders=places)
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    found = f"the run folder {places[0] / 'runs' / 'run'} of rank 0 .* is not the one of rank 1 .*process {ranks[1].pid}"
+    assert re.search(found, said[0][1]), said
+    assert not any(any(place.iterdir()) for place in places)  # nothing was written, or it is removed
+
+
+@pytest.mark.slow
 def test_when_rank_0_is_frozen_the_others_name_it_and_end(finished_run, tmp_path):
     """It serves the store that the ranks watch each other by: whoever asks it waits for ever."""
     run = tmp_path / "run"

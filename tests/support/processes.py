@@ -94,10 +94,10 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def start(words: list[str], **variables: str) -> subprocess.Popen:
-    """Start a command in a session of its own, so that a signal reaches whom the test means."""
+def start(words: list[str], folder: Path = ROOT, **variables: str) -> subprocess.Popen:
+    """Start a command, in a folder and in a session of its own, so that a signal reaches whom the test means."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-    return subprocess.Popen(words, **pipes, env=environment(**variables), cwd=ROOT, start_new_session=True)
+    return subprocess.Popen(words, **pipes, env=environment(**variables), cwd=folder, start_new_session=True)
 
 
 def state(run: Path) -> dict:
@@ -133,11 +133,21 @@ def deterministic_log(run: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in ("images_per_s", "waited")} for line in lines]
 
 
-def bare_ranks(config: Path, run: Path, disturb: str, *more, **variables: str) -> list[subprocess.Popen]:
-    """Two ranks without a launcher that would tidy up after one of them, as under a plain `srun`."""
+def bare_ranks(
+    config: Path, run: Path, disturb: str, *more, folders: tuple[Path, Path] = (ROOT, ROOT), **variables: str
+) -> list[subprocess.Popen]:
+    """Two ranks without a launcher that would tidy up after one of them, as under a plain `srun`.
+
+    Args:
+        folders: where each of them is started.
+    """
     words = command("driven", "--config", config, "--run.folder", run, *SAVING, *more)
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    return [start(words, DISTURB=disturb, RANK=rank, LOCAL_RANK=rank, **shared, **variables) for rank in ("0", "1")]
+    shared |= {"DISTURB": disturb, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables
+    return [
+        start(words, folder, RANK=rank, LOCAL_RANK=rank, **shared)
+        for rank, folder in zip("01", folders, strict=True)
+    ]
 
 
 def ended(process, seconds: float) -> tuple[float, str]:
