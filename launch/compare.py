@@ -15,7 +15,7 @@ from harness.evaluation.calibration import Prior, change_prior
 from harness.evaluation.metrics import SUMMARY_METRICS, paired_differences
 from harness.evaluation.results import Results, read_predictions, read_results
 from harness.report.text import format_metric, title
-from shards.terminal import replace_unprintable
+from shards.terminal import replace_unprintable, run_and_exit
 
 Run = tuple[Path, Results]  # a folder and the results in it
 
@@ -151,4 +151,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

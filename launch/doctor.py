@@ -21,6 +21,7 @@ from harness.training.machine import (
     versions,
 )
 from harness.training.preflight import preflight
+from shards.terminal import run_and_exit
 
 MARKS = {"ok": ("ok  ", "32"), "warn": ("warn", "33"), "fail": ("FAIL", "31")}  # word, ANSI colour
 
@@ -69,4 +70,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

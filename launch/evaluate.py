@@ -4,7 +4,6 @@ Works on any number of processes (`torchrun --nproc-per-node N launch/evaluate.p
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from harness.run.recovery import find_best
 from shards.index import Dataset, load
 from shards.leaks import refuse_trained_groups
 from shards.reader import SplitReader
+from shards.terminal import run_and_exit
 
 ON_OFF = {"true": True, "false": False}
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         world.print("\n" + summary(results))
         world.print(f"results: {folder}")
         world.close()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         LOGGER.error(str(error))
         return 1
     return 0
@@ -112,4 +112,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -11,7 +11,7 @@ from harness.config import read_config
 from harness.report.gallery import augmented_rows
 from shards.contact_sheet import draw_sheet
 from shards.index import load
-from shards.terminal import replace_unprintable
+from shards.terminal import replace_unprintable, run_and_exit
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,4 +36,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from harness.config import read_config
+from shards.terminal import run_and_exit
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         if outcome == "finished":
             world.run_on_main(draw_report, Path(config.run.folder), load(config.data.path))
         world.close()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         LOGGER.error(str(error))
         return 1
     return 0 if outcome == "finished" else STOPPED
@@ -60,4 +61,4 @@ def draw_demo(packed: Path, images: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -148,6 +148,11 @@ def rank_slice(batch_size: int, rank: int, world_size: int, group_size: int = 1)
     return rank * parts // world_size * group_size, (rank + 1) * parts // world_size * group_size
 
 
+def largest_share(batch_size: int, world_size: int, group_size: int = 1) -> int:
+    """How many images of a global batch the rank with the most takes, as `rank_slice` shares them out."""
+    return -(-(batch_size // group_size) // world_size) * group_size
+
+
 def evaluation_ranges(n_samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
     """The [start, stop) ranges of a split, each of at most `batch_size` samples, that a rank evaluates.
 

@@ -1,6 +1,15 @@
-"""Words on a terminal, whatever its encoding."""
+"""Words on a terminal, whatever its encoding, and how a command ends."""
 
+import faulthandler
+import os
+import signal
 import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+END_S = 20.0  # for a process to end in good order after an error
 
 
 def replace_unprintable() -> None:
@@ -8,3 +17,37 @@ def replace_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):  # a test's or a notebook's stream may have none
             reconfigure(errors="replace")
+
+
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
+    """Run a command and end its process with its exit code: soon, whatever happened, and whatever its threads are at.
+
+    After an error, a process that has not ended within `END_S` (a thread waits for a disk or a GPU that is gone) says where each
+    thread stands and ends all the same: on a cluster it would hold its GPU until the time limit. Ctrl-C ends it at once, since
+    what a command writes is whole or not there at any moment.
+    """
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr)
+        _flush()
+        os._exit(128 + signal.SIGINT)
+    except SystemExit as error:  # also from argparse, after its own words
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    _flush()
+    if code:
+        with suppress(OSError, ValueError, RuntimeError):  # a stderr that is no file
+            faulthandler.dump_traceback_later(END_S, exit=True)
+    sys.exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()

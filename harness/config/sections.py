@@ -140,12 +140,15 @@ class Optim:
     """maximum gradient norm; 0 disables clipping"""
     ema: float = 0.0
     """EMA decay; when set, the EMA weights are validated and evaluated; 0 disables"""
-    micro_batch: int = 0
-    """maximum images of one forward pass on a process; 0 means its whole share of the batch"""
+    micro_batch: int | Literal["auto"] = 0
+    """maximum images of one forward pass on a process; 0 means its whole share of the batch; auto: as many as fit into memory,
+    halved from the whole share until they do"""
 
     def __post_init__(self):
         """Check the ranges."""
-        _at_least("optim", self, lr=0, weight_decay=0, momentum=0, warmup_epochs=0, max_grad_norm=0, micro_batch=0)
+        _at_least("optim", self, lr=0, weight_decay=0, momentum=0, warmup_epochs=0, max_grad_norm=0)
+        if self.micro_batch != "auto":
+            _at_least("optim", self, micro_batch=0)
         _shares("optim", self, "label_smoothing")
         if not 0 <= self.ema < 1:
             _refuse("optim.ema", "at least 0 and below 1, as 0.999", self.ema)

@@ -6,6 +6,7 @@ and after any resume; draw k of a position does not depend on how many draws are
 names changes none of those before it.
 """
 
+import hashlib
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
@@ -52,6 +53,19 @@ def stream_checksum(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
         scalar float64, a whole number; sums stay exact up to 2^17 samples.
     """
     return _shift(_mix(_mix(positions) + keys), 28).double().sum()
+
+
+def noise_seed(seed: int, step: int, position: int) -> int:
+    """A seed for a generator that advances (dropout): its arguments alone make it, and others make another.
+
+    Args:
+        seed: of the run. step: of the optimizer. position: in the global batch, of the first image that it is for.
+
+    Returns:
+        0 to 2^63 - 1.
+    """
+    digest = hashlib.blake2b(f"{seed} {step} {position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @lru_cache

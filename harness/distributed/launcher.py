@@ -15,10 +15,10 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
-from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage] - their documented place
+from torch.distributed import (
     DistNetworkError,
     DistStoreError,
-    TCPStore,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
 )
 
 from harness.distributed.hardware import check_wheel

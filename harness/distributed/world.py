@@ -16,9 +16,9 @@ from typing import ParamSpec, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
-from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage] - their documented place
-    PrefixStore,
-    TCPStore,
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
 )
 
 from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision
@@ -119,6 +119,18 @@ class World:
         if self.heartbeat:
             self.heartbeat.works()
 
+    @contextmanager
+    def by_itself(self, model: torch.nn.Module) -> Iterator[None]:
+        """Inside, this rank works on a wrapped model alone: no other is waited for, and none waits for this one."""
+        heartbeat, self.heartbeat = self.heartbeat, None
+        if heartbeat:
+            heartbeat.is_long = True
+        try:
+            with self.without_sync(model):
+                yield
+        finally:
+            self.heartbeat = heartbeat
+
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -174,6 +186,10 @@ class World:
     def scaler(self) -> torch.amp.GradScaler | None:
         """The loss scaler of fp16, None otherwise."""
         return self._accelerator.scaler
+
+    def scale_on_device(self) -> torch.Tensor | None:
+        """The scale of the loss in fp16, a scalar that changes in place after each step; None otherwise."""
+        return self.scaler._get_scale_async() if self.scaler else None  # the public way waits for the device
 
     def run_on_main(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Collective: run on rank 0 alone; its result is everyone's, and its error ends every rank.
@@ -280,7 +296,7 @@ class World:
         if self.size == 1 or not statistics:
             return
         sums = self.all_reduce_sum(torch.cat(statistics)) / self.size
-        torch._foreach_copy_(statistics, list(sums.split([len(tensor) for tensor in statistics])))
+        torch._foreach_copy_(statistics, list(sums.split([len(tensor) for tensor in statistics])))  # pyright: ignore[reportPrivateImportUsage] - one kernel
 
     def close(self) -> None:
         """Collective: leave the world in good order."""

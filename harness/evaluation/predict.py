@@ -8,7 +8,7 @@ any world size; a sample that was lost or predicted twice is an error before any
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -114,7 +114,7 @@ def _local_predictions(
         closing(batches),
         _progress_bar(reader, config, world) as bar,
         world.reproducible_threads() as workers,
-        ThreadPoolExecutor(workers, initializer=set_thread_device, initargs=(world.device,)) as pool,
+        _abandoned_on_error(ThreadPoolExecutor(workers, "predict", set_thread_device, (world.device,))) as pool,
     ):
 
         def next_done() -> Columns:
@@ -132,6 +132,17 @@ def _local_predictions(
                 yield next_done()
         while running:
             yield next_done()
+
+
+@contextmanager
+def _abandoned_on_error(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose tasks are waited for at the end, but not after an error or Ctrl-C: a batch of many views takes minutes."""
+    is_done = False
+    try:
+        yield pool
+        is_done = True
+    finally:
+        pool.shutdown(wait=is_done, cancel_futures=not is_done)
 
 
 def _progress_bar(reader: SplitReader, config: Config, world: World) -> tqdm:

@@ -7,6 +7,8 @@ run needs to continue.
 from dataclasses import dataclass, replace
 from math import isfinite
 
+WAY_DOWN = 16  # steps that the scale of fp16 may skip
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -15,7 +17,9 @@ class Progress:
     epoch: epochs done. samples_seen: samples of the current epoch that are in the weights, over all ranks.
     step: optimizer steps done. best: best validation score, None before the first. best_step: step of the best
     weights. best_epoch: its number, counted from 1. epochs_without_improvement: since then.
-    loss, correct, images: sums over the current epoch's training images.
+    loss, correct, images: sums over the current epoch's training images. skipped_steps: steps of the current epoch that changed
+    nothing, as gradients overflowed in fp16. micro_batch: images of a forward pass that fit into memory, where they are to be
+    found (optim.micro_batch auto); 0 before that.
     """
 
     epoch: int = 0
@@ -28,9 +32,13 @@ class Progress:
     loss: float = 0.0
     correct: float = 0.0
     images: float = 0.0
+    skipped_steps: int = 0
+    micro_batch: int = 0
 
 
-def after_steps(progress: Progress, steps: int, samples: int, loss: float, correct: float, images: float) -> Progress:
+def after_steps(
+    progress: Progress, steps: int, samples: int, loss: float, correct: float, images: float, skipped: int = 0
+) -> Progress:
     """Progress after some steps inside an epoch."""
     return replace(
         progress,
@@ -39,12 +47,15 @@ def after_steps(progress: Progress, steps: int, samples: int, loss: float, corre
         loss=progress.loss + loss,
         correct=progress.correct + correct,
         images=progress.images + images,
+        skipped_steps=progress.skipped_steps + skipped,
     )
 
 
 def after_epoch(progress: Progress, score: float | None, higher_is_better: bool) -> Progress:
     """Progress after an epoch and its validation; a NaN score is never the best."""
-    ended = replace(progress, epoch=progress.epoch + 1, samples_seen=0, loss=0.0, correct=0.0, images=0.0)
+    ended = replace(
+        progress, epoch=progress.epoch + 1, samples_seen=0, loss=0.0, correct=0.0, images=0.0, skipped_steps=0
+    )
     if score is not None and isfinite(score):
         better = progress.best is None or (score > progress.best if higher_is_better else score < progress.best)
         if better:
@@ -63,3 +74,21 @@ def should_stop(progress: Progress, epochs: int, patience: int) -> str | None:
     if progress.epochs_without_improvement >= patience:
         return f"no improvement for {patience} epochs"
     return None
+
+
+def find_skipping(progress: Progress, n_steps: int, loss_scale: float | None) -> str | None:
+    """What is wrong with a run in fp16 that skips steps for want of a scale at which gradients are finite; None if nothing is.
+
+    A scale starts at 2^16 and is halved by each step that is skipped: 16 of them are its way down to where it must hold.
+
+    Args:
+        n_steps: of an epoch. loss_scale: now; None where there is none.
+    """
+    skipped = progress.skipped_steps
+    if loss_scale is None or (loss_scale >= 1 and skipped <= max(WAY_DOWN, 0.1 * n_steps)):
+        return None
+    return (
+        f"Gradients overflow in fp16 at step {progress.step}: {skipped} of the epoch's {n_steps} steps were skipped, and the loss "
+        f"scale is {loss_scale:g}. Lower optim.lr, or set run.precision to fp32 (or bf16, where the GPU has it); "
+        "--run.on_changed_settings accept continues from the latest checkpoint with it."
+    )

@@ -5,7 +5,8 @@ at the same steps; nothing is saved that is not finite.
 """
 
 import time
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,9 +18,10 @@ from harness.distributed.world import World
 from harness.model.optim import lr_at
 from harness.run.console import LOGGER
 from harness.run.folder import Run
-from harness.run.progress import Progress, after_steps
+from harness.run.progress import Progress, after_steps, find_skipping
+from harness.training.memory import TRIALS, fit_micro_batch
 from harness.training.state import Data, TrainState, save_checkpoint
-from harness.training.step import train_step
+from harness.training.step import optimizer_step, views_and_targets
 
 SLOW_S = 20.0  # between two synchronisations: then a request to stop is noticed late
 
@@ -50,7 +52,8 @@ class Meter:
     def __init__(self, device: torch.device):
         self.began = self.synced = self.saved = time.perf_counter()
         self.waited_s, self.waited_first_s, self.images = 0.0, None, 0.0
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, images, checksum of samples
+        # Loss, correct, images, steps that fp16 skipped, checksum of samples.
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
         self.losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys (b,) and losses (b,) of each step
 
     @property
@@ -59,9 +62,9 @@ class Meter:
         return len(self.losses)
 
     def add(self, batch: Batch, sums: torch.Tensor, losses: torch.Tensor) -> None:
-        """Take in a step: this rank's (loss, correct, images), (3,) float64, and the loss of each image, (b,)."""
-        self.sums[:3] += sums
-        self.sums[3] += stream_checksum(batch.keys, batch.positions)
+        """Take in a step: what `optimizer_step` returned for it."""
+        self.sums[:4] += sums
+        self.sums[4] += stream_checksum(batch.keys, batch.positions)
         self.losses.append((batch.keys, losses))
         self.waited_s += batch.waited
         if self.waited_first_s is None:
@@ -101,27 +104,35 @@ def train_epoch(
     first = progress.samples_seen // plan.global_batch
     lr = lr_at(max(0, progress.step - 1), config.optim, plan.n_batches, config.run.epochs)
     skipped: list[int] | None = [] if config.data.on_bad_sample == "skip" else None
-    batches = _batches(config, world, data, epoch, first, skipped)
+    micro_batch = progress.micro_batch if config.optim.micro_batch == "auto" else config.optim.micro_batch
     meter = Meter(world.device)
     run.log.begin_bar(f"epoch {epoch + 1}", plan.n_batches * plan.global_batch, progress.samples_seen)
     state.model.train()
-    for number, batch in enumerate(batches, start=first):
-        step = progress.step + meter.steps
-        lr = lr_at(step, config.optim, plan.n_batches, config.run.epochs)
-        sums, losses = train_step(config, world, state, batch, epoch=epoch, step=step, lr=lr)
-        meter.add(batch, sums, losses)
-        run.profiler.step()
-        is_last = number + 1 == plan.n_batches
-        if meter.steps < config.run.sync_every and not is_last:
-            continue
-        progress, stop, save = synchronise(config, world, data, run, progress, meter, lr)
-        world.average_batch_statistics(state.model)  # at these steps alone, so that a resume changes no rounding
-        if (stop or save) and not is_last:
-            save_checkpoint(config, world, state, run, progress)
-            meter.saved = time.perf_counter()
-        if stop:
-            break
-    batches.close()
+    batches = _batches(config, world, data, epoch, first, skipped)
+    with closing(batches):  # ends its threads, also on an error
+        for number, batch in enumerate(batches, start=first):
+            step = progress.step + meter.steps
+            lr = lr_at(step, config.optim, plan.n_batches, config.run.epochs)
+            views, targets = views_and_targets(config, batch, epoch)
+            if config.optim.micro_batch == "auto" and number < first + TRIALS:
+                micro_batch = fit_micro_batch(config, world, state, views, targets, step, micro_batch)
+            is_first = number == first
+            sums, losses = optimizer_step(config, world, state, views, targets, lr, step, micro_batch, is_first)
+            meter.add(batch, sums, losses)
+            run.profiler.step()
+            is_last = number + 1 == plan.n_batches
+            if meter.steps < config.run.sync_every and not is_last:
+                continue
+            if micro_batch != progress.micro_batch and config.optim.micro_batch == "auto":
+                progress = replace(progress, micro_batch=micro_batch)
+                world.print(f"optim.micro_batch auto: {micro_batch} images of a process at a time fit into memory")
+            progress, stop, save = synchronise(config, world, data, run, progress, meter, lr)
+            world.average_batch_statistics(state.model)  # at these steps alone, so that a resume changes no rounding
+            if (stop or save) and not is_last:
+                save_checkpoint(config, world, state, run, progress)
+                meter.saved = time.perf_counter()
+            if stop:
+                break
     run.log.end_bar()
     if skipped:
         keys = ", ".join(f"{key:08d}" for key in skipped[:10])
@@ -138,11 +149,11 @@ def synchronise(
         how far the run is, whether any rank was asked to stop, and whether a checkpoint is due.
 
     Raises:
-        FloatingPointError: the loss became NaN or Inf.
+        FloatingPointError: the loss became NaN or Inf, or fp16 skips too many steps.
     """
     due = time.perf_counter() - meter.saved > 60 * config.run.save_every_minutes
     asked = torch.tensor([run.stop.asked(), due], dtype=torch.float64, device=world.device)
-    loss, correct, images, samples, stop, save = world.all_reduce_sum(torch.cat([meter.sums, asked])).tolist()
+    loss, correct, images, skipped, samples, stop, save = world.all_reduce_sum(torch.cat([meter.sums, asked])).tolist()
     if not abs(loss) < float("inf"):  # also NaN
         raise FloatingPointError(_describe_nan_loss(world, data, progress, meter, lr))
     seconds = time.perf_counter() - meter.synced
@@ -150,10 +161,15 @@ def synchronise(
         world.print(
             f"note: {meter.steps} steps take {seconds:.0f} s, and requests to stop are noticed as rarely: lower run.sync_every"
         )
-    progress = after_steps(progress, meter.steps, meter.steps * data.plan.global_batch, loss, correct, images)
+    n_samples = meter.steps * data.plan.global_batch
+    progress = after_steps(progress, meter.steps, n_samples, loss, correct, images, round(skipped / world.size))
+    scale = None if (on_device := world.scale_on_device()) is None else float(on_device)
+    if problem := find_skipping(progress, data.plan.n_batches, scale):
+        raise FloatingPointError(problem)
     meter.flush(images)
     seen = max(1.0, images)  # none, if each was skipped
     numbers = {"loss": loss / seen, "accuracy": correct / seen, "lr": lr, "images_per_s": meter.images_per_s()}
+    numbers |= {} if scale is None else {"loss_scale": scale, "skipped_steps": progress.skipped_steps}
     run.log.write("train", progress.step, numbers | {"samples": f"{int(samples):014x}"})
     run.log.move_bar(int(images), loss=f"{loss / seen:.3f}", accuracy=f"{correct / seen:.3f}")
     return progress, bool(stop), bool(save)

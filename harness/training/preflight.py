@@ -26,7 +26,7 @@ from harness.training.check import Check, tried
 from harness.training.machine import check_consistency, check_device
 from harness.training.state import Data, open_data
 from shards.leaks import refuse_leak
-from shards.plan import rank_slice
+from shards.plan import largest_share, rank_slice
 
 SHARED_S = 10.0  # until a file that one machine made is seen by another
 FEW_IMAGES, FEW_STEPS = 16, 10  # below which batch statistics are noise, and a schedule is coarse
@@ -80,6 +80,10 @@ def check_settings(config: Config, device: torch.device) -> list[Check]:
     """Settings that this device, or what is installed, does not allow."""
     if config.model.sync_batchnorm and device.type != "cuda":
         raise ValueError("'model.sync_batchnorm' needs GPUs: torch has it for no other device. Set it to false.")
+    if config.model.sync_batchnorm and config.optim.micro_batch == "auto":
+        raise ValueError(
+            "'optim.micro_batch' auto tries a step on each process alone, which 'model.sync_batchnorm' does not allow. Give a number."
+        )
     if config.run.compile:
         check_compile(device)
     parse_views(config.eval.views)
@@ -178,8 +182,15 @@ def check_leaks(config: Config, data: Data) -> list[Check]:
 
 
 def check_ranks(config: Config, data: Data, n_ranks: int) -> list[Check]:
-    """Each process gets images of each batch."""
-    rank_slice(data.plan.global_batch, 0, n_ranks, config.augment.group_size)
+    """Each process gets images of each batch, and of each micro-batch."""
+    batch, group, micro_batch = data.plan.global_batch, config.augment.group_size, config.optim.micro_batch
+    start, stop = rank_slice(batch, 0, n_ranks, group)  # rank 0 has the smallest share
+    largest = largest_share(batch, n_ranks, group)
+    if micro_batch not in (0, "auto") and stop - start < -(-largest // micro_batch):
+        raise ValueError(
+            f"'optim.micro_batch' {micro_batch} cuts shares of {largest} and of {stop - start} images into as many parts. Raise it, "
+            f"or let the number of processes ({n_ranks}) divide 'data.global_batch_size' ({batch})."
+        )
     return []
 
 
@@ -212,7 +223,7 @@ def check_recipe(
     found, images = [], config.data.global_batch_size // n_ranks
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     synced = all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
-    piece = min(images, config.optim.micro_batch or images)
+    piece = min(images, images if config.optim.micro_batch in (0, "auto") else config.optim.micro_batch)
     if norms and not synced and piece < FEW_IMAGES:
         text = f"batch normalisation sees {piece} images at a time ({config.data.global_batch_size} over {n_ranks} process(es))"
         fix = (

@@ -151,4 +151,4 @@ def _continued(start: checkpoint.Checkpoint, now: checkpoint.Provenance, world: 
     world.print(
         f"the order of samples changed ({start.provenance.order}; now {now.order}): epoch {start.progress.epoch + 1} starts over"
     )
-    return replace(start.progress, samples_seen=0, loss=0.0, correct=0.0, images=0.0)
+    return replace(start.progress, samples_seen=0, loss=0.0, correct=0.0, images=0.0, skipped_steps=0)

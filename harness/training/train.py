@@ -21,6 +21,7 @@ from harness.run.state import changes, note_start
 from harness.training.check import Check, refuse_failures
 from harness.training.epoch import EpochStats, train_epoch
 from harness.training.machine import versions
+from harness.training.memory import out_of_memory_explained
 from harness.training.preflight import preflight
 from harness.training.state import Data, TrainState, assert_finite_weights, build_or_resume, save_checkpoint
 
@@ -36,12 +37,13 @@ def train(config: Config, world: World) -> str:
     Raises:
         ValueError, OSError: settings, data, weights or a run folder that do not fit, or a rank that is gone; each says
             what to do.
-        FloatingPointError: the loss became NaN or Inf.
+        FloatingPointError: the loss became NaN or Inf, or fp16 skips too many steps.
+        MemoryError: a rank ran out of memory.
     """
     checks, data = preflight(config, world)
     world.run_on_main(refuse_failures, checks)  # once, not by each rank
     assert data is not None
-    with open_run(config, world, data.dataset) as run:
+    with open_run(config, world, data.dataset) as run, out_of_memory_explained(config, world):
         if run.is_finished():
             return report_again(world, run)
         state, progress = build_or_resume(config, world, data, run)
@@ -109,6 +111,7 @@ def validate_and_save(
         f"epoch {ended.epoch:>3}/{config.run.epochs}  train loss {loss:.3f} acc {accuracy:.3f}  val loss "
         f"{scores['loss']:.3f} acc {scores['accuracy']:.3f} bal {scores['balanced_accuracy']:.3f} f1 "
         f"{scores['macro_f1']:.3f}  lr {stats.lr:.1e}  {stats.images_per_s:.0f} img/s  wait {stats.waited:.0%}"
+        + (f"  {progress.skipped_steps} steps skipped (fp16)" if progress.skipped_steps else "")
         + ("  best" if ended.best_step == ended.step else "")
     )
     save_checkpoint(config, world, state, run, ended)

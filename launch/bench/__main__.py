@@ -17,6 +17,7 @@ from harness.distributed.hardware import available_cores
 from launch.bench.loader import bench_compare, bench_loader, bench_resume
 from launch.bench.packing import bench_pack
 from launch.bench.step import bench_augment, bench_evaluate, bench_save, bench_step, bench_train
+from shards.terminal import run_and_exit
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,4 +83,4 @@ def _positive(word: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

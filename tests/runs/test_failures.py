@@ -14,7 +14,18 @@ from safetensors.torch import load_file
 from harness.model.build import build_model
 from harness.training.preflight import check_settings
 from shards.index import load, load_table
-from support.processes import SAVING, assert_equal_weights, bare_ranks, command, ended, launch, start, state, weights
+from support.processes import (
+    SAVING,
+    assert_equal_weights,
+    bare_ranks,
+    command,
+    deterministic_log,
+    ended,
+    launch,
+    start,
+    state,
+    weights,
+)
 
 
 @pytest.mark.slow
@@ -55,7 +66,9 @@ def test_a_run_folder_that_the_machines_do_not_share_is_refused_at_the_start(fin
     ranks = bare_ranks(finished_run.parent / "tiny.yaml", "runs/run", "", folders=places)
     said = [rank.communicate(timeout=60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
-    found = f"the run folder {places[0] / 'runs' / 'run'} of rank 0 .* is not the one of rank 1 .*process {ranks[1].pid}"
+    found = (
+        f"the run folder {places[0] / 'runs' / 'run'} of rank 0 .* is not the one of rank 1 .*process {ranks[1].pid}"
+    )
     assert re.search(found, said[0][1]), said
     assert not any(any(place.iterdir()) for place in places)  # nothing was written, or it is removed
 
@@ -217,6 +230,76 @@ def test_batch_normalisation_over_ranks_keeps_the_names_of_the_weights():
     model = build_model("resnet18", 7)
     names = list(model.state_dict())
     assert list(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).state_dict()) == names
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_out_of_memory_says_so_with_advice(finished_run, tmp_path):
+    run = tmp_path / "run"
+    ranks = bare_ranks(finished_run.parent / "tiny.yaml", run, "", FITS="5:1")
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert re.search(r"error: Rank 1 \(.*\) ran out of memory\. Lower optim\.micro_batch \(.*auto\)", said[1][1]), said[
+        1
+    ]
+    assert (state(run)["status"], state(run)["rank"]) == ("failed", 1)
+
+
+@pytest.mark.slow
+def test_a_micro_batch_that_fits_on_every_rank_is_found_and_changes_nothing_else(finished_run, tmp_path):
+    """Of 12 images over 2 ranks, rank 1 has room for 4 at a time; statistics of normalisation are of 3 images either way."""
+    config, found = finished_run.parent / "tiny.yaml", {}
+    for name, words, room in (("auto", ("auto",), "4:1"), ("given", ("3",), "")):
+        run = tmp_path / name
+        stop = bare_ranks(config, run, "stop@4", "--optim.micro_batch", *words, FITS=room)
+        said = [rank.communicate(timeout=60) for rank in stop]
+        assert stop[0].returncode == 75, said
+        assert ("optim.micro_batch auto: 3 images" in said[0][0]) == (name == "auto")
+        for rank in (on := bare_ranks(config, run, "", "--optim.micro_batch", *words)):  # kept: now there is more room
+            assert rank.wait(timeout=90) == 0, rank.stderr.read()
+        assert "of a process at a time fit" not in on[0].stdout.read()
+        found[name] = weights(run)
+    assert_equal_weights(found["auto"], found["given"])
+
+
+@pytest.mark.slow
+def test_fp16_that_skips_for_ever_fails_with_advice_and_a_few_skips_are_counted(finished_run, tmp_path):
+    run, words = tmp_path / "few", ["--config", finished_run.parent / "tiny.yaml", "--optim.ema", "0.9"]
+    scaled = start(command("driven", *words, "--run.folder", run), LOSS_SCALE="1024", DISTURB="overflow@2 overflow@7")
+    said = scaled.communicate(timeout=90)
+    assert scaled.returncode == 0, said
+    assert said[0].count("  1 steps skipped (fp16)") == 2  # of two epochs of three
+    log = deterministic_log(run)
+    assert [entry["loss_scale"] for entry in log if entry["kind"] == "train"][::2] == [
+        512.0,
+        512.0,
+        256.0,
+        256.0,
+        256.0,
+    ]
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+    run = tmp_path / "for ever"
+    scaled = start(command("driven", *words, "--run.folder", run), LOSS_SCALE="1", DISTURB="overflow@2")
+    said = scaled.communicate(timeout=90)
+    assert scaled.returncode == 1
+    assert re.search(r"error: Gradients overflow in fp16 at step \d+: .* Lower optim.lr", said[1]), said
+    assert state(run)["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_parameters_without_a_gradient_are_named_at_the_first_step_of_several_ranks(finished_run, tmp_path):
+    words = ["--config", finished_run.parent / "tiny.yaml", "--model.name", "tiny_unused"]
+    done = launch("driven", *words, "--run.folder", tmp_path / "two", ranks=2)
+    assert done.returncode == 1
+    assert "Parameters of ResNet get no gradient (1): spare. Several processes cannot train such a model" in done.stderr
+    assert launch("driven", *words, "--run.folder", tmp_path / "one", "--run.epochs", "1").returncode == 0
+
+
+@pytest.mark.slow
+def test_every_rank_has_as_many_forward_passes_where_shares_are_uneven(finished_run, tmp_path):
+    """11 images over 2 ranks, 5 at a time: 5 images are one micro-batch, 6 are two, and the model meets the others in each."""
+    words = ["--data.global_batch_size", "11", "--optim.micro_batch", "5", "--model.name", "tiny_reducing"]
+    config = finished_run.parent / "tiny.yaml"
+    done = launch("driven", "--config", config, *words, "--run.folder", tmp_path / "run", "--run.epochs", "1", ranks=2)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """launch/train.py with a fault at a chosen step: `DISTURB="die@3:1 ..." python tests/support/driven.py --config ...`.
 
 A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
-(sleep for ever), long-save (the checkpoint of that step takes SLOW_S), slow (from that step on sleep SLOW_S, else 0.3 s), raise, nan (an image of the batch), inf (a weight),
+(sleep for ever), long-save (the checkpoint of that step takes SLOW_S), slow (from that step on sleep SLOW_S, else 0.3 s), raise, memory (a bare
+MemoryError), bug (an error that is not expected), overflow (of gradients), nan (an image of the batch), inf (a weight),
 stop-val and stop-test (touch RUN/stop at unit number STEP of that split). It adds a model that normalises each image
 by itself, so that nothing depends on how a batch is shared out.
+
+FITS=N or N:RANK: forward passes of more than N images run out of memory. LOSS_SCALE=X: fp16's loss scaling, on a CPU.
 """
 
 import os
@@ -21,10 +24,13 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import harness.distributed.heartbeat
 import harness.distributed.launcher
+import harness.distributed.world
 import harness.evaluation.predict
 import harness.run.checkpoint
+import harness.training.epoch
 import harness.training.step
 from launch.train import main
+from shards.terminal import run_and_exit
 
 for name in ("DEAD_S", "STUCK_S", "TURN_S"):
     if name in os.environ:
@@ -40,8 +46,28 @@ def tiny_group_norm(weights=None, **options):
     return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=partial(nn.GroupNorm, 8), **options)
 
 
-tiny_group_norm.__module__ = "torchvision.models.tiny"  # where torchvision looks for its own
-register_model()(tiny_group_norm)
+class ReducingNorm(nn.GroupNorm):
+    """Meets the other ranks in each forward pass, as SyncBatchNorm does on GPUs."""
+
+    def forward(self, images):
+        if self.training and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(torch.zeros(1))
+        return super().forward(images)
+
+
+def tiny_reducing(weights=None, **options):
+    return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=partial(ReducingNorm, 8), **options)
+
+
+def tiny_unused(weights=None, **options):
+    model = tiny_group_norm(**options)
+    model.spare = nn.Parameter(torch.zeros(3))
+    return model
+
+
+for build in (tiny_group_norm, tiny_reducing, tiny_unused):
+    build.__module__ = "torchvision.models.tiny"  # where torchvision looks for its own
+    register_model()(build)
 
 
 def disturbances(kinds: str, number: int) -> list[str]:
@@ -60,10 +86,11 @@ def run_folder() -> Path:
     return Path(sys.argv[sys.argv.index("--run.folder") + 1])
 
 
-def disturbed_step(config, world, state, views, *rest, step=harness.training.step.optimizer_step):
+def disturbed_step(config, world, state, views, *rest, take=harness.training.step.optimizer_step):
     global steps
+    hooks = []
     steps += 1
-    for kind in disturbances("stop die hang slow raise nan inf", steps):
+    for kind in disturbances("stop die hang slow raise memory bug overflow nan inf", steps):
         if kind == "stop":
             (run_folder() / "stop").touch()
         elif kind == "die":
@@ -74,13 +101,36 @@ def disturbed_step(config, world, state, views, *rest, step=harness.training.ste
             time.sleep(float(os.environ.get("SLOW_S", "0.3")))
         elif kind == "raise":
             raise ValueError("a fault that was asked for")
+        elif kind == "memory":
+            raise MemoryError
+        elif kind == "bug":
+            raise KeyError("a bug")
+        elif kind == "overflow":
+            weight = next(state.model.parameters())
+            hooks.append(weight.register_hook(lambda gradient: gradient * float("inf")))
         elif kind == "nan":
             views[0, 0, 0, 0] = float("nan")
-    done = step(config, world, state, views, *rest)
+    done = take(config, world, state, views, *rest)
+    for hook in hooks:
+        hook.remove()
     if disturbances("inf", steps):
         with torch.no_grad():
             next(weight for weight in state.model.parameters() if weight.ndim == 1)[0] = float("inf")
     return done
+
+
+def limited_pass(model, loss_fn, images, *rest, run=harness.training.step.forward_backward):
+    most, _, rank = os.environ.get("FITS", "").partition(":")
+    if most and len(images) > int(most) and rank in ("", str(RANK)):
+        raise torch.OutOfMemoryError("CUDA out of memory. (A test's)")
+    return run(model, loss_fn, images, *rest)
+
+
+def scaled_world(*arguments, start=harness.distributed.world.start_accelerator):
+    accelerator = start(*arguments)
+    if "LOSS_SCALE" in os.environ:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=float(os.environ["LOSS_SCALE"]))
+    return accelerator
 
 
 def disturbed_units(reader, *rest, batches=harness.evaluation.predict.evaluation_batches):
@@ -98,9 +148,11 @@ def disturbed_save(run, progress, *rest, save=harness.run.checkpoint.save_step):
     save(run, progress, *rest)
 
 
-harness.training.step.optimizer_step = disturbed_step
+harness.training.epoch.optimizer_step = disturbed_step
+harness.training.step.forward_backward = limited_pass
+harness.distributed.world.start_accelerator = scaled_world
 harness.run.checkpoint.save_step = disturbed_save
 harness.evaluation.predict.evaluation_batches = disturbed_units
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

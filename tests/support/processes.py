@@ -145,8 +145,7 @@ def bare_ranks(
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     shared |= {"DISTURB": disturb, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables
     return [
-        start(words, folder, RANK=rank, LOCAL_RANK=rank, **shared)
-        for rank, folder in zip("01", folders, strict=True)
+        start(words, folder, RANK=rank, LOCAL_RANK=rank, **shared) for rank, folder in zip("01", folders, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from harness.config import Config, Optim
 from harness.distributed.world import World
@@ -17,7 +18,7 @@ from harness.model.build import build_model, check_input_size, fetch, find_head,
 from harness.model.loss import Loss, Targets
 from harness.model.optim import build_optimizer
 from harness.training.state import TrainState
-from harness.training.step import optimizer_step
+from harness.training.step import backward_parts, optimizer_step
 
 SMALL = "shufflenet_v2_x0_5"
 
@@ -73,6 +74,33 @@ def one_step(model, size):
         logits = model.eval()(images)
         assert logits.shape == (4, 7)
         torch.testing.assert_close(model(images[:1]), logits[:1], rtol=1e-3, atol=1e-4)
+
+
+def masks_of(seed: int, step: int, rank: int, micro_batch: int = 0) -> torch.Tensor:
+    """What dropout lets through of 4 images, (4, 3 * 4 * 4) of 0 or 2, in a step of one of two ranks."""
+    seen, config, world = [], Config(), World("fp32")
+    config = replace(config, data=replace(config.data, global_batch_size=8), run=replace(config.run, seed=seed))
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 7))
+    model[1].register_forward_hook(lambda module, images, dropped: seen.append(dropped.detach()))
+    optimizer, loss_fn = (
+        build_optimizer(model, Optim()),
+        Loss(Optim(), dict.fromkeys("abcdefg", 1), torch.device("cpu")),
+    )
+    state = TrainState(model=model, ddp_model=model, optimizer=optimizer, loss_fn=loss_fn)
+    world.rank, world.size = rank, 2
+    views, targets = torch.ones(4, 3, 4, 4), Targets(torch.zeros(4, dtype=torch.int64))
+    for _ in backward_parts(config, world, state, views, targets, step, micro_batch):
+        pass
+    return torch.cat(seen)
+
+
+def test_dropout_differs_between_ranks_seeds_steps_and_micro_batches_and_repeats_at_a_resume():
+    first = masks_of(seed=0, step=6, rank=0)
+    assert torch.equal(first, masks_of(seed=0, step=6, rank=0))
+    for other in (masks_of(0, 6, rank=1), masks_of(0, 7, rank=0), masks_of(1, 6, rank=0), masks_of(1, 5, rank=0)):
+        assert not torch.equal(first, other)
+    halves = masks_of(0, 6, 0, micro_batch=2)
+    assert not torch.equal(halves[:2], halves[2:])
 
 
 @pytest.mark.slow  # .ci/run installs timm for these

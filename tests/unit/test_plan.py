@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from shards import plan as plan_module
-from shards.plan import Plan, evaluation_ranges, locate_in_order, rank_slice
+from shards.plan import Plan, evaluation_ranges, largest_share, locate_in_order, rank_slice
 
 
 @st.composite
@@ -25,6 +25,15 @@ def stream(plan: Plan, epoch: int) -> list[tuple[int, int]]:
     positions = np.arange(plan.n_batches * plan.global_batch)
     shards, rows = plan.locate(epoch, positions)
     return list(zip(shards.tolist(), rows.tolist(), strict=True))
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.sampled_from([1, 2]))
+def test_the_largest_share_is_the_longest_slice_of_any_rank_and_the_first_is_the_smallest(parts, world, group_size):
+    assume(world <= parts)
+    slices = [rank_slice(parts * group_size, rank, world, group_size) for rank in range(world)]
+    lengths = [stop - start for start, stop in slices]
+    assert largest_share(parts * group_size, world, group_size) == max(lengths)
+    assert lengths[0] == min(lengths)
 
 
 @given(plans(), st.integers(0, 1000))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.data.random import named_uniforms, stream_checksum, uniforms
+from harness.data.random import named_uniforms, noise_seed, stream_checksum, uniforms
 
 
 @given(
@@ -72,3 +72,13 @@ def test_a_draw_that_is_appended_changes_none_before_it():
     assert torch.equal(early.first, later.first)
     assert torch.equal(early.second, later.second)
     assert not torch.equal(later.second, later.appended)
+
+
+def test_seeds_of_dropout_are_others_for_another_seed_step_or_place_in_the_batch():
+    """seed + step would make seed 1 the copy of seed 0, a step later, and give all ranks one mask."""
+    seeds = {
+        noise_seed(seed, step, position) for seed in range(20) for step in range(20) for position in range(0, 64, 8)
+    }
+    assert len(seeds) == 20 * 20 * 8
+    assert noise_seed(3, 5, 8) == noise_seed(3, 5, 8) == 6370875286290916719
+    assert 0 <= noise_seed(2**62 - 1, 2**40, 2**20) < 2**63
