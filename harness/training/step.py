@@ -83,11 +83,10 @@ def optimizer_step(
     before = None if scale is None else scale.clone()
     state.optimizer.step()
     state.optimizer.zero_grad()
-    if (
-        before is not None
-    ):  # halved: gradients overflowed, and nothing changed (a fused optimizer skips inside its kernel)
+    if scale is not None and before is not None:
+        # Halved: gradients overflowed, and nothing changed. A fused optimizer skips inside its kernel, and tells nobody.
         sums[3] = scale < before
-    if state.ema and not (before is not None and bool(sums[3])):  # device sync, in fp16 with an EMA
+    if state.ema and not (scale is not None and bool(sums[3])):  # device sync, in fp16 with an EMA
         state.ema.update(state.model, step + 1)
     return sums, torch.cat(losses)
 
