@@ -3,6 +3,7 @@
 Without --config it trains the demo: lesions are drawn and packed first. Starting the same command again continues.
 """
 
+import os
 import shutil
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from shards.terminal import run_and_exit
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; the exit code is 0 when finished, 75 when stopped as asked, 1 after an error."""
+    """Run; the exit code is 0 when finished, 75 when stopped as asked (0 under --max-restarts), 1 after an error."""
     config = read_config(sys.argv[1:] if arguments is None else arguments)
     # After the settings were read: torch and its kin take seconds, and --help or a wrong setting needs none of them.
     from harness.distributed.world import World
@@ -37,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         LOGGER.error(str(error))
         return 1
-    return 0 if outcome == "finished" else STOPPED
+    # A launcher that restarts what fails must not restart what was asked to stop; it passes no code on, either way.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return 0 if outcome == "finished" or restarts else STOPPED
 
 
 def draw_demo(packed: Path, images: int) -> None:

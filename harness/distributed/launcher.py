@@ -15,9 +15,11 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch import distributed
 from torch.distributed import (
     DistNetworkError,
     DistStoreError,
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
     TCPStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
 )
 
@@ -51,6 +53,8 @@ def start_accelerator(precision: str, cuda: bool) -> Accelerator:
         ConnectionError: the processes did not find each other in time.
     """
     try:
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            _meet_again(cuda)
         return Accelerator(
             cpu=not cuda,  # without it, ranks on a machine without CUDA each believe to be alone
             mixed_precision={"fp32": "no"}.get(precision, precision),
@@ -69,6 +73,21 @@ def start_accelerator(precision: str, cuda: bool) -> Accelerator:
             f"not meet the others at {place} ({str(error).splitlines()[0]}). Start all of them within "
             f"{COLLECTIVE_TIMEOUT_S / 60:.0f} minutes, with the address of the first one's machine and an open port."
         ) from error
+
+
+def _meet_again(cuda: bool) -> None:
+    """Make the process group after the launcher has restarted the processes of this machine.
+
+    torchrun lets them meet in its own store, where the addresses of the processes before still stand: gloo connects to those
+    ("Connection refused"). Under another prefix there are none. The restarts of several machines may be numbered differently.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return
+    wait = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    store, rank, size = next(distributed.rendezvous("env://", timeout=wait))
+    store = PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if cuda else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 @contextmanager

@@ -23,8 +23,10 @@ export JOB_BEGAN
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 many=""
-if [ $((SLURM_JOB_NUM_NODES * processes)) -gt 1 ]; then
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
   many="--multi_gpu --rdzv_conf timeout=300,read_timeout=300" # seconds that nodes wait for each other
+elif [ "$processes" -gt 1 ]; then
+  many="--multi_gpu --max_restarts 3" # a process that dies: all start again, from the latest checkpoint
 fi
 program=${program:-launch/train.py}
 code=0

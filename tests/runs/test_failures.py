@@ -137,6 +137,41 @@ def test_when_a_rank_raises_its_error_is_the_runs_and_the_next_start_continues(f
     assert "error" not in state(run)
 
 
+def restarting(config, run) -> list[str]:
+    """torchrun that restarts both ranks up to twice."""
+    words = command("driven", "--config", config, "--run.folder", run, *SAVING, ranks=2)
+    at = words.index("--standalone")
+    return [*words[:at], "--max-restarts", "2", "--monitor-interval", "0.5", *words[at:]]
+
+
+def starts(run) -> list[int]:
+    """The step of each start."""
+    return [json.loads(line)["step"] for line in (run / "starts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_launcher_that_restarts_after_a_rank_was_killed_ends_with_a_finished_run(finished_run, tmp_path):
+    run = tmp_path / "run"
+    launcher = start(restarting(finished_run.parent / "tiny.yaml", run), DISTURB="die@4:1", ONCE="1")
+    _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, errors
+    assert state(run)["status"] == "finished"
+    assert starts(run) == [0, 3]
+
+
+@pytest.mark.slow
+def test_an_error_that_repeats_ends_a_launcher_that_restarts_and_a_stop_is_not_restarted(finished_run, tmp_path):
+    storm, asked, config = tmp_path / "storm", tmp_path / "asked", finished_run.parent / "tiny.yaml"
+    launcher = start(restarting(config, storm), DISTURB="raise@2:1")
+    launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    assert starts(storm) == [0, 1, 2]
+    assert state(storm)["status"] == "failed"
+    launcher = start(restarting(config, asked), DISTURB="stop@2")
+    launcher.communicate(timeout=60)
+    assert (launcher.returncode, state(asked)["status"], len(starts(asked))) == (0, "stopped", 1)
+
+
 @pytest.mark.slow
 def test_a_nan_loss_names_its_step_and_samples_and_keeps_the_checkpoint_before(finished_run, packed, tmp_path):
     run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"

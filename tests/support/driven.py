@@ -7,6 +7,7 @@ stop-val and stop-test (touch RUN/stop at unit number STEP of that split). It ad
 by itself, so that nothing depends on how a batch is shared out.
 
 FITS=N or N:RANK: forward passes of more than N images run out of memory. LOSS_SCALE=X: fp16's loss scaling, on a CPU.
+ONCE=1: no disturbance after the launcher has restarted the processes.
 """
 
 import os
@@ -73,6 +74,8 @@ for build in (tiny_group_norm, tiny_reducing, tiny_unused):
 def disturbances(kinds: str, number: int) -> list[str]:
     """Which kinds of fault are due now on this rank."""
     due = []
+    if "ONCE" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return due
     for word in os.environ.get("DISTURB", "").split():
         kind, _, place = word.partition("@")
         step, _, rank = place.partition(":")
