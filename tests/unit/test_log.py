@@ -26,6 +26,20 @@ def test_continuing_removes_what_came_after_the_checkpoint(tmp_path):
     assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(5, 0.5), (10, 1.0), (15, 99.0)]
 
 
+def test_a_step_whose_epoch_is_validated_again_loses_its_validation_alone(tmp_path):
+    """A run was stopped before it; the next one was killed after it, before the checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for in_epoch, kinds in ((False, ("train", "val", "epoch")), (True, ("val", "epoch"))):
+        with Log().start(tmp_path, 5, True, in_epoch=in_epoch) as log:
+            for kind in kinds:
+                log.write(kind, 5, {"loss": 1.0})
+    assert [entry["kind"] for entry in entries(tmp_path)] == ["train", "val", "epoch"]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for kind in ("train", "val", "epoch"):
+        assert [event.step for event in board.Scalars(f"{kind}/loss")] == [5], kind
+
+
 def test_the_result_of_a_run_that_continues_is_written_anew(tmp_path):
     for loss in (1.0, 2.0):
         with Log().start(tmp_path, 10, True) as log:
