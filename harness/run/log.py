@@ -14,6 +14,7 @@ from typing import TextIO
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from harness.run.state import writing
 from shards.files import write_atomically
 
 RESULT = "result"  # kind of the entry of the final evaluation
@@ -89,16 +90,11 @@ class Log:
             OSError: the disk is full, or away.
         """
         if self._file:
-            try:
+            with writing(Path(self._file.name)):
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 if self._board:
                     self._board.flush()
-            except OSError as error:
-                raise OSError(
-                    f"Cannot write {self._file.name} ({error.strerror}). Make room or repair the disk, then start the same "
-                    "command again."
-                ) from error
 
     def begin_bar(self, title: str, total: int, done: int) -> None:
         """Show a progress bar of an epoch, where there is a terminal to show it on."""

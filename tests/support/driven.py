@@ -2,8 +2,8 @@
 
 A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
 (sleep for ever), slow (from that step on sleep SLOW_S, else 0.3 s), raise, nan (an image of the batch), inf (a weight),
-stop-val and stop-test (touch RUN/stop at unit number STEP of that split). It adds a model that normalises each image
-by itself, so that nothing depends on how a batch is shared out.
+stop-val and stop-test (touch RUN/stop at unit number STEP of that split), fill-test (fill the disk then). It adds a model that normalises each image
+by itself, so that nothing depends on how a batch is shared out, and one that is tiny.
 """
 
 import os
@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +38,15 @@ def tiny_group_norm(weights=None, **options):
     return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=partial(nn.GroupNorm, 8), **options)
 
 
-tiny_group_norm.__module__ = "torchvision.models.tiny"  # where torchvision looks for its own
-register_model()(tiny_group_norm)
+def tiny_conv(weights=None, num_classes=7, **options):
+    """So few weights that a whole run takes a moment; batch normalisation gives it buffers."""
+    stem = (nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*stem, nn.Linear(8, num_classes))
+
+
+for builder in (tiny_group_norm, tiny_conv):
+    builder.__module__ = "torchvision.models.tiny"  # where torchvision looks for its own
+    register_model()(builder)
 
 
 def disturbances(kinds: str, number: int) -> list[str]:
@@ -86,6 +94,10 @@ def disturbed_units(reader, *rest, batches=harness.evaluation.predict.evaluation
         units[split] += 1
         for _ in disturbances(f"stop-{split}", units[split]):
             (run_folder() / "stop").touch()
+        if disturbances(f"fill-{split}", units[split]):
+            with suppress(OSError), open(run_folder().parent / "filler", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**12))
         yield batch
 
 
