@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -27,8 +27,13 @@ def write_durably(path: Path, data: bytes | memoryview) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file so that readers, also after a crash, see either the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write_durably(temporary, data)
-    os.replace(temporary, path)
+    try:
+        write_durably(temporary, data)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):  # a full disk needs the room
+            temporary.unlink()
+        raise
     sync(path.parent)
 
 

@@ -20,7 +20,7 @@ from harness.evaluation.calibration import Prior, class_priors
 from harness.evaluation.predict import never, predict
 from harness.evaluation.results import METRICS_FILE, PREDICTIONS_FILE, Predictions, Results, compute_results
 from harness.run.checkpoint import Checkpoint, Provenance
-from harness.run.state import changes
+from harness.run.state import changes, writing
 from shards.files import write_atomically
 from shards.index import Dataset, load, load_table
 from shards.leaks import leak_warnings
@@ -78,11 +78,13 @@ def evaluate(
         samples = pd.concat([load_table(reader.dataset, shard) for shard in reader.shards])
         samples = samples.sort_values("key", ignore_index=True)
         results = _results(predictions, on_validation, samples, reader.dataset, config, context)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS_FILE).unlink(missing_ok=True)  # written last: where it is, both files are whole
         rows = prediction_rows(predictions, samples, classes)
-        write_atomically(folder / PREDICTIONS_FILE, rows.to_csv(index=False).encode())
-        write_atomically(folder / METRICS_FILE, results.to_json().encode())
+        with writing(folder / PREDICTIONS_FILE):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / METRICS_FILE).unlink(missing_ok=True)  # written last: where it is, both files are whole
+            write_atomically(folder / PREDICTIONS_FILE, rows.to_csv(index=False).encode())
+        with writing(folder / METRICS_FILE):
+            write_atomically(folder / METRICS_FILE, results.to_json().encode())
         return results
 
     return world.run_on_main(save)

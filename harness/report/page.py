@@ -6,7 +6,6 @@ results. Invariants: nothing here needs the model; what a file does not say is l
 from a file is escaped; drawing it again gives the same.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from harness.report.markup import STYLE, cell, image, table, text
 from harness.report.plots import draw_confusion, draw_curves, draw_history, draw_reliability
 from harness.report.tensorboard import write_tensorboard
 from harness.report.text import LIMITS, PRIOR_NOTES, format_metric, title
+from harness.run.log import read_json_lines
 from shards.index import Dataset
 
 CARDS = ("balanced_accuracy", "macro_f1", "accuracy", "macro_auc", "loss", "calibration_error")
@@ -66,7 +66,7 @@ def write_page(folder: Path, results: Results, rows: pd.DataFrame) -> dict[str, 
 
 def _page(folder: Path, results: Results, rows: pd.DataFrame, plots: dict[str, bytes]) -> str:
     """The whole page, as one HTML text."""
-    entries = _json_lines(folder / "log.jsonl")
+    entries = read_json_lines(folder / "log.jsonl")
     heading = text(f"{results.model}, {results.split} split")
     parts = [
         f"<h1>{heading}</h1>",
@@ -225,7 +225,7 @@ def _provenance(folder: Path, results: Results, entries: list[dict]) -> str:
     if epochs := [entry for entry in entries if entry["kind"] == "epoch"]:
         facts["images/s"] = f"{np.median([entry['images_per_s'] for entry in epochs]):.0f} (median over epochs)"
         facts["waiting for data"] = f"{np.mean([entry['waited'] for entry in epochs]):.1%} of the training time"
-    if starts := _json_lines(folder / "starts.jsonl"):
+    if starts := read_json_lines(folder / "starts.jsonl"):
         facts["starts"] = f"{len(starts)} ({', '.join('step ' + str(start['step']) for start in starts[:8])})"
         facts["ran on"] = starts[-1]["world"]
         facts["versions"] = ", ".join(f"{name} {number}" for name, number in starts[-1]["versions"].items())
@@ -248,7 +248,3 @@ def _limits(results: Results) -> str:
 
 def _setting(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

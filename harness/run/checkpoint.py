@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there.
 
 In: tensors and a `Progress`. Out: folders `RUN/checkpoints/step-00000123` and `RUN/checkpoints/best-00000100`. Invariants: a folder takes its name only when every byte is on disk; its manifest holds the SHA-256 of each file;
-nothing is deleted before what replaces it is safe; a damaged checkpoint is named and the one before it is used.
+nothing is deleted or loses its name before what replaces it is safe; a damaged checkpoint is named and the one before it is used.
 """
 
 import io
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from shards.files import sync, write_durably
 
 FORMAT = 2
 MANIFEST, EMA_FILE = "manifest.json", "ema.safetensors"
+ASIDE = ".old"  # behind the name of a folder that is about to be replaced
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def save_step(
     for folder in latest_first(run, "best-"):
         if folder.name not in named:
             shutil.rmtree(folder)
-    for leftover in (run / "checkpoints").glob(".*.tmp"):  # of a process that was killed while it saved
-        shutil.rmtree(leftover)
+    for name in (".*.tmp", f"*{ASIDE}"):  # left by a process that was killed while it saved
+        for leftover in (run / "checkpoints").glob(name):
+            shutil.rmtree(leftover)
 
 
 def save_best(run: Path, progress: Progress, provenance: Provenance, model: nn.Module) -> None:
@@ -129,24 +132,49 @@ def _save(
     Raises:
         OSError: the disk is full, or away; what was there before is untouched.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = temporary_of(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         files = _files(progress, provenance, model, state, ema)
         manifest = {name: write_durably(temporary / name, data) for name, data in files}
         write_durably(temporary / MANIFEST, as_json(manifest))
-        sync(temporary)
-        if folder.exists():  # from before a crash: the same step again, so nothing is lost if this one replaces it
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
-        sync(folder.parent)
+        put_in_place(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
             f"Cannot save the checkpoint {folder} ({error.strerror or error}). Those before it are whole. Make room or repair "
             "the disk, then start the same command again."
         ) from error
+
+
+def temporary_of(folder: Path) -> Path:
+    """Where a folder is filled before it gets its name."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Give a folder that is filled its name. The one that had it has another until this one is safe.
+
+    The same step is saved again after a stop at the end of an epoch: validated then. Where a crash or an error leaves only the
+    other name, `recovery.finish_replacements` gives it back.
+
+    Raises:
+        OSError: it could not be renamed; what was there before has its name.
+    """
+    aside = folder.with_name(folder.name + ASIDE)
+    sync(temporary)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        with suppress(OSError):
+            os.rename(aside, folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _files(
@@ -210,4 +238,5 @@ def _best_step(folder: Path) -> int:
 
 def latest_first(run: Path, prefix: str) -> list[Path]:
     """Folders of checkpoints (step-) or best weights (best-), the latest first."""
-    return sorted((run / "checkpoints").glob(f"{prefix}*"), reverse=True)
+    found = (run / "checkpoints").glob(f"{prefix}*")
+    return sorted((folder for folder in found if not folder.name.endswith(ASIDE)), reverse=True)

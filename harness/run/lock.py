@@ -1,8 +1,8 @@
 """One job at a time writes a run folder.
 
 In: a run folder. Out: `RUN/lock.json` with host, process and a heartbeat. Invariants: a lock outlives its owner by
-less than a minute. On the owner's machine a dead process is seen at once. Elsewhere the heartbeat is watched: clocks of
-two machines are never compared.
+less than a minute. On the owner's machine, and since its last boot, a dead process is seen at once. Elsewhere the heartbeat is
+watched: clocks of two machines are never compared, and two of them may have one name.
 """
 
 import json
@@ -28,6 +28,7 @@ class RunLock:
         self.file = Path(folder) / "lock.json"
         self._owner = {
             "host": socket.gethostname(),
+            "boot": _boot(),
             "namespace": _process_namespace(),
             "process": os.getpid(),
             "started": psutil.Process().create_time(),
@@ -80,7 +81,7 @@ class RunLock:
             )
 
     def _lives(self, found: dict, who: str) -> bool:
-        if all(found.get(key) == self._owner[key] for key in ("host", "namespace")):
+        if all(found.get(key) == self._owner[key] for key in ("host", "boot", "namespace")):
             try:
                 started = psutil.Process(found["process"]).create_time()
             except psutil.NoSuchProcess:
@@ -118,14 +119,26 @@ class RunLock:
 
 
 def _read(file: Path) -> dict | None:
-    """The content of a lock, None where there is none; a damaged one is nobody's."""
+    """The content of a lock, None where there is none; a damaged one is nobody's, and empty."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    process, started = found.get("process"), found.get("started")
+    is_whole = isinstance(process, int) and 0 < process < 2**31 and isinstance(started, int | float)
+    return found if is_whole else {}
+
+
+def _boot() -> str:
+    """What tells machines of one name apart, and the boots of one machine; nothing where the system has no such number."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _process_namespace() -> str:

@@ -7,12 +7,14 @@ a checkpoint first removes what came after it; only rank 0 writes.
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from harness.run.state import writing
 from shards.files import write_atomically
 
 RESULT = "result"  # kind of the entry of the final evaluation
@@ -27,22 +29,34 @@ class Log:
         self._bar: tqdm | None = None
         self._track: Callable | None = None
 
-    def start(self, folder: Path, step: int, writes: bool, board: bool = True, track: Callable | None = None) -> "Log":
+    def start(
+        self,
+        folder: Path,
+        step: int,
+        writes: bool,
+        board: bool = True,
+        track: Callable | None = None,
+        in_epoch: bool = False,
+    ) -> "Log":
         """Continue after `step`: entries of later steps are removed.
 
         Args:
             writes: whether this rank writes. board: write for TensorBoard, too. track: called with {kind/name: number} and
-                the step of each entry.
+                the step of each entry. in_epoch: the epoch of `step` is not validated yet, so that its entries are removed, too.
         """
         self._track = track
         if not writes:
             return self
         path = Path(folder) / "log.jsonl"
+        kept = [entry for entry in read_json_lines(path) if _stays(entry, step, in_epoch)]
         if path.is_file():
-            write_atomically(path, b"".join(line for line in path.read_bytes().splitlines(True) if _until(line, step)))
+            write_atomically(path, "".join(f"{json.dumps(entry)}\n" for entry in kept).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the log is
         if board:
-            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + (not in_epoch))
+            for entry in kept if in_epoch else ():  # TensorBoard forgets all of a step or nothing
+                if entry["step"] == step:
+                    self._show(entry["kind"], step, entry)
         return self
 
     def __enter__(self) -> "Log":
@@ -60,11 +74,13 @@ class Log:
         if not self._file:
             return
         self._file.write(json.dumps({"kind": kind, "step": step} | numbers) + "\n")
-        figures = {f"{kind}/{name}": value for name, value in numbers.items() if isinstance(value, int | float)}
         if self._track:
-            self._track(figures, step)
+            self._track(_figures(kind, numbers), step)
+        self._show(kind, step, numbers)
+
+    def _show(self, kind: str, step: int, numbers: dict) -> None:
         if self._board and kind != RESULT:
-            for name, value in figures.items():
+            for name, value in _figures(kind, numbers).items():
                 self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
@@ -74,16 +90,11 @@ class Log:
             OSError: the disk is full, or away.
         """
         if self._file:
-            try:
+            with writing(Path(self._file.name)):
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 if self._board:
                     self._board.flush()
-            except OSError as error:
-                raise OSError(
-                    f"Cannot write {self._file.name} ({error.strerror}). Make room or repair the disk, then start the same "
-                    "command again."
-                ) from error
 
     def begin_bar(self, title: str, total: int, done: int) -> None:
         """Show a progress bar of an epoch, where there is a terminal to show it on."""
@@ -120,9 +131,24 @@ def verdict(waited: float, first: float, threads: int, cores: int) -> str:
     )
 
 
-def _until(line: bytes, step: int) -> bool:
-    try:
-        entry = json.loads(line)
-        return entry["step"] <= step and entry["kind"] != RESULT  # a run that continues is evaluated again
-    except (ValueError, KeyError, TypeError):
-        return False  # a line cut off by a crash
+def _stays(entry: dict, step: int, in_epoch: bool) -> bool:
+    """Whether an entry is from before the step that a run continues after; what is evaluated again is not."""
+    kind, at = entry.get("kind"), entry.get("step")
+    return isinstance(at, int) and at <= step and kind != RESULT and not (in_epoch and at == step and kind != "train")
+
+
+def _figures(kind: str, numbers: dict) -> dict[str, float]:
+    return {
+        f"{kind}/{name}": value
+        for name, value in numbers.items()
+        if isinstance(value, int | float) and name not in ("kind", "step")
+    }
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The entries of a file with one in each line, empty where there is none; lines that a crash has torn are left out."""
+    entries = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]

@@ -10,7 +10,7 @@ import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from harness.run.checkpoint import Checkpoint
+from harness.run.checkpoint import ASIDE, Checkpoint, put_in_place, temporary_of
 from harness.run.recovery import find_corruption, latest_valid
 from shards.files import write_atomically
 
@@ -75,16 +75,17 @@ def _mirror(source: Path, target: Path, check: bool = False) -> None:
     Args:
         check: read the copies that are there; otherwise an equal manifest is enough.
     """
-    folders = [path for path in sorted((source / "checkpoints").iterdir()) if not path.name.startswith(".")]
+    found = sorted((source / "checkpoints").iterdir())
+    folders = [path for path in found if not path.name.startswith(".") and not path.name.endswith(ASIDE)]
     for folder in folders:
         copy = target / "checkpoints" / folder.name
         if _manifest(copy) != _manifest(folder) or (check and find_corruption(copy)):
-            temporary = copy.with_name(f".{copy.name}.tmp")
+            temporary = temporary_of(copy)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(folder, temporary)
-            shutil.rmtree(copy, ignore_errors=True)
-            temporary.rename(copy)
-    for old in {path.name for path in (target / "checkpoints").iterdir()} - {path.name for path in folders}:
+            put_in_place(temporary, copy)
+    more = {path.name for path in (target / "checkpoints").iterdir()} - {path.name for path in folders}
+    for old in sorted(more, reverse=True):  # steps before the best weights that they name
         shutil.rmtree(target / "checkpoints" / old)
 
 

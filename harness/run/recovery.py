@@ -1,7 +1,7 @@
 """Which checkpoint to continue from, and what to do where files are damaged.
 
 In: a run's folder. Out: a `Checkpoint` whose files have the SHA-256 of their manifest. Invariants: a damaged checkpoint is named and
-the one before it is used; nothing damaged is ever loaded.
+the one before it is used; nothing damaged is ever loaded; what a crash interrupted is finished or undone first.
 """
 
 import json
@@ -9,18 +9,31 @@ import os
 import shutil
 from pathlib import Path
 
-from harness.run.checkpoint import EMA_FILE, MANIFEST, Checkpoint, as_json, latest_first, read_checkpoint
+from harness.run.checkpoint import (
+    ASIDE,
+    EMA_FILE,
+    MANIFEST,
+    Checkpoint,
+    as_json,
+    latest_first,
+    put_in_place,
+    read_checkpoint,
+    temporary_of,
+)
 from harness.run.console import LOGGER
 from harness.run.progress import Progress
-from shards.files import sha256, write_durably
+from shards.files import sha256, sync, write_durably
 
 
 def latest_valid(run: Path, quiet: bool = False) -> Checkpoint | None:
     """The latest valid checkpoint to continue from, or None; damaged ones are named, unless `quiet`.
 
+    Only for the job that holds the run: saving that a crash interrupted is finished first.
+
     Raises:
         ValueError: checkpoints are there, and none is valid, or they are of a newer format.
     """
+    finish_replacements(run)
     folders = latest_first(run, "step-")
     for folder in folders:
         problem = find_corruption(folder)
@@ -33,6 +46,23 @@ def latest_valid(run: Path, quiet: bool = False) -> Checkpoint | None:
             f"No checkpoint in {run / 'checkpoints'} is whole. Remove {run} to start over, or restore a copy."
         )
     return None
+
+
+def finish_replacements(run: Path) -> None:
+    """Where a folder of checkpoints is missing or damaged, and one that was to replace it or to be replaced is whole, rename it."""
+    leftovers = [(path, path.name[1:-4]) for path in (run / "checkpoints").glob(".*.tmp")]  # the newer ones
+    leftovers += [(path, path.name.removesuffix(ASIDE)) for path in (run / "checkpoints").glob(f"*{ASIDE}")]
+    for path, name in leftovers:
+        folder = path.with_name(name)
+        if not find_corruption(folder):
+            shutil.rmtree(path)
+        elif not find_corruption(path):
+            LOGGER.info(
+                f"{folder} was being saved when the run was interrupted: {path.name} is whole and takes its name"
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(path, folder)
+            sync(folder.parent)
 
 
 def repair_best(run: Path, progress: Progress) -> None:
@@ -51,11 +81,16 @@ def repair_best(run: Path, progress: Progress) -> None:
             f"The best weights {folder} are damaged ({problem}). Restore a copy, or remove {run} to start over."
         )
     LOGGER.warning(f"the best weights {folder} are damaged ({problem}): made again from {same}")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(same, folder, ignore=shutil.ignore_patterns("optimizer.pt", MANIFEST))
-    if (folder / EMA_FILE).is_file():  # the best weights are those that were judged
-        os.replace(folder / EMA_FILE, folder / "model.safetensors")
-    write_durably(folder / MANIFEST, as_json({path.name: sha256(path) for path in sorted(folder.iterdir())}))
+    temporary = temporary_of(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(same, temporary, ignore=shutil.ignore_patterns("optimizer.pt", MANIFEST))
+    if (temporary / EMA_FILE).is_file():  # the best weights are those that were judged
+        os.replace(temporary / EMA_FILE, temporary / "model.safetensors")
+    files = sorted(temporary.iterdir())
+    for path in files:
+        sync(path)
+    write_durably(temporary / MANIFEST, as_json({path.name: sha256(path) for path in files}))
+    put_in_place(temporary, folder)
 
 
 def find_best(run: Path, progress: Progress | None = None) -> Checkpoint:

@@ -1,10 +1,11 @@
 """What a run says of itself: state.json, starts.jsonl, changes.json and errors/, for people and job scripts.
 
 In: a status, a `Progress`, errors. Out: small files of the run's folder. Invariants: `state.json` says `running | stopped |
-finished | failed` and how far; the first rank to fail is the cause.
+finished | failed` and how far, `failed` on a full disk, too; the first rank to fail is the cause.
 """
 
 import json
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,8 @@ from harness.distributed.world import World
 from harness.run.progress import Progress
 from shards.files import write_atomically
 
-CHANGES = "changes.json"
+CHANGES, STATE = "changes.json", "state.json"
+ROOM = 4096  # bytes that state.json takes: on a full disk, word of a failure is written over it
 
 
 def changes(folder: Path) -> list[str]:
@@ -32,13 +34,33 @@ def write_state(folder: Path, status: str, progress: Progress, reason: str = "")
     """Say how the run fares: status and why, epochs and steps done, samples of the current epoch."""
     state = {"status": status, "epoch": progress.epoch, "step": progress.step, "samples_seen": progress.samples_seen}
     state |= {"reason": reason} if reason else {}
-    write_atomically(folder / "state.json", (json.dumps(state) + "\n").encode())
+    with writing(folder / STATE):
+        write_atomically(folder / STATE, _padded(state))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, an error of the disk becomes a sentence.
+
+    Raises:
+        OSError: what cannot be written, why, and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"Cannot write {path} ({error.strerror or error}). Make room or repair the disk, then start the same command again."
+        ) from error
 
 
 def note_start(folder: Path, facts: dict) -> None:
     """Append a line to starts.jsonl: that the run started, or went on, and where."""
-    with open(folder / "starts.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(facts) + "\n")
+    path = folder / "starts.jsonl"
+    with writing(path), open(path, "a+b") as file:
+        if file.tell():  # a line that a crash has torn spoils no other
+            file.seek(-1, os.SEEK_END)
+        line = json.dumps(facts).encode() + b"\n"
+        file.write(line if file.read(1) in (b"", b"\n") else b"\n" + line)
 
 
 @contextmanager
@@ -55,8 +77,7 @@ def failure_noted(folder: Path, world: World) -> Iterator[None]:
         with suppress(OSError, ValueError):  # a full disk must not hide the error itself
             state = _read_state(folder)
             if state.get("status") not in ("failed", "finished"):
-                failed = json.dumps(state | {"status": "failed"} | cause)
-                write_atomically(folder / "state.json", f"{failed}\n".encode())
+                _write_failure(folder, state | {"status": "failed"} | cause)
 
     heartbeat = world.heartbeat
     if heartbeat:
@@ -77,8 +98,21 @@ def failure_noted(folder: Path, world: World) -> Iterator[None]:
         raise
 
 
+def _padded(state: dict) -> bytes:
+    return json.dumps(state).encode().ljust(ROOM - 1) + b"\n"
+
+
+def _write_failure(folder: Path, state: dict) -> None:
+    try:
+        write_atomically(folder / STATE, _padded(state))
+    except OSError:  # no room for a new file: over the old one, with an error that fits in
+        with open(folder / STATE, "r+b") as file:
+            file.write(_padded(state | {"error": state["error"][:500]}))
+            file.truncate()
+
+
 def _read_state(folder: Path) -> dict:
     try:
-        return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):  # damaged: it only tells, so nothing is lost
         return {}

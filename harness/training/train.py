@@ -86,7 +86,8 @@ def announce(config: Config, world: World, data: Data, run: Run, progress: Progr
         if check.level == "warn":
             world.warn(f"{check.message}. To fix it: {check.fix}.")
     world.start_trackers(config.run.trackers, run.folder, flat(config))
-    run.log.start(run.folder, progress.step, world.is_main, "tensorboard" in config.run.trackers, world.track)
+    board, in_epoch = "tensorboard" in config.run.trackers, progress.samples_seen > 0
+    run.log.start(run.folder, progress.step, world.is_main, board, world.track, in_epoch)
     run.write_state("running", progress)
     facts = {"step": progress.step, "world": world.describe(), "who": world.host_pid, "versions": versions()}
     world.run_on_main(note_start, run.folder, facts)

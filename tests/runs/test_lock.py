@@ -22,7 +22,7 @@ def quick(monkeypatch):
 
 def left_by(run, **owner) -> None:
     """A lock of somebody else."""
-    mine = {"host": RunLock(run)._owner["host"], "namespace": RunLock(run)._owner["namespace"]}
+    mine = {name: RunLock(run)._owner[name] for name in ("host", "boot", "namespace")}
     (run / "lock.json").write_text(json.dumps(mine | {"process": 1, "started": 0.0, "beats": 1} | owner))
 
 
@@ -77,6 +77,47 @@ def test_a_job_whose_lock_was_taken_over_writes_nothing_more(tmp_path, quick):
         with pytest.raises(BlockingIOError, match="took over"):
             lock.check()
     assert json.loads((tmp_path / "lock.json").read_text())["host"] == "elsewhere"  # not removed by the loser
+
+
+def test_another_machine_of_the_same_name_keeps_its_lock_while_its_heartbeat_goes_on(tmp_path, quick):
+    """Clones of one image, or a cluster whose nodes are all called localhost: the process number means nothing here."""
+    with RunLock(tmp_path) as owner:
+        owner._owner |= {"boot": "another", "process": 2**22 + 1}
+        owner.acquire()
+        with RunLock(tmp_path) as lock, pytest.raises(BlockingIOError, match="in use"):
+            lock.acquire()
+        owner.check()
+
+
+def test_a_lock_of_before_boots_were_told_apart_is_watched(tmp_path, quick, caplog):
+    left_by(tmp_path, process=2**22 + 1)
+    old = json.loads((tmp_path / "lock.json").read_text())
+    del old["boot"]
+    (tmp_path / "lock.json").write_text(json.dumps(old))
+    caplog.set_level(logging.INFO, "dermharness")
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
+    assert "watching for" in caplog.messages[0]
+
+
+DAMAGED = [
+    {"process": None},
+    {"process": "12"},
+    {"process": -1},
+    {"process": 2**70},
+    {"started": None},
+    {"started": "x"},
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=str)
+def test_a_lock_whose_numbers_are_damaged_is_nobodys(tmp_path, quick, damage):
+    left_by(tmp_path, **({"process": os.getpid()} | damage))
+    found = json.loads((tmp_path / "lock.json").read_text())
+    (tmp_path / "lock.json").write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
+        lock.check()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])

@@ -1,10 +1,11 @@
 """launch/train.py with a fault at a chosen step: `DISTURB="die@3:1 ..." python tests/support/driven.py --config ...`.
 
 A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
-(sleep for ever), long-save (the checkpoint of that step takes SLOW_S), slow (from that step on sleep SLOW_S, else 0.3 s), raise, memory (a bare
-MemoryError), bug (an error that is not expected), overflow (of gradients), nan (an image of the batch), inf (a weight),
-stop-val and stop-test (touch RUN/stop at unit number STEP of that split). It adds a model that normalises each image
-by itself, so that nothing depends on how a batch is shared out.
+(sleep for ever), long-save (the checkpoint of that step takes SLOW_S), slow (from that step on sleep
+SLOW_S, else 0.3 s), raise, memory (a bare MemoryError), bug (an error that is not expected), overflow (of gradients), nan (an image of the batch), inf (a weight),
+stop-val and stop-test (touch RUN/stop at unit number STEP of that split), fill-test (fill the disk then). It adds a
+model that normalises each image by itself, so that nothing depends on how a batch is shared out, one that is tiny, one that
+meets the other ranks in each forward pass, and one with a weight that is not used.
 
 FITS=N or N:RANK: forward passes of more than N images run out of memory. LOSS_SCALE=X: fp16's loss scaling, on a CPU.
 ONCE=1: no disturbance after the launcher has restarted the processes.
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +68,13 @@ def tiny_unused(weights=None, **options):
     return model
 
 
-for build in (tiny_group_norm, tiny_reducing, tiny_unused):
+def tiny_conv(weights=None, num_classes=7, **options):
+    """So few weights that a whole run takes a moment; batch normalisation gives it buffers."""
+    stem = (nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*stem, nn.Linear(8, num_classes))
+
+
+for build in (tiny_group_norm, tiny_reducing, tiny_unused, tiny_conv):
     build.__module__ = "torchvision.models.tiny"  # where torchvision looks for its own
     register_model()(build)
 
@@ -142,6 +150,10 @@ def disturbed_units(reader, *rest, batches=harness.evaluation.predict.evaluation
         units[split] += 1
         for _ in disturbances(f"stop-{split}", units[split]):
             (run_folder() / "stop").touch()
+        if disturbances(f"fill-{split}", units[split]):
+            with suppress(OSError), open(run_folder().parent / "filler", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**12))
         yield batch
 
 

@@ -200,6 +200,22 @@ def test_a_disk_that_fills_up_loses_nothing_but_the_steps_since_the_last_checkpo
     assert_equal_weights(weights(run), weights(finished_run))
 
 
+def test_a_disk_that_fills_up_in_the_evaluation_is_said_and_the_same_command_finishes(config, finished_run, small_disk):
+    run = small_disk / "run"
+    done = launch("driven", "--config", config, "--run.folder", run, disturb="fill-test@1")
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Make room or repair the disk, then start the same command again" in done.stderr
+    assert (state(run)["status"], state(run)["rank"], state(run)["step"]) == ("failed", 0, 15)
+    assert "Make room" in state(run)["error"]
+    assert not list(run.glob(".*.tmp"))
+    (small_disk / "filler").unlink()
+    done = launch("train", "--config", config, "--run.folder", run)
+    assert done.returncode == 0, done.stderr
+    assert state(run)["status"] == "finished"
+    assert (run / "metrics.json").read_bytes() == (finished_run / "metrics.json").read_bytes()
+
+
 def test_a_read_only_disk_is_said(config, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     done = launch("train", "--config", config, "--run.folder", small_disk / "run")

@@ -1,6 +1,7 @@
 """A checkpoint is whole or it is not used, and nothing is deleted before its successor is safe."""
 
 import copy
+import errno
 import os
 from dataclasses import replace
 
@@ -184,8 +185,9 @@ def test_what_a_crash_left_half_written_is_not_seen(tmp_path):
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-def test_a_crash_at_any_call_leaves_a_checkpoint_to_continue_from(tmp_path, monkeypatch):
-    """Fail at the n-th operation on the file system, for every n: the newest valid step is 1 or 2, never none."""
+@pytest.mark.parametrize("second", [1, 2])
+def test_a_crash_at_any_call_leaves_a_checkpoint_to_continue_from(tmp_path, monkeypatch, second):
+    """Fail at the n-th operation on the file system, for every n: the newest valid step is 1 or the second, never none."""
     for n in range(1, 40):
         run = tmp_path / str(n)
         save(run, 1)
@@ -210,11 +212,11 @@ def test_a_crash_at_any_call_leaves_a_checkpoint_to_continue_from(tmp_path, monk
             ):
                 patched.setattr(module, name, failing(getattr(module, name)))
             try:
-                save(run, 2, keep=1)
+                save(run, second, keep=1)
                 survived = True
             except Killed:
                 survived = False
-        assert recovery.latest_valid(run).progress.step in ((2,) if survived else (1, 2))
+        assert recovery.latest_valid(run).progress.step in ((second,) if survived else (1, second))
         if survived:
             return
     raise AssertionError("never survived")
@@ -226,6 +228,31 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     again = replace(Progress(step=1), best=0.5)
     checkpoint.save_step(tmp_path, again, ORIGIN, model, optimizer, None, 2)
     assert recovery.latest_valid(tmp_path).progress.best == 0.5
+
+
+def test_a_disk_that_refuses_to_rename_leaves_the_only_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1, keep=1)
+
+    def refuse_new(old, new, rename=os.rename):
+        if str(old).endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(old, new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refuse_new)
+        with pytest.raises(OSError, match="Those before it are whole"):
+            save(tmp_path, 1, keep=1)
+    assert names(tmp_path) == ["step-00000001"]
+    assert recovery.latest_valid(tmp_path).progress.step == 1
+
+
+@pytest.mark.parametrize("left", [".step-00000001.tmp", "step-00000001.old"])
+def test_a_whole_checkpoint_that_a_crash_left_under_another_name_is_used(tmp_path, left):
+    save(tmp_path, 1)
+    os.rename(tmp_path / "checkpoints" / "step-00000001", tmp_path / "checkpoints" / left)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir()  # what is left of the one that was removed
+    assert recovery.latest_valid(tmp_path).progress.step == 1
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_a_newer_format_says_to_update(tmp_path, monkeypatch):

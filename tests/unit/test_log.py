@@ -1,13 +1,16 @@
 """The log tells each step once, however often the run was interrupted."""
 
 import json
+import os
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from harness.distributed.trackers import check_trackers
 from harness.distributed.world import World
-from harness.run.log import RESULT, Log, verdict
+from harness.run.log import RESULT, Log, read_json_lines, verdict
+from harness.run.progress import Progress
+from harness.run.state import failure_noted, note_start, write_state
 
 
 def entries(folder) -> list[dict]:
@@ -24,6 +27,20 @@ def test_continuing_removes_what_came_after_the_checkpoint(tmp_path):
     with Log().start(tmp_path, 10, True) as log:
         log.write("train", 15, {"loss": 99.0})
     assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(5, 0.5), (10, 1.0), (15, 99.0)]
+
+
+def test_a_step_whose_epoch_is_validated_again_loses_its_validation_alone(tmp_path):
+    """A run was stopped before it; the next one was killed after it, before the checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for in_epoch, kinds in ((False, ("train", "val", "epoch")), (True, ("val", "epoch"))):
+        with Log().start(tmp_path, 5, True, in_epoch=in_epoch) as log:
+            for kind in kinds:
+                log.write(kind, 5, {"loss": 1.0})
+    assert [entry["kind"] for entry in entries(tmp_path)] == ["train", "val", "epoch"]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for kind in ("train", "val", "epoch"):
+        assert [event.step for event in board.Scalars(f"{kind}/loss")] == [5], kind
 
 
 def test_the_result_of_a_run_that_continues_is_written_anew(tmp_path):
@@ -43,6 +60,31 @@ def test_tensorboard_shows_each_step_once_with_the_later_value(tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True).Reload()
     shown = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert shown == [(5, 1.0), (10, 1.0), (15, 2.0), (20, 2.0)]
+
+
+def test_a_start_is_noted_on_a_line_of_its_own_also_behind_one_that_a_crash_has_torn(tmp_path):
+    (tmp_path / "starts.jsonl").write_text('{"step": 0}\n{"step": 5, "wor')
+    note_start(tmp_path, {"step": 5})
+    note_start(tmp_path, {"step": 10})
+    assert read_json_lines(tmp_path / "starts.jsonl") == [{"step": 0}, {"step": 5}, {"step": 10}]
+    assert (tmp_path / "starts.jsonl").read_text().count("\n") == 4
+    assert read_json_lines(tmp_path / "none.jsonl") == []
+
+
+def test_a_failure_is_noted_where_no_new_file_can_be_made(tmp_path):
+    write_state(tmp_path, "running", Progress(step=7))
+    (tmp_path / f".state.json.{os.getpid()}.tmp").mkdir()  # in the way of the file that would take its place
+    with pytest.raises(OSError, match="in the evaluation"), failure_noted(tmp_path, World("fp32")):
+        raise OSError("in the evaluation" + 10_000 * "\N{GREEK SMALL LETTER MU}")
+    said = json.loads((tmp_path / "state.json").read_text())
+    assert (said["status"], said["step"], said["rank"]) == ("failed", 7, 0)
+    assert said["error"].startswith("OSError: in the evaluation")
+
+
+def test_a_state_that_cannot_be_written_says_what_to_do(tmp_path):
+    (tmp_path / f".state.json.{os.getpid()}.tmp").mkdir()
+    with pytest.raises(OSError, match=r"Cannot write .*state.json .*Make room or repair the disk"):
+        write_state(tmp_path, "running", Progress())
 
 
 def test_ranks_that_do_not_write_leave_no_file(tmp_path):

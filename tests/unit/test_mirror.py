@@ -1,6 +1,8 @@
 """Checkpoints that are saved on one disk and copied to another survive the loss of either."""
 
+import os
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -9,11 +11,15 @@ from torch import nn
 
 from harness.run import checkpoint, recovery
 from harness.run.checkpoint import Provenance
-from harness.run.mirror import CheckpointMirror
+from harness.run.mirror import CheckpointMirror, _mirror
 from harness.run.progress import Progress
 from support.processes import assert_equal_weights, launch, state, weights
 
 ORIGIN = Provenance("m", ("a", "b"), "d", np.array([1], dtype=np.uint64), "o")
+
+
+class Killed(BaseException):
+    """The end of the process: nothing tidies up after it."""
 
 
 @pytest.fixture
@@ -82,6 +88,37 @@ def test_a_copy_that_is_not_whole_is_made_again(places, damage):
     with CheckpointMirror(run, str(local)) as mirror:
         mirror.sync_on_start()
     assert recovery.latest_valid(run).progress.step == 2
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_a_copy_that_is_replaced_is_never_missing(places, monkeypatch, n):
+    """Killed at the n-th rename or removal, with the machine and its local folder: the run folder has a whole copy."""
+    run, local = places
+    with CheckpointMirror(run, str(local)) as mirror:
+        save(mirror, 1, best_step=1)
+        place = mirror.directory()
+    shutil.copytree(place, other := local / "other")
+    for name in ("step-00000001", "best-00000001"):  # the same step saved again: another manifest
+        path = other / "checkpoints" / name / "manifest.json"
+        path.write_text(path.read_text() + "\n")
+    calls = iter(range(100))
+
+    def killed(function):
+        def call(*arguments, **options):
+            if next(calls) >= n:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for module, name in ((os, "rename"), (shutil, "rmtree")):
+            patched.setattr(module, name, killed(getattr(module, name)))
+        with suppress(Killed):
+            _mirror(other, run)
+    found = recovery.latest_valid(run)
+    assert found.progress.step == 1
+    assert recovery.find_best(run, found.progress).progress.best_step == 1
 
 
 def test_the_local_folder_of_another_run_is_not_taken_for_this_ones(places, tmp_path):

@@ -54,6 +54,16 @@ def test_the_page_of_a_run_has_its_figures_with_intervals_and_its_story(run):
     assert (run / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_line_that_a_crash_has_torn_costs_the_page_nothing_else(run):
+    draw_report(run)
+    page = (run / "report.html").read_text()
+    for name in ("starts.jsonl", "log.jsonl"):
+        with open(run / name, "ab") as file:
+            file.write(b'{"step": 5, "wor\xc3')
+    draw_report(run)
+    assert (run / "report.html").read_text() == page
+
+
 def test_the_page_needs_no_network(run):
     draw_report(run)
     page = (run / "report.html").read_text()
