@@ -19,7 +19,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision
 from harness.distributed.heartbeat import Heartbeat
-from harness.distributed.launcher import check_gpu_of_rank, start_accelerator
+from harness.distributed.launcher import check_gpu_of_rank, launched_precision, start_accelerator, uses_cuda
 from harness.distributed.trackers import start_trackers
 
 LOGGER = logging.getLogger("dermharness")
@@ -42,12 +42,10 @@ class World:
                 or a precision that the device does not have.
             ConnectionError: the processes did not find each other in time.
         """
-        cuda = torch.cuda.is_available()
+        cuda = uses_cuda()
         if cuda:
             check_gpu_of_rank()
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if precision == "auto" and launched in ("bf16", "fp16"):
-            precision = launched
+        precision = launched_precision(precision, os.environ)
         self.precision, self.precision_reason = choose_precision(precision, torch.device("cuda" if cuda else "cpu"))
         self._accelerator = start_accelerator(self.precision, cuda)
         if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
