@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from shards.files import usable_cores
+
 
 def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """Pick the arithmetic of the forward pass.
@@ -142,7 +144,7 @@ def core_limits() -> dict[str, int]:
     time of all. So the affinity alone may be that of a whole node.
     """
     has_affinity = hasattr(os, "sched_getaffinity")  # Linux alone
-    limits = {"its CPU affinity" if has_affinity else "this machine": _cores_of_process()}
+    limits = {"its CPU affinity" if has_affinity else "this machine": usable_cores()}
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
         if os.environ.get(name, "").isdigit():
             limits[name] = int(os.environ[name])
@@ -150,10 +152,6 @@ def core_limits() -> dict[str, int]:
     if (quota := quota_cores()) is not None:
         limits["the CPU quota of its container"] = quota
     return limits
-
-
-def _cores_of_process() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quota_cores(root: Path = Path("/")) -> int | None:

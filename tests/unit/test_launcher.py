@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DynamoBackend
@@ -74,6 +75,13 @@ def test_a_device_and_a_compiler_of_the_environment_have_no_effect(monkeypatch):
     assert accelerator.state.dynamo_plugin.backend == DynamoBackend.NO
     assert accelerator.gradient_accumulation_steps == 1
     assert accelerator.device.type == "cpu"
+
+
+def test_a_mac_computes_on_its_cpu_since_its_gpu_has_no_float64(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for state in (AcceleratorState, GradientState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    assert start_accelerator("fp32", cuda=False).device == torch.device("cpu")
 
 
 def test_the_launchers_precision_counts_only_where_the_settings_leave_it_open():
