@@ -9,6 +9,7 @@ import os
 import sys
 
 from harness.config import read_config
+from harness.distributed.launcher import uses_cuda
 from harness.distributed.world import World
 from harness.run.console import start_console
 from harness.training.check import Check, tried
@@ -18,6 +19,8 @@ from harness.training.machine import (
     check_data_files,
     check_device,
     check_named_gpu,
+    check_shared_memory,
+    shared_memory,
     versions,
 )
 from harness.training.preflight import preflight
@@ -37,11 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     device = tried("device", check_device)  # first: without kernels for this GPU, nothing else can be asked of it
     if any(check.level == "fail" for check in device):
         return show(device)
+    n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if uses_cuda() else 0
+    device += check_shared_memory(n_gpus, shared_memory())  # before NCCL needs it
     try:
         world = World(config.run.precision, config.run.channels_last)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of NCCL
         return show([*device, Check("fail", "processes", str(error))])
     checks, _ = preflight(config, world)
+    checks = list(dict.fromkeys([*device, *checks]))
     checks += [*check_allreduce(world), *check_cores(config), *world.run_on_main(check_data_files, config)]
     code = world.run_on_main(show, checks)
     world.close()

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -39,11 +40,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
+    if sys.platform == "win32" and path.is_dir():
+        return  # Windows opens no folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def usable_cores() -> int:
+    """Cores of this process's affinity; those of the machine where, as on macOS, there is none."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sha256(path: Path) -> str:

@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from shards.catalogue import Catalogue
-from shards.files import new_folder, sha256, write_durably
+from shards.files import new_folder, sha256, usable_cores, write_durably
 from shards.grouping import Split
 from shards.image import FITS, encode, fit, open_rgb
 from shards.index import FORMAT, SHARD_COLUMNS, Description, Shard
@@ -91,7 +91,7 @@ def pack_several(
         raise ValueError(f"Outputs of one pass must be different folders. Got {', '.join(map(str, named))}.")
     with ExitStack() as stack:
         folders = [stack.enter_context(new_folder(Path(out))) for out, _ in outputs]
-        pool = stack.enter_context(ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))))
+        pool = stack.enter_context(ThreadPoolExecutor(threads or usable_cores()))
         total = sum(map(len, split.rows.values()))
         bar = stack.enter_context(tqdm(total=total, unit=" images", desc="packing", disable=True if quiet else None))
         source, written = hashlib.sha256(), 0

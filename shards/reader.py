@@ -16,6 +16,7 @@ import numpy as np
 from shards.index import Dataset, load_table
 
 OPEN_FILES = 64
+HAS_PREAD = hasattr(os, "pread")  # not on Windows
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SplitReader:
             wanted = rows[places]
             spans = zip(places.tolist(), table.size[wanted].tolist(), table.offset[wanted].tolist(), strict=True)
             for place, size, offset in spans:
-                yield place, os.pread(file.descriptor, size, offset)
+                yield place, file.read(size, offset)
 
     def labels_and_keys(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels and keys, both (n,) int64, of many samples."""
@@ -97,7 +98,7 @@ class _File:
 
     def __init__(self, path: Path, size: int) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # O_BINARY: of Windows
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"The shard {path} is missing. Copy it again, or pack the dataset again."
@@ -107,6 +108,15 @@ class _File:
             raise ValueError(
                 f"The shard {path} has {found} bytes instead of the {size} that were packed. Copy it again."
             )
+        self._lock = threading.Lock()
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Bytes of the file; fewer, if it was cut off since. Safe to share between threads."""
+        if HAS_PREAD:
+            return os.pread(self.descriptor, size, offset)
+        with self._lock:
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            return os.read(self.descriptor, size)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

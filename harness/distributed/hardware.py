@@ -4,11 +4,15 @@ In: a device, and what was asked for. Out: choices with their reasons. Invariant
 asked for is taken or refused, never replaced.
 """
 
+import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from shards.files import usable_cores
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
@@ -129,16 +133,57 @@ def set_thread_device(device: torch.device) -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: of its affinity and SLURM's allocation, its share beside the launcher's other processes.
+    """Cores that this process may use: its share, beside the launcher's other processes, of the tightest of `core_limits`."""
+    return max(1, min(core_limits().values()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    Not every cluster binds a job to its cores, so the affinity alone may be that of a whole node.
+
+def core_limits() -> dict[str, int]:
+    """What limits the cores of this process and its neighbours, by name.
+
+    Not every cluster binds a job to its cores, and `docker --cpus` and Kubernetes bind to none: they grant a share of the
+    time of all. So the affinity alone may be that of a whole node.
     """
-    cores = len(os.sched_getaffinity(0))
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux alone
+    limits = {"its CPU affinity" if has_affinity else "this machine": usable_cores()}
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
         if os.environ.get(name, "").isdigit():
-            cores = min(cores, int(os.environ[name]))
+            limits[name] = int(os.environ[name])
             break
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if (quota := quota_cores()) is not None:
+        limits["the CPU quota of its container"] = quota
+    return limits
+
+
+def quota_cores(root: Path = Path("/")) -> int | None:
+    """Cores whose time the control groups of this process grant, rounded up; None without a quota.
+
+    The tightest of its group and all above it, in version 2 (`cpu.max`) or 1 (`cpu.cfs_quota_us`). A container may see its
+    path on the host, where its own group is mounted as the topmost: groups that are not there are passed over.
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    shares = []
+    with suppress(OSError, UnicodeDecodeError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            mount = root / "sys/fs/cgroup" / controllers
+            names = [] if ".." in path else path.strip("/").split("/")
+            groups = [mount.joinpath(*names[:depth]) for depth in range(len(names) + 1)]
+            shares += [share for group in groups if (share := _quota_of_group(group)) is not None]
+    return max(1, math.ceil(min(shares))) if shares else None
+
+
+def _quota_of_group(group: Path) -> float | None:
+    """Cores that one control group may use, None where it has no quota or cannot be read."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((group / name).read_text(encoding="ascii") for name in names).split()
+            if quota != "max" and int(quota) > 0:
+                return int(quota) / int(period)
+    return None
 
 
 def decode_threads(asked: int) -> int:

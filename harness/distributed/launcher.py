@@ -1,33 +1,123 @@
 """What the launcher's environment announced: a GPU for this rank, and the process group that Accelerate starts.
 
-In: LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and the like. Out: an `Accelerator`, or an error that says how to start the processes.
+In: LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ACCELERATE_USE_CPU and the like. Out: an `Accelerator`, or an error that says how to
+start the processes. Invariants: `accelerate launch` has a settings file, which may have been made for another job; what of it
+would change the arithmetic is refused, or has no effect and is said.
 """
 
 import logging
 import os
-import signal
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
-from torch import distributed
-from torch.distributed import (
-    DistNetworkError,
-    DistStoreError,
-    PrefixStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
-    TCPStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
 )
+from torch.distributed import DistNetworkError, DistStoreError
 
+from harness.distributed import rendezvous
 from harness.distributed.hardware import check_wheel
 
 LOGGER = logging.getLogger("dermharness")
-COLLECTIVE_TIMEOUT_S = 600.0  # how long processes wait for each other
-SAID_AFTER_S = 10.0  # what a process waits for at its start
+PARALLELISM = {  # what a variable of Accelerate turns on
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's own data parallelism",
+}
+OVERRIDDEN = {  # variables of Accelerate that have no effect here: their name for people, the values that ask for nothing
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo {} (the setting is run.compile)", ("NO",)),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "{} gradient accumulation steps (the setting is optim.micro_batch)",
+        ("1", "AUTO"),
+    ),
+    "ACCELERATE_MIXED_PRECISION": ("precision {} (the setting is run.precision)", ("NO", "BF16", "FP16")),
+    "ACCELERATE_TORCH_DEVICE": ("device {}", ()),
+}
+
+
+def asked_for_cpu(environment: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch --cpu`, or its settings file, asked for the CPU."""
+    return environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def uses_cuda() -> bool:
+    """Whether this process computes on a GPU: there is one, and the launcher was not asked for the CPU."""
+    return torch.cuda.is_available() and not asked_for_cpu(os.environ)
+
+
+def launched_precision(precision: str, environment: Mapping[str, str]) -> str:
+    """What `run.precision` says; where it is auto, what `accelerate launch --mixed_precision` was given."""
+    launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    return launched if precision == "auto" and launched in ("bf16", "fp16") else precision
+
+
+def refuse_other_parallelism(environment: Mapping[str, str], file: str) -> None:
+    """Refuse what shards the model, or trains by other means than DistributedDataParallel.
+
+    Args:
+        file: of the launcher's settings, as `settings_file` names it.
+
+    Raises:
+        ValueError: what was asked for, where, and how to start without it.
+    """
+    for name, kind in PARALLELISM.items():
+        is_plain = name.endswith("SAGEMAKER") and environment.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") == "NO"
+        if environment.get(name, "").lower() == "true" and not is_plain:
+            raise ValueError(_not_data_parallel(kind, file))
+
+
+def overridden(environment: Mapping[str, str]) -> list[str]:
+    """What the launcher was asked for that has no effect, with the setting that stands for it."""
+    return [
+        text.format(environment[name])
+        for name, (text, nothing) in OVERRIDDEN.items()
+        if environment.get(name) and environment[name].upper() not in nothing
+    ]
+
+
+def settings_file(words: list[str], default: Path) -> str:
+    """The settings file of the launcher with this command line; `the environment` where there is none.
+
+    Args:
+        default: the file that `accelerate launch` reads where none is named.
+    """
+    if any("accelerate" in word for word in words):
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            name, _, value = word.partition("=")
+            if name in ("--config_file", "--config-file"):
+                return value or following
+        if default.is_file():
+            return str(default)
+    return "the environment"
+
+
+def _file_of_launcher() -> str:
+    words: list[str] = []
+    with suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    return settings_file(words, Path(default_config_file))
+
+
+def _not_data_parallel(kind: str, file: str) -> str:
+    return (
+        f"`accelerate launch` asks for {kind} ({file}), and this harness trains data parallel alone. To override it, start "
+        "with `accelerate launch --multi_gpu --num_processes N launch/train.py ...`, or one process with "
+        "`python launch/train.py ...`."
+    )
 
 
 def check_gpu_of_rank() -> None:
@@ -47,23 +137,44 @@ def check_gpu_of_rank() -> None:
 
 
 def start_accelerator(precision: str, cuda: bool) -> Accelerator:
-    """Accelerate, with what its environment and configuration file may not change.
+    """Accelerate, with what its environment and settings file may not change; what they ask for in vain is logged.
 
     Raises:
+        ValueError: they ask for another parallelism than DistributedDataParallel's.
         ConnectionError: the processes did not find each other in time.
     """
+    file = _file_of_launcher()
+    refuse_other_parallelism(os.environ, file)
+    in_vain = overridden(os.environ)
+    os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+    accelerator = _join(precision, cuda)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(_not_data_parallel(accelerator.distributed_type.value, file))
+    if accelerator.is_main_process:
+        if in_vain:
+            LOGGER.warning(
+                f"without effect, though `accelerate launch` was asked for it ({file}): {', '.join(in_vain)}"
+            )
+        if torch.cuda.is_available() and not cuda:
+            LOGGER.warning(f"the GPU is not used, since `accelerate launch` was asked for the CPU ({file})")
+    return accelerator
+
+
+def _join(precision: str, cuda: bool) -> Accelerator:
+    wait = timedelta(seconds=rendezvous.COLLECTIVE_TIMEOUT_S)
     try:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-            _meet_again(cuda)
+            rendezvous.meet_again("nccl" if cuda else "gloo", wait)
         return Accelerator(
             cpu=not cuda,  # without it, ranks on a machine without CUDA each believe to be alone
             mixed_precision={"fp32": "no"}.get(precision, precision),
             # The environment may say otherwise.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType] - it takes the name, too
             kwargs_handlers=[
                 # Statistics of batch normalisation are averaged when the ranks synchronise, not sent in each forward pass.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)),
+                InitProcessGroupKwargs(timeout=wait),
             ],
         )
     except (DistStoreError, DistNetworkError) as error:
@@ -71,70 +182,5 @@ def start_accelerator(precision: str, cuda: bool) -> Accelerator:
         raise ConnectionError(
             f"Process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} on {socket.gethostname()} did "
             f"not meet the others at {place} ({str(error).splitlines()[0]}). Start all of them within "
-            f"{COLLECTIVE_TIMEOUT_S / 60:.0f} minutes, with the address of the first one's machine and an open port."
+            f"{wait.total_seconds() / 60:.0f} minutes, with the address of the first one's machine and an open port."
         ) from error
-
-
-def _meet_again(cuda: bool) -> None:
-    """Make the process group after the launcher has restarted the processes of this machine.
-
-    torchrun lets them meet in its own store, where the addresses of the processes before still stand: gloo connects to those
-    ("Connection refused"). Under another prefix there are none. The restarts of several machines may be numbered differently.
-    """
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        return
-    wait = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    store, rank, size = next(distributed.rendezvous("env://", timeout=wait))
-    store = PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    backend = "nccl" if cuda else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
-
-
-@contextmanager
-def meet() -> Iterator[None]:
-    """Inside, this process waits for the others to start: what it waits for is said after ten seconds, and Ctrl-C ends it.
-
-    Otherwise neither works: the waiting is done in C++, which gives Python no turn.
-    """
-    size, rank, place = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"))
-
-    def say() -> None:
-        LOGGER.warning(
-            f"rank {rank or '?'} of {size} has waited {SAID_AFTER_S:.0f} s for the other processes, at "
-            f"{place or '?'}:{os.environ.get('MASTER_PORT', '?')}. Where nobody starts them, WORLD_SIZE={size} is left over "
-            "from another launch: unset WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT"
-        )
-
-    if size in ("", "0", "1"):
-        yield
-        return
-    timer = threading.Timer(SAID_AFTER_S, say)
-    timer.daemon = True
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if is_main_thread else None
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
-
-
-def serve_store(host: str, wait: timedelta) -> TCPStore:
-    """A key-value store that listens on the address by which the ranks know this machine, and on no other.
-
-    Where that name is not one of this machine's own addresses (behind a translation of addresses), it listens on all.
-    It trusts whoever can connect, as torch's own store does: let only the ranks reach these ports.
-    """
-    listener = None
-    with suppress(OSError):
-        for family, _, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
-            with suppress(OSError):
-                listener = socket.create_server(address[:2], family=family)
-                break
-    listener = listener or socket.create_server(("", 0))
-    port = listener.getsockname()[1]
-    return TCPStore(
-        host, port, is_master=True, wait_for_workers=False, timeout=wait, master_listen_fd=listener.detach()
-    )

@@ -23,7 +23,8 @@ from torch.distributed import (
 
 from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision
 from harness.distributed.heartbeat import Heartbeat
-from harness.distributed.launcher import check_gpu_of_rank, meet, serve_store, start_accelerator
+from harness.distributed.launcher import check_gpu_of_rank, launched_precision, start_accelerator, uses_cuda
+from harness.distributed.rendezvous import meet, serve_store
 from harness.distributed.trackers import start_trackers
 
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
@@ -47,12 +48,10 @@ class World:
                 or a precision that the device does not have.
             ConnectionError: the processes did not find each other in time.
         """
-        cuda = torch.cuda.is_available()
+        cuda = uses_cuda()
         if cuda:
             check_gpu_of_rank()
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if precision == "auto" and launched in ("bf16", "fp16"):
-            precision = launched
+        precision = launched_precision(precision, os.environ)
         self.precision, self.precision_reason = choose_precision(precision, torch.device("cuda" if cuda else "cpu"))
         with meet():
             self._accelerator = start_accelerator(self.precision, cuda)

@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 
 STOPPED = 75  # exit code of a run that stopped when asked to: EX_TEMPFAIL, "try again"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+]  # Windows has two
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 

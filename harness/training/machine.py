@@ -1,20 +1,25 @@
 """Checks of a machine that only the doctor makes, or that need no run: a GPU by name, all-reduce, cores, every byte of the data."""
 
+import os
 import platform
 import re
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shutil import disk_usage
 
 import torch
 
 from harness.config import Config
-from harness.distributed.hardware import available_cores, check_wheel, decode_threads
+from harness.distributed.hardware import available_cores, check_wheel, core_limits, decode_threads
+from harness.distributed.launcher import uses_cuda
 from harness.distributed.world import World
 from harness.training.check import Check
 from shards.index import load, verify
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "simplejpeg", "safetensors", "numpy")
+FEW_SHARED_BYTES = 2**29
 GPUS = {
     **{"p100": (6, 0), "v100": (7, 0), "t4": (7, 5), "a100": (8, 0), "a10": (8, 6), "rtx3090": (8, 6), "l4": (8, 9)},
     **{"rtx4090": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "rtx5090": (12, 0)},
@@ -58,9 +63,10 @@ def check_named_gpu(name: str) -> list[Check]:
 
 def check_device() -> list[Check]:
     """The device of this process, with one small kernel run on it."""
-    if not torch.cuda.is_available():
+    if not uses_cuda():
         built = torch.version.cuda
         note = "torch sees no GPU" if built else "this torch was built without CUDA"
+        note = "as the launcher was asked" if torch.cuda.is_available() else note
         return [Check("ok", "device", f"CPU ({note})")]
     number = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(number)
@@ -117,10 +123,34 @@ def check_consistency(world: World, dataset: str) -> list[Check]:
 def check_cores(config: Config) -> list[Check]:
     """Cores that this process may use, and the threads that decode on them."""
     cores, threads = available_cores(), decode_threads(config.data.threads)
-    text = f"{cores} core(s) for this process, {threads} decoding thread(s)"
-    if torch.cuda.is_available() and cores < 4:
-        return [Check("warn", "cores", f"{text}; a GPU wants some", "ask SLURM for --cpus-per-task=8, or more")]
+    limit, granted = min(core_limits().items(), key=lambda item: item[1])
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shared = f", shared by {n_here} processes" if n_here > 1 else ""
+    text = f"{cores} core(s) for this process ({granted} of {limit}{shared}), {threads} decoding thread(s)"
+    if uses_cuda() and cores < 4:
+        fix = "ask SLURM for --cpus-per-task=8, docker for --cpus=8, Kubernetes for a higher limit of cpu, or more"
+        return [Check("warn", "cores", f"{text}; a GPU wants some", fix)]
     return [Check("ok", "cores", text)]
+
+
+def shared_memory() -> int | None:
+    """Bytes of /dev/shm, None where there is none."""
+    with suppress(OSError):
+        return disk_usage("/dev/shm").total
+    return None
+
+
+def check_shared_memory(n_gpus: int, size: int | None) -> list[Check]:
+    """Room for what NCCL exchanges between the GPUs of a machine; containers have 64 MiB unless told otherwise.
+
+    Args:
+        n_gpus: used on this machine. size: of /dev/shm in bytes, None where there is none.
+    """
+    if n_gpus < 2 or size is None or size >= FEW_SHARED_BYTES:
+        return []
+    text = f"/dev/shm has {size / 2**20:.0f} MiB, and {n_gpus} GPUs exchange gradients through it: NCCL may fail"
+    fix = "docker run --shm-size=1g (or --ipc=host); Kubernetes: mount an emptyDir with medium: Memory at /dev/shm"
+    return [Check("warn", "shared memory", text, fix)]
 
 
 def check_data_files(config: Config) -> list[Check]:

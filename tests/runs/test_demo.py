@@ -11,7 +11,7 @@ import pytest
 
 from shards import cli
 from shards.index import load, load_table, verify
-from support.processes import ROOT, launch
+from support.processes import ROOT, launch, start, state
 
 NOTEBOOK_TABLE = {
     "train": {"mel": 491, "nv": 4322, "bcc": 261, "akiec": 182, "bkl": 581, "df": 58, "vasc": 78},
@@ -75,3 +75,26 @@ def test_the_notebooks_split_has_its_counts(ham10000, tmp_path):
     assert done.returncode == 0, done.stderr
     assert load(tmp_path / "notebook").description.counts == NOTEBOOK_TABLE
     assert "test is val under another name" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_a_run_needs_no_name_that_only_linux_has(system, tiny, tmp_path):
+    program = ROOT / "tests" / "support" / "elsewhere.py"
+    words = [
+        "--data.path",
+        tmp_path / "data",
+        "--data.demo_images",
+        "84",
+        "--run.epochs",
+        "1",
+        "--data.image_size",
+        "64",
+    ]
+    process = start(
+        [sys.executable, str(program), system, "--config", *map(str, [tiny, *words])], CUDA_VISIBLE_DEVICES=""
+    )
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert "1 process on CPU" in out
+    assert state(tmp_path / "run")["status"] == "finished"

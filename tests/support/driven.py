@@ -26,7 +26,7 @@ from torchvision.models._api import register_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import harness.distributed.heartbeat
-import harness.distributed.launcher
+import harness.distributed.rendezvous
 import harness.distributed.world
 import harness.evaluation.predict
 import harness.run.checkpoint
@@ -38,8 +38,8 @@ from shards.terminal import run_and_exit
 for name in ("DEAD_S", "STUCK_S", "TURN_S"):
     if name in os.environ:
         setattr(harness.distributed.heartbeat, name, float(os.environ[name]))
-harness.distributed.launcher.COLLECTIVE_TIMEOUT_S = float(
-    os.environ.get("COLLECTIVE_TIMEOUT_S", harness.distributed.launcher.COLLECTIVE_TIMEOUT_S)
+harness.distributed.rendezvous.COLLECTIVE_TIMEOUT_S = float(
+    os.environ.get("COLLECTIVE_TIMEOUT_S", harness.distributed.rendezvous.COLLECTIVE_TIMEOUT_S)
 )
 RANK = int(os.environ.get("RANK", "0"))
 steps, units = 0, Counter()

@@ -3,14 +3,17 @@
 import pytest
 import torch
 
+from harness.config import Config
 from harness.distributed import hardware
 from harness.distributed.hardware import (
     check_wheel,
     choose_memory_format,
     choose_precision,
     decode_threads,
+    quota_cores,
     set_thread_device,
 )
+from harness.training.machine import check_cores, check_shared_memory
 
 NEW = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch 2.15's
 OLD = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # torch 2.7.1's
@@ -63,7 +66,8 @@ def test_what_was_asked_for_is_taken_or_refused(monkeypatch):
 
 
 def test_threads_are_this_processs_share_of_the_cores_it_may_use(monkeypatch):
-    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    monkeypatch.setattr(hardware, "quota_cores", lambda: None)
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -74,7 +78,8 @@ def test_threads_are_this_processs_share_of_the_cores_it_may_use(monkeypatch):
 
 
 def test_slurm_may_have_given_fewer_cores_than_the_process_can_see(monkeypatch):
-    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(hardware, "quota_cores", lambda: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "16")
     assert decode_threads(0) == 8
@@ -99,3 +104,72 @@ def test_a_thread_keeps_its_own_gpu_where_the_device_has_no_number(monkeypatch):
     for name in ("cpu", "cuda", "cuda:1"):
         set_thread_device(torch.device(name))
     assert chosen == [torch.device("cuda:1")]
+
+
+def cgroup(root, membership: str, **files: str):
+    """A root folder whose process is in these control groups; `__` in a name stands for a slash."""
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc" / "self" / "cgroup").write_text(membership)
+    for name, text in files.items():
+        path = root / "sys" / "fs" / "cgroup" / name.replace("__", "/").replace("cpu_max", "cpu.max")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/\n", {"cpu_max": "150000 100000"}, 2),  # docker --cpus 1.5, in a namespace of its own
+        ("0::/\n", {"cpu_max": "20000 100000"}, 1),
+        ("0::/\n", {"cpu_max": "max 100000"}, None),
+        ("0::/\n", {"cpu_max": "nonsense"}, None),
+        ("0::/\n", {}, None),
+        ("0::/pod/job\n", {"pod__cpu_max": "300000 100000", "pod__job__cpu_max": "max 100000"}, 3),  # the parent's
+        ("0::/pod/job\n", {"pod__cpu_max": "800000 100000", "pod__job__cpu_max": "200000 100000"}, 2),
+        ("0::/not/mounted\n", {"cpu_max": "400000 100000"}, 4),
+        ("0::/../../other\n", {"cpu_max": "400000 100000"}, 4),
+        (
+            "3:cpu,cpuacct:/docker/ab\n0::/\n",
+            {"cpu,cpuacct__cpu.cfs_quota_us": "250000", "cpu,cpuacct__cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        (
+            "1:cpu:/docker/ab\n",
+            {"cpu__docker__ab__cpu.cfs_quota_us": "50000", "cpu__docker__ab__cpu.cfs_period_us": "100000"},
+            1,
+        ),
+        ("1:cpu:/\n", {"cpu__cpu.cfs_quota_us": "-1", "cpu__cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_the_cpu_quota_of_a_container_is_rounded_up(tmp_path, membership, files, cores):
+    assert quota_cores(cgroup(tmp_path, membership, **files)) == cores
+
+
+def test_where_there_are_no_control_groups_there_is_no_quota(tmp_path):
+    assert quota_cores(tmp_path) is None
+
+
+def test_a_containers_quota_limits_the_threads_and_the_doctor_says_so(monkeypatch):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(hardware, "quota_cores", lambda: 8)
+    assert decode_threads(0) == 4
+    (found,) = check_cores(Config())
+    assert "4 core(s) for this process" in found.message
+    assert "8 of the CPU quota of its container, shared by 2 processes" in found.message
+    monkeypatch.setattr(hardware, "quota_cores", lambda: None)
+    assert decode_threads(0) == 32
+    assert "64 of its CPU affinity" in check_cores(Config())[0].message
+
+
+def test_little_shared_memory_is_a_warning_with_its_mend_where_gpus_exchange_through_it():
+    (found,) = check_shared_memory(8, 64 * 2**20)
+    assert found.level == "warn"
+    assert "/dev/shm has 64 MiB" in found.message
+    for word in ("docker run --shm-size=1g", "--ipc=host", "medium: Memory"):
+        assert word in found.fix
+    assert check_shared_memory(8, 2**30) == check_shared_memory(8, None) == []
+    assert check_shared_memory(1, 64 * 2**20) == []

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 from harness.distributed.heartbeat import Beat, Lag
-from harness.distributed.launcher import serve_store
+from harness.distributed.rendezvous import serve_store
 
 
 def beats(*passed: int, work: dict[int, int] | None = None, long: tuple[int, ...] = ()) -> dict[int, Beat]:
