@@ -149,9 +149,11 @@ def prediction_rows(predictions: Predictions, samples: pd.DataFrame, classes: tu
     rows = pd.DataFrame(samples[["key", "image_id", "group"]])
     rows["label"], rows["prediction"] = names[predictions.labels], names[predictions.tta_probs.argmax(1)]
     rows["spread"] = [f"{value:.4f}" for value in predictions.tta_std]
-    for number, name in enumerate(classes):
-        rows[f"p_{name}"] = [f"{value:.7g}" for value in predictions.tta_probs[:, number]]
-    return rows
+    columns = {
+        f"p_{name}": [f"{value:.7g}" for value in predictions.tta_probs[:, number]]
+        for number, name in enumerate(classes)
+    }
+    return pd.concat([rows, pd.DataFrame(columns, index=rows.index)], axis=1)
 
 
 def _results(

@@ -77,11 +77,12 @@ def bootstrap(
     classes: tuple[str, ...],
     groups: np.ndarray,
     resamples: int = RESAMPLES,
+    names: tuple[str, ...] | None = None,
 ) -> list[dict[str, np.ndarray]]:
     """Metrics of many resamples of the groups, with replacement (Efron, 1979); the same resamples for each prediction.
 
     Args:
-        predictions: one or several (N, C), of the same images. resamples: R.
+        predictions: one or several (N, C), of the same images. resamples: R. names: of the metrics wanted; None for all.
 
     Returns:
         for each prediction, (R,) values of each metric, NaN where a resample does not define it; a class's metrics are
@@ -92,7 +93,7 @@ def bootstrap(
         for weights in bootstrap_weights(groups, resamples)
     ]
     return [
-        {name: np.concatenate([part[number][name] for part in parts]) for name in parts[0][number]}
+        {name: np.concatenate([part[number][name] for part in parts]) for name in names or parts[0][number]}
         for number in range(len(predictions))
     ]
 
@@ -114,7 +115,7 @@ def paired_differences(
     """
     once = np.ones((1, len(labels)), np.float32)
     exact = [_metric_samples(probabilities, labels, classes, once) for probabilities in (*before, *after)]
-    resampled = bootstrap([*before, *after], labels, classes, groups)
+    resampled = bootstrap([*before, *after], labels, classes, groups, names=names)
 
     def gain(samples: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
         values = np.array([of_one[name] for of_one in samples])  # (before + after, R)
@@ -139,12 +140,12 @@ def _metric_samples(
 ) -> dict[str, np.ndarray]:
     """Each metric for each row of weights: (R, N) counts of the images, float32, to (R,) float64."""
     n_classes, guesses = len(classes), probabilities.argmax(1)
-    exact = probabilities.astype(np.float64)
+    exact, is_right = probabilities.astype(np.float64), guesses == labels
     own = exact[np.arange(len(labels)), labels].clip(np.finfo(np.float32).tiny)
-    cells = np.eye(n_classes * n_classes, dtype=np.float32)[labels * n_classes + guesses]
-    confusion = (weights @ cells).astype(np.float64).reshape(-1, n_classes, n_classes)  # (R, C, C)
-    total, hits = confusion.sum((1, 2)), np.einsum("rcc->rc", confusion)
-    images, predicted = confusion.sum(2), confusion.sum(1)  # (R, C)
+    images = _counts(weights, labels, n_classes).astype(np.float64)  # (R, C)
+    predicted = _counts(weights, guesses, n_classes).astype(np.float64)
+    hits = _counts(weights[:, is_right], labels[is_right], n_classes).astype(np.float64)
+    total = images.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         recall, precision = hits / images, hits / predicted
         specificity = (total[:, None] - images - predicted + hits) / (total[:, None] - images)
@@ -161,7 +162,7 @@ def _metric_samples(
             "kappa": (accuracy - chance) / (1 - chance),
             "loss": _sums(weights, -np.log(own)) / total,
             "brier": _sums(weights, ((exact - np.eye(n_classes)[labels]) ** 2).sum(1)) / total,
-            "calibration_error": _calibration_error(exact.max(1), guesses == labels, weights) / total,
+            "calibration_error": _calibration_error(exact.max(1), is_right, weights) / total,
         }
     of_classes = {
         "precision": precision,
@@ -178,12 +179,29 @@ def _metric_samples(
     }
 
 
+def _counts(weights: np.ndarray, numbers: np.ndarray, n_classes: int) -> np.ndarray:
+    """Images of each class, (R, C) float32, in no more memory than that: weights (R, N), numbers of classes (N,)."""
+    order = np.argsort(numbers, kind="stable")
+    present, starts = np.unique(numbers[order], return_index=True)
+    counts = np.zeros((len(weights), n_classes), np.float32)
+    if len(present):
+        counts[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)  # whole numbers below 2^24: exact
+    return counts
+
+
 def _roc_auc_and_ap(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Areas under the ROC curve (as a rank statistic; ties count half) and average precision, both (R,)."""
+    """Areas under the ROC curve (as a rank statistic; ties count half) and average precision, both (R,).
+
+    Images are counted in runs: those of one score where a positive has it, and all between two such scores.
+    """
     order = np.argsort(-scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # where the score changes
-    hits = np.add.reduceat(weights[:, order] * positive[order].astype(np.float32), starts, axis=1)
-    misses = np.add.reduceat(weights[:, order] * (~positive[order]).astype(np.float32), starts, axis=1)
+    is_positive, changes = positive[order], np.diff(scores[order], prepend=np.inf) != 0  # where the score changes
+    of_score = changes.cumsum() - 1
+    has_positive = np.isin(of_score, of_score[is_positive])  # the image, or one of the same score
+    starts = np.flatnonzero(changes & (has_positive | np.roll(has_positive, 1)) | (np.arange(len(order)) == 0))
+    run_of_positive = np.searchsorted(starts, np.flatnonzero(is_positive), "right") - 1
+    hits = _counts(weights[:, order[is_positive]], run_of_positive, len(starts))  # (R, runs)
+    misses = np.add.reduceat(weights[:, order], starts, axis=1) - hits
     true, false = hits.cumsum(1), misses.cumsum(1)  # positives so far; whole numbers below 2^24: exact in float32
     n_positive, n_negative = true[:, -1].astype(np.float64), false[:, -1].astype(np.float64)
     below = n_negative[:, None] - false + 0.5 * misses  # negatives with a lower score; ties half

@@ -22,21 +22,30 @@ from shards.reader import SplitReader
 
 FOLDER, AUGMENTED = "images", "augmented.jpg"
 MAX_IMAGES = 8  # of a kind
+MAX_CLASSES = 30  # of which training views are drawn: the first ones
 THUMBNAIL_SIDE = 200  # the longer one, in pixels
 
 
 def worst_mistakes(rows: pd.DataFrame) -> pd.DataFrame:
     """Of predictions.csv, the wrong rows that gave their label the least probability, the worst first."""
-    of_label = np.array([float(row[f"p_{row['label']}"]) for row in rows.to_dict("records")])
-    wrong = rows.assign(of_label=of_label)[rows["prediction"] != rows["label"]]
-    return pd.DataFrame(wrong).sort_values(["of_label", "key"]).head(MAX_IMAGES)
+    names, probabilities = _probabilities(rows)
+    of_label = probabilities[np.arange(len(rows)), names.get_indexer("p_" + rows["label"])]
+    ranks = pd.DataFrame({"of_label": of_label, "key": rows["key"]})[rows["prediction"] != rows["label"]]
+    return rows.loc[ranks.sort_values(["of_label", "key"]).head(MAX_IMAGES).index]
 
 
 def least_certain(rows: pd.DataFrame) -> pd.DataFrame:
     """Of predictions.csv, the rows of the greatest entropy (nats), the least certain first."""
-    probabilities = rows[[name for name in rows if str(name).startswith("p_")]].to_numpy(float)
+    _, probabilities = _probabilities(rows)
     entropy = -(probabilities * np.log(probabilities.clip(1e-12))).sum(1)
-    return rows.assign(entropy=entropy).sort_values(["entropy", "key"], ascending=[False, True]).head(MAX_IMAGES)
+    ranks = pd.DataFrame({"entropy": entropy, "key": rows["key"]})
+    return rows.loc[ranks.sort_values(["entropy", "key"], ascending=[False, True]).head(MAX_IMAGES).index]
+
+
+def _probabilities(rows: pd.DataFrame) -> tuple[pd.Index, np.ndarray]:
+    """Names of the columns of probabilities in predictions.csv, and these, (N, C)."""
+    columns = rows[[name for name in rows if str(name).startswith("p_")]]
+    return columns.columns, columns.to_numpy(float)
 
 
 def thumbnail_path(folder: Path, key: int) -> Path:
@@ -65,13 +74,14 @@ def save_gallery(folder: Path, split: str, rows: pd.DataFrame, dataset: Dataset,
 
 
 def augmented_rows(dataset: Dataset, config: Config, n_views: int = 9) -> list[tuple[str, list[np.ndarray]]]:
-    """For each class one training image: its center view and `n_views` training views, (S, S, 3) uint8.
+    """For each class (of the first `MAX_CLASSES`) one training image: its center view and `n_views` training views,
+    (S, S, 3) uint8.
 
     Raises:
         ValueError, FileNotFoundError: an image cannot be decoded, or its shard is missing.
     """
     rows, size = [], config.data.image_size
-    for label, name in enumerate(dataset.classes):
+    for label, name in enumerate(dataset.classes[:MAX_CLASSES]):
         for key, image in first_of_class(dataset, "train", label, 1):
             images = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
             position = torch.tensor([key])

@@ -32,16 +32,23 @@ figcaption{font-size:.8rem;overflow-wrap:anywhere}.small td{color:GrayText}.wide
 """
 
 
+MANY_LINES, OPEN_LINES = 30, 20  # a table of more lines shows so many; a click shows the others
+
+
 def table(head: list[str], lines: Iterable[list[str]], small: Iterable[bool] | None = None) -> str:
     """A table that scrolls by itself. head: texts, escaped here. lines: cells of HTML. small: which lines are grey."""
     lines = list(lines)
     greyed = list(small) if small is not None else [False] * len(lines)
     top = "".join(f"<th>{text(name)}</th>" for name in head)
-    body = "".join(
+    rows = [
         f"<tr{' class=small' if grey else ''}>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
         for line, grey in zip(lines, greyed, strict=True)
+    ]
+    n_open = OPEN_LINES if len(rows) > MANY_LINES else len(rows)
+    shown, folded = (
+        f"<div class=wide><table><tr>{top}</tr>{''.join(some)}</table></div>" for some in (rows[:n_open], rows[n_open:])
     )
-    return f"<div class=wide><table><tr>{top}</tr>{body}</table></div>"
+    return shown + (f"<details><summary>{len(rows) - n_open} more</summary>{folded}</details>" if rows[n_open:] else "")
 
 
 def cell(value: float | None, interval: list[float] | None) -> str:

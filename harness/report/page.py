@@ -17,8 +17,8 @@ from harness.evaluation.metrics import CLASS_METRICS, SUMMARY_METRICS
 from harness.evaluation.results import Results, read_predictions, read_results
 from harness.evaluation.subgroups import MIN_SUBGROUP, SUBGROUP_METRICS
 from harness.report.gallery import AUGMENTED, FOLDER, least_certain, save_gallery, thumbnail_path, worst_mistakes
-from harness.report.markup import STYLE, cell, image, table, text
-from harness.report.plots import draw_confusion, draw_curves, draw_history, draw_reliability
+from harness.report.markup import MANY_LINES, STYLE, cell, image, table, text
+from harness.report.plots import curve_classes, draw_confusion, draw_curves, draw_history, draw_reliability
 from harness.report.tensorboard import write_tensorboard
 from harness.report.text import LIMITS, PRIOR_NOTES, format_metric, title
 from harness.run.log import read_json_lines
@@ -76,7 +76,7 @@ def _page(folder: Path, results: Results, rows: pd.DataFrame, plots: dict[str, b
         _cards(results.tta),
         "<h2>Classes</h2>" + _class_table(results.tta),
         f"<div class=plots>{image(plots['confusion'], 'confusion matrix')}"
-        f"{image(plots['curves'], 'ROC and precision-recall curves')}</div>",
+        f"{image(plots['curves'], 'ROC and precision-recall curves' + curve_classes(results.tta)[1])}</div>",
         _comparison(results),
         _calibration(results, plots["reliability"]),
         _operating_points(results),
@@ -104,11 +104,17 @@ def _cards(metrics: dict) -> str:
 
 
 def _class_table(metrics: dict) -> str:
-    lines = []
-    for label, row in metrics["per_class"].items():
+    """In the model's order; where the table is so long that most of it is folded, the lowest F1 first."""
+    lines, classes, note = [], metrics["per_class"], ""
+    if len(classes) > MANY_LINES:
+        known = [label for label, row in classes.items() if row["f1"] is not None]
+        by_f1 = sorted(known, key=lambda label: classes[label]["f1"])
+        classes = {label: classes[label] for label in [*by_f1, *classes]}
+        note = "<p class=note>The lowest F1 first.</p>"
+    for label, row in classes.items():
         intervals = metrics["intervals"]["per_class"][label]
         lines.append([text(label), str(row["images"]), *(cell(row[name], intervals[name]) for name in CLASS_METRICS)])
-    return table(["class", "images", *map(title, CLASS_METRICS)], lines)
+    return note + table(["class", "images", *map(title, CLASS_METRICS)], lines)
 
 
 def _comparison(results: Results) -> str:

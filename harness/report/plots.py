@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MANY_CLASSES = 30  # beyond them a confusion matrix is a picture without numbers
+MAX_CURVES = 10
+
 
 def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: str) -> bytes:
-    """A confusion matrix: colour is the share of the label's row, the number is the count.
+    """A confusion matrix: colour is the share of the label's row, the number is the count (up to `MANY_CLASSES`).
 
     Args:
         confusion: C rows of labels, C columns of predictions. classes: C names.
@@ -27,23 +30,25 @@ def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: 
     counts = np.asarray(confusion)
     images = counts.sum(1, keepdims=True)
     shares = np.divide(counts, images, out=np.zeros(counts.shape), where=images > 0)
-    side = max(4.5, 0.75 * len(classes) + 1.8)
+    has_numbers = len(classes) <= MANY_CLASSES
+    side = max(4.5, 0.75 * (len(classes) if has_numbers else 10) + 1.8)
     figure, (axes,) = _figure(side, side * 0.92, 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(counts.shape):
+    for row, column in np.ndindex(counts.shape) if has_numbers else ():
         colour = "white" if shares[row, column] > 0.55 else "black"
         text = f"{counts[row, column]}\n{shares[row, column]:.0%}" if images[row] else "0"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    names = [_literal(name) for name in classes]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), [f"{name} ({n})" for name, n in zip(names, images[:, 0], strict=True)])
+    named = range(0, len(classes), -(-len(classes) // MANY_CLASSES))  # every second, third, ... of many
+    names = [_literal(classes[number]) for number in named]
+    axes.set_xticks(named, names, rotation=45, ha="right")
+    axes.set_yticks(named, [f"{name} ({n})" for name, n in zip(names, images[named, 0], strict=True)])
     axes.set(xlabel="predicted", ylabel="label (images)", title=title)
     figure.colorbar(image, shrink=0.8, label="share of the label's images")
     return _png(figure)
 
 
 def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
-    """ROC and precision-recall curves of each class that has images.
+    """ROC and precision-recall curves of each class that has images; of the `MAX_CURVES` with the lowest area if more do.
 
     Args:
         rows: of predictions.csv. metrics: of the same predictions, as from `compute_metrics`.
@@ -51,20 +56,30 @@ def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     figure, (left, right) = _figure(6.3, 8.2, 2, down=True)
-    for name, row in metrics["per_class"].items():
-        if row["auc"] is None:
-            continue
+    drawn, chosen = curve_classes(metrics)
+    for name in drawn:
+        row = metrics["per_class"][name]
         is_label, probability = rows["label"] == name, rows[f"p_{name}"]
         false_positive_rate, true_positive_rate, _ = roc_curve(is_label, probability)
         left.plot(false_positive_rate, true_positive_rate, label=f"{_literal(name)} {row['auc']:.3f}")
         precision, recall, _ = precision_recall_curve(is_label, probability)
         right.step(recall, precision, where="post", label=f"{_literal(name)} {row['average_precision']:.3f}")
     left.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (area)")
-    right.set(xlabel="recall", ylabel="precision", title="precision and recall (average precision)", ylim=(0, 1.02))
+    left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (area)" + chosen)
+    right.set(
+        xlabel="recall", ylabel="precision", title="precision and recall (average precision)" + chosen, ylim=(0, 1.02)
+    )
     for axes in (left, right):
         axes.legend(fontsize=8, loc="lower right" if axes is left else "lower left")
     return _png(figure)
+
+
+def curve_classes(metrics: dict) -> tuple[list[str], str]:
+    """The classes whose curves are drawn, and what a title says of the choice: nothing where it is all that have images."""
+    areas = {name: row["auc"] for name, row in metrics["per_class"].items() if row["auc"] is not None}
+    if len(areas) <= MAX_CURVES:
+        return list(areas), ""
+    return sorted(areas, key=lambda name: areas[name])[:MAX_CURVES], f", the {MAX_CURVES} classes of the lowest area"
 
 
 def draw_reliability(confidences: dict[str, np.ndarray], is_right: np.ndarray) -> bytes:

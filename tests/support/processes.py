@@ -36,6 +36,16 @@ def environment(**more: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(drop)} | more
 
 
+def peak_memory(code: str, *arguments) -> float:
+    """Run Python code in a process of its own; the most memory that it held, in MB (of its own: not of who started it)."""
+    code += '\nprint([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])'
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    shared = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    done = subprocess.run(words, cwd=ROOT, env=shared, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) / 1024
+
+
 def launch(
     entry: str, *arguments, ranks: int = 1, timeout: float = 120, disturb: str = ""
 ) -> subprocess.CompletedProcess:

@@ -14,6 +14,7 @@ from harness.evaluation.metrics import (
     percentile_interval,
 )
 from harness.report.text import class_table
+from support.processes import peak_memory
 
 NAMES = ("a", "b", "c", "d")
 
@@ -157,6 +158,40 @@ def test_a_class_without_images_is_printed_as_not_defined():
     text = class_table(compute_metrics(np.array([[0.8, 0.2]]), np.array([0]), ("x", "y")))
     assert "not defined" in text.splitlines()[2]
     assert "0.000" not in text
+
+
+@pytest.mark.parametrize("resamples", [0, 20])
+def test_a_thousand_classes_fit_into_a_gigabyte(resamples):
+    code = """
+import sys
+import numpy as np
+from harness.evaluation.metrics import bootstrap, compute_metrics
+draw, classes = np.random.default_rng(0), tuple(f"class {n}" for n in range(1000))
+labels, probabilities = draw.integers(0, 1000, 5000), draw.random((5000, 1000), np.float32)
+probabilities /= probabilities.sum(1, keepdims=True)
+if int(sys.argv[1]):
+    bootstrap([probabilities], labels, classes, np.arange(5000) // 2, int(sys.argv[1]))
+else:
+    assert sum(map(sum, compute_metrics(probabilities, labels, classes)["confusion"])) == 5000
+"""
+    assert peak_memory(code, resamples) < 1000
+
+
+@given(st.integers(0, 10**6))
+def test_areas_are_those_of_all_images_one_by_one(seed):
+    """The areas, counted over runs of images, are exactly what each pair of images says."""
+    draw = np.random.default_rng(seed)
+    n = int(draw.integers(2, 40))
+    labels, weights = draw.integers(0, 2, n), draw.integers(0, 4, (3, n)).astype(np.float32)
+    weights[:, 0] += 1
+    first = draw.integers(1, 8, n) / 8  # many ties
+    probabilities = np.stack([first, 1 - first], 1)
+    found = _metric_samples(probabilities, labels, ("x", "y"), weights)["auc of x"]
+    for area, counts in zip(found, weights, strict=True):
+        pairs = counts[labels == 0][:, None] * counts[labels == 1]
+        higher, lower = first[labels == 0][:, None], first[labels == 1]
+        wins = (pairs * ((higher > lower) + 0.5 * (higher == lower))).sum()
+        assert area == wins / pairs.sum() if pairs.sum() else np.isnan(area)
 
 
 @pytest.mark.parametrize(

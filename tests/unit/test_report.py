@@ -12,11 +12,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harness.evaluation.metrics import compute_metrics
+from harness.evaluation.results import Results
 from harness.report.gallery import least_certain, worst_mistakes
 from harness.report.page import draw_report
 from harness.report.plots import draw_confusion, draw_curves
 from shards.index import load
 from shards.reader import SplitReader
+from support.processes import peak_memory
 
 
 @pytest.fixture
@@ -153,6 +155,51 @@ def test_every_text_of_a_file_is_escaped(run):
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;") > 10
+
+
+@pytest.fixture(scope="module")
+def many_classes(finished_run, tmp_path_factory):
+    """A folder of results of 1,000 images of 500 of 1,000 classes."""
+    folder, draw = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    classes, labels = tuple(f"class {n:03d}" for n in range(1000)), np.arange(1000) % 500
+    probabilities = draw.random((1000, 1000)) + 0.7 * np.eye(1000)[labels]
+    probabilities /= probabilities.sum(1, keepdims=True)
+    metrics = compute_metrics(probabilities, labels, classes)
+    unknown = {name: dict.fromkeys(row) for name, row in metrics["per_class"].items()}
+    metrics["intervals"] = dict.fromkeys(metrics) | {"per_class": unknown}
+    content = json.loads((finished_run / "metrics.json").read_text())
+    subgroups = {"sex": {f"value {n}": content["subgroups"]["sex"]["male"] for n in range(300)}}
+    parts = {"tta": metrics, "center": metrics, "prior_corrected": None, "operating_points": [], "subgroups": subgroups}
+    del content["format"]
+    (folder / "metrics.json").write_text(Results(**content | parts).to_json())
+    names = np.array(classes)
+    rows = {"key": range(1000), "image_id": "i", "group": "g", "label": names[labels]}
+    rows |= {"prediction": names[probabilities.argmax(1)], "spread": 0}
+    rows |= {f"p_{name}": column for name, column in zip(classes, probabilities.T.round(7), strict=True)}
+    pd.DataFrame(rows).to_csv(folder / "predictions.csv", index=False)
+    return folder
+
+
+def test_the_report_of_a_thousand_classes_fits_into_a_gigabyte_and_is_whole(many_classes):
+    code = "import sys, pathlib; from harness.report.page import draw_report; draw_report(pathlib.Path(sys.argv[1]))"
+    assert peak_memory(code, many_classes) < 1000
+    page = (many_classes / "report.html").read_text()
+    assert len(page) < 3e6
+    assert all(page.count(f"<td>class {n:03d}</td>") == 1 for n in range(1000))  # the table is complete
+    shown = page.partition("<details>")[0]
+    metrics = json.loads((many_classes / "metrics.json").read_text())["tta"]["per_class"]
+    f1 = {name: row["f1"] for name, row in metrics.items() if row["f1"] is not None}
+    visible = re.findall(r"<td>(class \d+)</td>", shown)
+    assert len(visible) == 20
+    assert max(f1[name] for name in visible) <= min(f1[name] for name in f1 if name not in visible)
+    assert "the 10 classes of the lowest area" in page
+    with Image.open(many_classes / "confusion.png") as plot:
+        assert max(plot.size) < 2000
+
+
+def test_few_classes_are_all_in_the_open(run):
+    draw_report(run)
+    assert "<details>" not in (run / "report.html").read_text()
 
 
 def test_class_names_are_drawn_as_they_are():
