@@ -39,7 +39,7 @@ def meet_again(backend: str, wait: timedelta) -> None:
 
 @contextmanager
 def meet() -> Iterator[None]:
-    """Inside, this process waits for the others to start: what it waits for is said after ten seconds, and Ctrl-C ends it.
+    """Inside, this process waits for the others to start: after ten seconds the first one of a machine says so; Ctrl-C ends it.
 
     Otherwise neither works: the waiting is done in C++, which gives Python no turn.
     """
@@ -59,7 +59,8 @@ def meet() -> Iterator[None]:
     timer.daemon = True
     is_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL) if is_main_thread else None
-    timer.start()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
     try:
         yield
     finally:
