@@ -32,7 +32,8 @@ def meet_again(backend: str, wait: timedelta) -> None:
     """
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return
-    store, rank, size = next(distributed.rendezvous("env://", timeout=wait))
+    # torch's stubs do not export what its documentation does
+    store, rank, size = next(distributed.rendezvous("env://", timeout=wait))  # pyright: ignore[reportPrivateImportUsage]
     store = PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
