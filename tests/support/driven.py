@@ -2,6 +2,7 @@
 
 A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
 (sleep for ever), slow (from that step on sleep SLOW_S, else 0.3 s), raise, nan (an image of the batch), inf (a weight),
+elsewhere (as STEP 0, from the start: the working directory is its subfolder `elsewhere`),
 stop-val and stop-test (touch RUN/stop at unit number STEP of that split), fill-test (fill the disk then). It adds a model that normalises each image
 by itself, so that nothing depends on how a batch is shared out, and one that is tiny.
 """
@@ -63,6 +64,10 @@ def disturbances(kinds: str, number: int) -> list[str]:
 
 def run_folder() -> Path:
     return Path(sys.argv[sys.argv.index("--run.folder") + 1])
+
+
+if disturbances("elsewhere", 0):  # another disk under the same name
+    os.chdir("elsewhere")
 
 
 def disturbed_step(config, world, state, views, *rest, step=harness.training.step.optimizer_step):
