@@ -16,7 +16,7 @@ from harness.report.page import draw_report
 from harness.report.text import summary
 from harness.run import checkpoint
 from harness.run.console import LOGGER, start_console
-from harness.run.recovery import find_best
+from harness.run.recovery import find_best, refuse_other_copies
 from shards.index import Dataset, load
 from shards.leaks import refuse_trained_groups
 from shards.reader import SplitReader
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
+        refuse_other_copies(weights.folder, world)
         model = build_model(config.model.name, len(weights.provenance.classes))
         checkpoint.load_model(weights, model)
         # torch's stubs know no memory_format beside a device, which its documentation has

@@ -4,10 +4,12 @@ In: tensors and a `Progress`. Out: folders `RUN/checkpoints/step-00000123` and `
 nothing is deleted or loses its name before what replaces it is safe; a damaged checkpoint is named and the one before it is used.
 """
 
+import hashlib
 import io
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 
 from harness.run.progress import Progress
@@ -92,20 +94,39 @@ def restore(
     """Load weights, optimizer, loss scaler and EMA in place, on every rank.
 
     An EMA that was not kept (the run went on with another `optim.ema`) starts from the weights.
+
+    Raises:
+        ValueError: what this rank reads is not what was written.
     """
     load_model(checkpoint, model)
     if ema is not None:
-        kept = checkpoint.folder / EMA_FILE
-        ema.load_state_dict(load_file(kept) if kept.is_file() else model.state_dict())
-    state = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        kept = (checkpoint.folder / EMA_FILE).is_file()
+        ema.load_state_dict(load(_read(checkpoint.folder, EMA_FILE)) if kept else model.state_dict())
+    optimizer_pt = io.BytesIO(_read(checkpoint.folder, "optimizer.pt"))
+    state = torch.load(optimizer_pt, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
 
 
 def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Load weights in place; every tensor must be there."""
-    model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
+    """Load weights in place; every tensor must be there.
+
+    Raises:
+        ValueError: what this rank reads is not what was written.
+    """
+    model.load_state_dict(load(_read(checkpoint.folder, "model.safetensors")))
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """A file of a checkpoint, with the SHA-256 of the manifest: each rank may read another copy of it."""
+    data = (folder / name).read_bytes()
+    if hashlib.sha256(data).hexdigest() != json.loads((folder / MANIFEST).read_bytes()).get(name):
+        raise ValueError(
+            f"{folder / name} is not what was written, as read by process {os.getpid()} on {socket.gethostname()}. Remove "
+            f"{folder} there, or copy it again from the machine of rank 0; then start the same command again."
+        )
+    return data
 
 
 def required_bytes(run: Path, weights: int, whole: int, keep: int) -> int:

@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+from harness.distributed.world import World
 from harness.run.checkpoint import (
     ASIDE,
     EMA_FILE,
@@ -112,6 +113,35 @@ def find_best(run: Path, progress: Progress | None = None) -> Checkpoint:
     if problem:
         raise ValueError(f"The best weights {folders[0]} are damaged ({problem}). Restore a copy, or train again.")
     return read_checkpoint(folders[0])
+
+
+def refuse_other_copies(folder: Path, world: World) -> None:
+    """Collective: each rank sees the checkpoint that rank 0 sees, by its manifest; what it loads has the hashes in there.
+
+    Raises:
+        ValueError: naming the ranks that see another one or none, as from a copy of the run folder on one node.
+    """
+    try:
+        seen = sha256(folder / MANIFEST)
+    except OSError:
+        seen = ""
+    everyone = world.all_gather_objects((world.host_pid, str(folder.resolve()), seen))
+    world.run_on_main(_refuse_differing, everyone)
+
+
+def _refuse_differing(everyone: list[tuple[str, str, str]]) -> None:
+    first, *_ = everyone
+    others = [
+        f"rank {rank} ({who}) sees {'another' if seen else 'none'} in {place}"
+        for rank, (who, place, seen) in enumerate(everyone)
+        if seen != first[2]
+    ]
+    if others:
+        raise ValueError(
+            f"The ranks see different checkpoints under one name: rank 0 ({first[0]}) would continue from {first[1]}; "
+            f"{'; '.join(others)}. Put the run folder on a disk that all nodes share, or copy rank 0's to the others; then "
+            "start the same command again."
+        )
 
 
 def find_corruption(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ from harness.distributed.world import World
 from harness.model.build import build_model, load_weights
 from harness.model.loss import Loss
 from harness.model.optim import EMA, build_optimizer
-from harness.run import checkpoint
+from harness.run import checkpoint, recovery
 from harness.run.folder import Run
 from harness.run.progress import Progress
 from harness.run.state import write_state
@@ -77,7 +77,9 @@ def build_or_resume(config: Config, world: World, data: Data, run: Run) -> tuple
     torch.manual_seed(config.run.seed)
     model = build_model(config.model.name, len(data.dataset.classes))
     start = run.find_start(data.dataset)
-    if start is None:
+    if start is not None:
+        recovery.refuse_other_copies(start.folder, world)
+    else:
         # On rank 0 alone: wrapping the model sends its weights to the others.
         world.print(world.run_on_main(load_weights, model, config.model.name, config.model.weights))
     if config.model.sync_batchnorm:

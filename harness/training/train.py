@@ -145,7 +145,8 @@ def say_verdict(config: Config, world: World, epochs: list[EpochStats]) -> None:
 
 def evaluate_best(config: Config, world: World, data: Data, state: TrainState, run: Run, progress: Progress) -> str:
     """Collective: evaluate the best weights of a run; `finished`, or `stopped` if somebody asked meanwhile."""
-    best = recovery.find_best(run.folder, progress)
+    best = world.run_on_main(recovery.find_best, run.folder, progress)
+    recovery.refuse_other_copies(best.folder, world)
     checkpoint.load_model(best, state.model)
     prior = class_priors(config.optim, data.dataset.description.counts["train"])
     context = EvalContext(best, changes(run.folder), prior, data.val)

@@ -1,20 +1,22 @@
 """Several real processes: the same samples, a finished run, and the same scores from the same weights."""
 
 import json
+import re
 import shutil
 import subprocess
 
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shards.catalogue import Catalogue
+from shards.files import sha256
 from shards.index import load
 from shards.pack import Packing, pack
 from shards.sources import read_ham10000
 from shards.split import split_by_lesion
-from support.processes import ROOT, command, environment, launch, weights
+from support.processes import ROOT, SAVING, command, environment, launch, weights
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,52 @@ def test_a_run_of_two_ranks_killed_and_continued_on_one_goes_on(finished_run, tw
     assert "epoch   2/3" not in done.stdout
     newest = load_file(max((run / "checkpoints").glob("step-*")) / "model.safetensors")
     assert all(torch.isfinite(tensor.float()).all() for tensor in newest.values())
+
+
+@pytest.fixture(scope="module")
+def stopped(finished_run, tmp_path_factory):
+    """A folder with a run, stopped at step 3, and the same in its subfolder `elsewhere`."""
+    folder = tmp_path_factory.mktemp("stopped")
+    words = ["--config", finished_run.parent / "tiny.yaml", *SAVING, "--run.folder", folder / "run"]
+    assert launch("driven", *words, disturb="stop@3").returncode == 75
+    shutil.copytree(folder / "run", folder / "elsewhere" / "run")
+    return folder
+
+
+def lose(newest) -> str:
+    shutil.rmtree(newest)
+    return r"rank 1 \(.*, process \d+\) sees none"
+
+
+def train_differently(newest) -> str:
+    tensors = load_file(newest / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, newest / "model.safetensors")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["model.safetensors"] = sha256(newest / "model.safetensors")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    return r"rank 1 \(.*, process \d+\) sees another"
+
+
+def flip(newest) -> str:
+    data = bytearray((newest / "optimizer.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / "optimizer.pt").write_bytes(data)
+    return r"rank 1 \(.*, process \d+\) failed: ValueError: .*optimizer.pt is not what was written"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [lose, train_differently, flip])
+def test_a_rank_that_sees_another_copy_of_the_checkpoint_is_named_and_none_trains_on(
+    finished_run, stopped, tmp_path, change
+):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    word = change(tmp_path / "elsewhere" / "run" / "checkpoints" / "step-00000003")
+    words = [*SAVING, "--config", finished_run.parent / "tiny.yaml", "--run.folder", "run"]
+    done = launch("driven", *words, ranks=2, disturb="elsewhere@0:1", timeout=90, folder=tmp_path)
+    assert done.returncode == 1
+    assert re.search(word, done.stderr), done.stderr
+    assert "step-00000003" in done.stderr
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["step"] == 3
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """launch/train.py with a fault at a chosen step: `DISTURB="die@3:1 ..." python tests/support/driven.py --config ...`.
 
 A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
-(sleep for ever), long-save (the checkpoint of that step takes SLOW_S), slow (from that step on sleep
-SLOW_S, else 0.3 s), raise, memory (a bare MemoryError), bug (an error that is not expected), overflow (of gradients), nan (an image of the batch), inf (a weight),
-stop-val and stop-test (touch RUN/stop at unit number STEP of that split), fill-test (fill the disk then). It adds a
-model that normalises each image by itself, so that nothing depends on how a batch is shared out, one that is tiny, one that
-meets the other ranks in each forward pass, and one with a weight that is not used.
+(sleep for ever), long-save (the checkpoint of that step takes SLOW_S), slow (from that step on sleep SLOW_S, else 0.3 s),
+raise, memory (a bare MemoryError), bug (an error that is not expected), overflow (of gradients), nan (an image of the batch),
+inf (a weight), stop-val and stop-test (touch RUN/stop at unit number STEP of that split), fill-test (fill the disk then),
+elsewhere (as STEP 0, from the start: the working directory is its subfolder `elsewhere`).
+
+It adds models: one that normalises each image by itself, so that nothing depends on how a batch is shared out, one that is
+tiny, one that meets the other ranks in each forward pass, and one with a weight that is not used.
 
 FITS=N or N:RANK: forward passes of more than N images run out of memory. LOSS_SCALE=X: fp16's loss scaling, on a CPU.
 ONCE=1: no disturbance after the launcher has restarted the processes.
@@ -31,6 +33,7 @@ import harness.distributed.world
 import harness.evaluation.predict
 import harness.run.checkpoint
 import harness.training.epoch
+import harness.training.preflight
 import harness.training.step
 from launch.train import main
 from shards.terminal import run_and_exit
@@ -95,6 +98,13 @@ def disturbances(kinds: str, number: int) -> list[str]:
 
 def run_folder() -> Path:
     return Path(sys.argv[sys.argv.index("--run.folder") + 1])
+
+
+if disturbances(
+    "elsewhere", 0
+):  # another copy under the same name, as of a cache that shows new files and an old checkpoint
+    os.chdir("elsewhere")
+    harness.training.preflight._comes = lambda file: True
 
 
 def disturbed_step(config, world, state, views, *rest, take=harness.training.step.optimizer_step):

@@ -47,9 +47,9 @@ def peak_memory(code: str, *arguments) -> float:
 
 
 def launch(
-    entry: str, *arguments, ranks: int = 1, timeout: float = 120, disturb: str = ""
+    entry: str, *arguments, ranks: int = 1, timeout: float = 120, disturb: str = "", folder: Path = ROOT
 ) -> subprocess.CompletedProcess:
-    """Run launch/ENTRY.py, or tests/support/driven.py with its disturbances, to its end.
+    """Run launch/ENTRY.py, or tests/support/driven.py with its disturbances, to its end, in a folder.
 
     Its processes are forked from the zygote, as under a plain `srun`: no launcher tidies up after one of them. The exit
     code is 0, or the first other one; the words are those of rank 0, then of rank 1, ...
@@ -57,10 +57,10 @@ def launch(
     words = command(entry, *arguments)[1:]
     shared = environment(DISTURB=disturb)
     if ranks == 1:
-        return fork(words, [shared], timeout)
+        return fork(words, [shared], timeout, folder)
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)} for rank in range(ranks)]
-    return fork(words, [shared | place for place in places], timeout)
+    return fork(words, [shared | place for place in places], timeout, folder)
 
 
 @cache
@@ -72,13 +72,15 @@ def zygote() -> subprocess.Popen:
     )
 
 
-def fork(words: list[str], environments: list[dict[str, str]], timeout: float) -> subprocess.CompletedProcess:
-    """Run a Python program from the zygote, one process in each environment."""
+def fork(
+    words: list[str], environments: list[dict[str, str]], timeout: float, cwd: Path
+) -> subprocess.CompletedProcess:
+    """Run a Python program from the zygote, one process in each environment, all in one folder."""
     with tempfile.TemporaryDirectory() as folder:
         outs, errors = ([Path(folder, f"{kind}{n}") for n in range(len(environments))] for kind in ("out", "err"))
         files = {"outs": list(map(str, outs)), "errs": list(map(str, errors))}
         server = zygote()
-        server.stdin.write(json.dumps({"words": words, "envs": environments, "cwd": str(ROOT)} | files) + "\n")
+        server.stdin.write(json.dumps({"words": words, "envs": environments, "cwd": str(cwd)} | files) + "\n")
         server.stdin.flush()
         pids, late = list(map(int, server.stdout.readline().split())), []
 
