@@ -9,6 +9,7 @@ import os
 import sys
 
 from harness.config import read_config
+from harness.distributed.hardware import set_arithmetic
 from harness.distributed.launcher import uses_cuda
 from harness.distributed.world import World
 from harness.run.console import start_console
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         checks = tried("GPU", check_named_gpu, options.gpu)
         return show([*checks, Check("ok", "versions", f"torch {versions()['torch']}")])
     config = read_config(settings)
+    set_arithmetic(config.run.tf32, config.run.deterministic)  # before CUDA starts
     device = tried("device", check_device)  # first: without kernels for this GPU, nothing else can be asked of it
     if any(check.level == "fail" for check in device):
         return show(device)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from harness.config import Config, load_config
 from harness.data.augment import parse_views
+from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
 from harness.evaluation.evaluate import context_of_run, evaluate, refuse_unknown_classes
 from harness.model.build import build_model
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(
                 f"--out {folder} is the run's folder, whose results are those of its training. Name another."
             )
+        set_arithmetic(config.run.tf32, config.run.deterministic)
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
         refuse_other_copies(weights.folder, world)

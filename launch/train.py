@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run; the exit code is 0 when finished, 75 when stopped as asked (0 under --max-restarts), 1 after an error."""
     config = read_config(sys.argv[1:] if arguments is None else arguments)
     # After the settings were read: torch and its kin take seconds, and --help or a wrong setting needs none of them.
+    from harness.distributed.hardware import set_arithmetic
     from harness.distributed.world import World
     from harness.report.page import draw_report
     from harness.run.console import LOGGER, start_console
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     start_console()
     follow_launcher()
     try:
+        set_arithmetic(config.run.tf32, config.run.deterministic)
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
         if config.data.demo_images:

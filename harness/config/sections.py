@@ -172,6 +172,11 @@ class Run:
     """arithmetic of the forward pass; auto asks the device"""
     channels_last: Literal["auto", "on", "off"] = "auto"
     """images and weights with their channels last in memory; auto: everywhere but on GPUs older than a V100"""
+    tf32: bool = True
+    """GPUs from Ampere on: fp32 products with 10 bits of mantissa, several times faster; false: all 23 bits"""
+    deterministic: bool = False
+    """only kernels that give the same bits again on the same GPUs, slower; a model with an operation that has none (AlexNet and
+    VGG: adaptive pooling) fails at its first step; on a CPU runs repeat without it"""
     compile: bool = False
     """torch.compile the training step, minutes at the start; V100 and newer (no gain seen on a CPU, nor on an H200 at batch 64)"""
     sync_every: int = 10

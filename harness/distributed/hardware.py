@@ -14,6 +14,8 @@ import torch
 
 from shards.files import usable_cores
 
+CUBLAS, REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # values with which cuBLAS repeats itself
+
 
 def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """Pick the arithmetic of the forward pass.
@@ -59,6 +61,45 @@ def choose_memory_format(asked: str, device: torch.device) -> torch.memory_forma
     else:
         last = asked == "on"
     return torch.channels_last if last else torch.contiguous_format
+
+
+def set_arithmetic(tf32: bool, deterministic: bool) -> None:
+    """Choose the kernels of this process, before it computes anything.
+
+    Ours all have a deterministic kernel: the warps of augmentation have none backward, and nothing goes backward through them.
+
+    Args:
+        tf32: fp32 matrix products and convolutions may use TF32 on a GPU that has it.
+        deterministic: only kernels that give the same bits again; an operation without one is an error.
+
+    Raises:
+        ValueError: deterministic, and CUDA started before cuBLAS could be told.
+    """
+    # Not torch.set_float32_matmul_precision: that would also change the products of CPUs which have TF32 (AMX-FP16).
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.use_deterministic_algorithms(deterministic)
+    if not deterministic:
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] - set by its module; it only finds bugs
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    if os.environ.get(CUBLAS) not in REPEATABLE:  # cuBLAS reads it when CUDA starts
+        if torch.cuda.is_initialized():
+            raise ValueError(
+                f"'run.deterministic' needs {CUBLAS}={REPEATABLE[0]} before CUDA starts. Set it in the environment."
+            )
+        os.environ[CUBLAS] = REPEATABLE[0]
+
+
+def describe_arithmetic(device: torch.device) -> str:
+    """What `set_arithmetic` chose, as `, TF32, deterministic`, as far as it concerns this device."""
+    tf32 = device.type == "cuda" and uses_tf32(torch.cuda.get_device_capability(device))
+    return ", TF32" * tf32 + ", deterministic" * torch.are_deterministic_algorithms_enabled()
+
+
+def uses_tf32(capability: tuple[int, int]) -> bool:
+    """Whether fp32 products use TF32 on a GPU of this compute capability."""
+    return capability >= (8, 0) and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def cpu_has_bf16() -> bool:

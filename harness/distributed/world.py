@@ -21,7 +21,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
 )
 
-from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision
+from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision, describe_arithmetic
 from harness.distributed.heartbeat import Heartbeat
 from harness.distributed.launcher import check_gpu_of_rank, launched_precision, start_accelerator, uses_cuda
 from harness.distributed.rendezvous import meet, serve_store
@@ -79,7 +79,8 @@ class World:
         """One line: how many processes on what, in which precision, and why."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         count = "1 process" if self.size == 1 else f"{self.size} processes"
-        return f"{count} on {device}, {self.precision} ({self.precision_reason}), torch {torch.__version__}"
+        chosen = f"{self.precision} ({self.precision_reason}){describe_arithmetic(self.device)}"
+        return f"{count} on {device}, {chosen}, torch {torch.__version__}"
 
     def start_trackers(self, names: tuple[str, ...], folder: Path, settings: dict) -> None:
         """Collective: start experiment trackers on rank 0, as `trackers.start_trackers` does."""

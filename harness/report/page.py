@@ -20,7 +20,7 @@ from harness.report.gallery import AUGMENTED, FOLDER, least_certain, save_galler
 from harness.report.markup import MANY_LINES, STYLE, cell, image, table, text
 from harness.report.plots import curve_classes, draw_confusion, draw_curves, draw_history, draw_reliability
 from harness.report.tensorboard import write_tensorboard
-from harness.report.text import LIMITS, PRIOR_NOTES, format_metric, title
+from harness.report.text import LIMITS, PRIOR_NOTES, efficiency_facts, format_metric, title
 from harness.run.log import read_json_lines
 from shards.index import Dataset
 
@@ -231,6 +231,7 @@ def _provenance(folder: Path, results: Results, entries: list[dict]) -> str:
     if epochs := [entry for entry in entries if entry["kind"] == "epoch"]:
         facts["images/s"] = f"{np.median([entry['images_per_s'] for entry in epochs]):.0f} (median over epochs)"
         facts["waiting for data"] = f"{np.mean([entry['waited'] for entry in epochs]):.1%} of the training time"
+        facts |= efficiency_facts(epochs)
     if starts := read_json_lines(folder / "starts.jsonl"):
         facts["starts"] = f"{len(starts)} ({', '.join('step ' + str(start['step']) for start in starts[:8])})"
         facts["ran on"] = starts[-1]["world"]

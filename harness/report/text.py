@@ -3,6 +3,8 @@
 In: `Results`. Out: lines of text. Invariants: metrics are printed by their names; what is not defined says so.
 """
 
+from statistics import median
+
 from harness.evaluation.results import Results
 
 # The lines below the table of classes. Of the two F1 averages only the macro one: the other is mostly the commonest class's.
@@ -100,3 +102,16 @@ def _gain(results: Results, name: str) -> dict:
 
 def _compact(value: float | None, interval: list[float] | None) -> str:
     return format_metric(value) + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval and value is not None else "")
+
+
+def efficiency_facts(epochs: list[dict]) -> dict[str, str]:
+    """Memory and use of the GPU, as far as the epochs' entries tell."""
+    facts, memory = {}, []
+    for name, where in (("peak_gpu_bytes", "of the GPU"), ("rss_bytes", "of the process")):
+        if known := [entry[name] for entry in epochs if name in entry]:
+            memory.append(f"{max(known) / 1e9:.1f} GB {where}")
+    if memory:
+        facts["memory"] = f"at most {', '.join(memory)}"
+    if known := [entry["mfu"] for entry in epochs if "mfu" in entry]:
+        facts["model FLOP utilisation"] = f"{median(known):.1%} (median over epochs)"
+    return facts

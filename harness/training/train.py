@@ -19,6 +19,7 @@ from harness.run.log import RESULT, verdict
 from harness.run.progress import Progress, after_epoch, should_stop
 from harness.run.state import changes, note_start
 from harness.training.check import Check, refuse_failures
+from harness.training.efficiency import describe_mfu, efficiency
 from harness.training.epoch import EpochStats, train_epoch
 from harness.training.machine import versions
 from harness.training.memory import out_of_memory_explained
@@ -51,18 +52,18 @@ def train(config: Config, world: World) -> str:
         epochs: list[EpochStats] = []
         while (stop_reason := should_stop(progress, config.run.epochs, config.run.patience)) is None:
             if world.any_rank(run.stop.asked()):  # also in the warm-up, before the first step
-                return stopped(config, world, run, progress, epochs)
+                return stopped(config, world, data, run, progress, epochs)
             progress, stats = train_epoch(config, world, data, state, run, progress)
             epochs.append(stats)
             if progress.samples_seen == data.plan.n_batches * data.plan.global_batch:
                 ended = validate_and_save(config, world, data, state, run, progress, stats)
                 if ended is None:  # asked to stop while it validated: the validation comes again
                     save_checkpoint(config, world, state, run, progress)
-                    return stopped(config, world, run, progress, epochs)
+                    return stopped(config, world, data, run, progress, epochs)
                 progress = ended
             elif stats.stop_requested:
-                return stopped(config, world, run, progress, epochs)
-        end_training(config, world, run, progress, epochs, stop_reason)
+                return stopped(config, world, data, run, progress, epochs)
+        end_training(config, world, data, run, progress, epochs, stop_reason)
         return evaluate_best(config, world, data, state, run, progress)
 
 
@@ -107,6 +108,7 @@ def validate_and_save(
     loss, accuracy = progress.loss / images, progress.correct / images
     run.log.write("val", ended.step, {name: scores[name] for name in SHOWN})
     speed = {"lr": stats.lr, "images_per_s": stats.images_per_s, "waited": stats.waited}
+    speed |= efficiency(config, world, len(data.dataset.classes), stats.images_per_s)
     run.log.write("epoch", ended.step, {"epoch": ended.epoch, "loss": loss, "accuracy": accuracy} | speed)
     world.print(
         f"epoch {ended.epoch:>3}/{config.run.epochs}  train loss {loss:.3f} acc {accuracy:.3f}  val loss "
@@ -120,27 +122,29 @@ def validate_and_save(
 
 
 def end_training(
-    config: Config, world: World, run: Run, progress: Progress, epochs: list[EpochStats], reason: str
+    config: Config, world: World, data: Data, run: Run, progress: Progress, epochs: list[EpochStats], reason: str
 ) -> None:
     """Collective: wait for copies of checkpoints, and say why training ended and what limited it."""
     world.run_on_main(run.mirror.wait)
-    say_verdict(config, world, epochs)
+    say_verdict(config, world, data, epochs)
     world.print(f"training ends: {reason}; best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}")
 
 
-def stopped(config: Config, world: World, run: Run, progress: Progress, epochs: list[EpochStats]) -> str:
+def stopped(config: Config, world: World, data: Data, run: Run, progress: Progress, epochs: list[EpochStats]) -> str:
     """Collective: leave a run that was asked to stop; all that counts is saved."""
     world.run_on_main(run.mirror.wait)
-    say_verdict(config, world, epochs)
+    say_verdict(config, world, data, epochs)
     return run.stopped(progress)
 
 
-def say_verdict(config: Config, world: World, epochs: list[EpochStats]) -> None:
+def say_verdict(config: Config, world: World, data: Data, epochs: list[EpochStats]) -> None:
     """Say what limited the epochs of this process."""
     if seconds := sum(stats.seconds for stats in epochs):
         waited, first = sum(stats.waited_s for stats in epochs), sum(stats.waited_first_s for stats in epochs)
         threads = decode_threads(config.data.threads)
-        world.print(verdict(waited / seconds, first / seconds, threads, available_cores()))
+        images_per_s = sum(stats.images_per_s * stats.seconds for stats in epochs) / seconds
+        used = describe_mfu(config, world, len(data.dataset.classes), images_per_s)
+        world.print(verdict(waited / seconds, first / seconds, threads, available_cores()) + used)
 
 
 def evaluate_best(config: Config, world: World, data: Data, state: TrainState, run: Run, progress: Progress) -> str:

@@ -12,7 +12,7 @@ import torch
 from harness.config import Config
 from harness.data.augment import training_view
 from harness.data.loader import Batch, LoaderOptions, training_batches
-from harness.distributed.hardware import decode_threads
+from harness.distributed.hardware import decode_threads, set_arithmetic
 from harness.distributed.world import World
 from harness.model.build import build_model
 from harness.model.loss import Loss, Targets
@@ -29,6 +29,7 @@ class Trial:
 
     def __init__(self, config: Config):
         """Build everything from the settings of a run."""
+        set_arithmetic(config.run.tf32, config.run.deterministic)
         self.config, self.world = config, World(config.run.precision, config.run.channels_last)
         self.reader, self.plan, self.options = training_input(config, self.world)
         torch.manual_seed(config.run.seed)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -54,6 +55,30 @@ def test_tensorboard_has_the_promised_scalars(finished_run):
 
     tags = EventAccumulator(str(finished_run / "tensorboard")).Reload().Tags()["scalars"]
     assert {"train/loss", "train/accuracy", "train/lr", "train/images_per_s", "val/loss", "val/accuracy"} <= set(tags)
+    assert "epoch/rss_bytes" in tags
+
+
+def test_each_epoch_says_what_memory_it_took(finished_run):
+    epochs = [json.loads(line) for line in (finished_run / "log.jsonl").read_text().splitlines() if '"epoch"' in line]
+    assert [entry["epoch"] for entry in epochs] == [1, 2, 3]
+    for entry in epochs:
+        assert 10**8 < entry["rss_bytes"] < 10**11
+        assert "peak_gpu_bytes" not in entry  # there is no GPU
+        assert "mfu" not in entry
+    assert re.search(
+        r"<dt>memory</dt><dd>at most \d\.\d GB of the process</dd>", (finished_run / "report.html").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_deterministic_kernels_give_the_same_bits_and_are_said(finished_run, tmp_path):
+    config, runs = finished_run.parent / "tiny.yaml", [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        done = launch("train", "--config", config, "--run.folder", run, "--run.deterministic", "true")
+        assert done.returncode == 0, done.stderr
+        assert "1 process on CPU, fp32 (as asked), deterministic, torch" in done.stdout
+    assert_equal_weights(weights(runs[0]), weights(runs[1]))
+    assert_equal_weights(weights(runs[0]), weights(finished_run))  # on a CPU nothing else changes
 
 
 def test_a_finished_run_started_again_shows_its_results_and_computes_nothing(finished_run):

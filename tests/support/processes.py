@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
+OF_THE_MACHINE = ("images_per_s", "waited", "rss_bytes", "peak_gpu_bytes", "mfu")
 SAVING = ("--run.sync_every", "1", "--run.save_every_minutes", "0")  # a checkpoint after each step
 
 
@@ -140,9 +141,9 @@ def assert_equal_weights(one: dict, other: dict) -> None:
 
 
 def deterministic_log(run: Path) -> list[dict]:
-    """The log without what depends on the clock."""
+    """The log without what depends on the clock and the machine."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("images_per_s", "waited")} for line in lines]
+    return [{name: value for name, value in line.items() if name not in OF_THE_MACHINE} for line in lines]
 
 
 def bare_ranks(

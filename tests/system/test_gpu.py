@@ -1,5 +1,6 @@
 """Laws that only a GPU can break: copies that go on while kernels run, the loss scaler, repeated kernels. `pytest -m gpu`."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from harness.run.recovery import find_corruption
 from shards.plan import Plan
 from shards.reader import SplitReader
 from support.images import smooth_images
-from support.processes import SAVING, command, deterministic_log, start, state
+from support.processes import SAVING, assert_equal_weights, command, deterministic_log, start, state, weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 ALL_OF_IT = (
@@ -109,6 +110,28 @@ def test_every_setting_of_a_recipe_runs_on_a_gpu(tiny, tmp_path):
     kept = list((tmp_path / "run" / "checkpoints").iterdir())
     assert kept
     assert all(find_corruption(folder) is None for folder in kept)
+
+
+def test_two_deterministic_runs_on_a_gpu_end_with_the_same_bits(tiny, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        settings = ("--run.deterministic", "true", "--run.precision", "auto", "--run.folder", folder)
+        code, out, error = run("train", "--config", tiny, *ALL_OF_IT, *settings)
+        assert code == 0, error
+        assert ", deterministic, torch" in out
+    assert_equal_weights(*(weights(folder) for folder in folders))
+    assert deterministic_log(folders[0]) == deterministic_log(folders[1])
+    (first, again) = ((folder / "predictions.csv").read_bytes() for folder in folders)
+    assert first == again
+
+
+def test_each_epoch_says_the_peak_of_the_gpus_memory(tiny, tmp_path):
+    code, _, error = run("train", "--config", tiny)
+    assert code == 0, error
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    peaks = [entry["peak_gpu_bytes"] for entry in entries if entry["kind"] == "epoch"]
+    assert len(peaks) == 3
+    assert all(10**6 < peak < torch.cuda.get_device_properties(0).total_memory for peak in peaks)
 
 
 def samples(folder: Path) -> list[tuple[int, str]]:

@@ -10,7 +10,9 @@ from harness.distributed.hardware import (
     choose_memory_format,
     choose_precision,
     decode_threads,
+    describe_arithmetic,
     quota_cores,
+    set_arithmetic,
     set_thread_device,
 )
 from harness.training.machine import check_cores, check_shared_memory
@@ -173,3 +175,47 @@ def test_little_shared_memory_is_a_warning_with_its_mend_where_gpus_exchange_thr
         assert word in found.fix
     assert check_shared_memory(8, 2**30) == check_shared_memory(8, None) == []
     assert check_shared_memory(1, 64 * 2**20) == []
+
+
+@pytest.fixture
+def arithmetic(monkeypatch):
+    """Whatever a test chooses is undone."""
+    monkeypatch.setenv(hardware.CUBLAS, ":0:0")
+    cudnn = torch.backends.cudnn
+    before = torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before[0]
+    _, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_on_or_off_for_products_and_convolutions(arithmetic, monkeypatch, tf32):
+    set_arithmetic(tf32, deterministic=False)
+    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    if hasattr(torch.backends.mkldnn, "matmul"):  # of newer torch
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # a CPU's products stay as they are
+    assert torch.backends.cudnn.allow_tf32 == tf32
+    for capability, shown in (((8, 0), tf32), ((7, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert describe_arithmetic(torch.device("cuda")) == (", TF32" if shown else "")
+    assert describe_arithmetic(torch.device("cpu")) == ""
+
+
+def test_deterministic_kernels_are_asked_of_torch_cudnn_and_cublas(arithmetic, monkeypatch):
+    set_arithmetic(True, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert hardware.os.environ[hardware.CUBLAS] == ":4096:8"
+    assert describe_arithmetic(torch.device("cpu")) == ", deterministic"
+    monkeypatch.setenv(hardware.CUBLAS, ":16:8")  # the user's, as good
+    set_arithmetic(True, deterministic=True)
+    assert hardware.os.environ[hardware.CUBLAS] == ":16:8"
+
+
+def test_deterministic_kernels_are_refused_where_cuda_started_before_cublas_was_told(arithmetic, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match=r"'run.deterministic' needs CUBLAS_WORKSPACE_CONFIG=:4096:8"):
+        set_arithmetic(True, deterministic=True)

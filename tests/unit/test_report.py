@@ -16,6 +16,7 @@ from harness.evaluation.results import Results
 from harness.report.gallery import least_certain, worst_mistakes
 from harness.report.page import draw_report
 from harness.report.plots import draw_confusion, draw_curves
+from harness.report.text import efficiency_facts
 from shards.index import load
 from shards.reader import SplitReader
 from support.processes import peak_memory
@@ -235,3 +236,16 @@ def test_tensorboard_shows_results_once_with_curves_and_settings(run):
     assert "result/confusion" in events.Tags()["images"]
     assert "result/mel" in events.Tags()["tensors"]
     assert any("hparams" in tag for tag in events.summary_metadata)
+
+
+def test_memory_and_use_of_the_gpu_are_told_as_far_as_they_are_known():
+    entries = [
+        {"rss_bytes": 2e9, "peak_gpu_bytes": 9e9, "mfu": 0.3},
+        {"rss_bytes": 3e9, "peak_gpu_bytes": 8e9, "mfu": 0.4},
+    ]
+    assert efficiency_facts(entries) == {
+        "memory": "at most 9.0 GB of the GPU, 3.0 GB of the process",
+        "model FLOP utilisation": "35.0% (median over epochs)",
+    }
+    assert efficiency_facts([{"rss_bytes": 2e9}]) == {"memory": "at most 2.0 GB of the process"}
+    assert efficiency_facts([{"images_per_s": 2.0}]) == {}  # of a log from before
