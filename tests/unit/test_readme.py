@@ -39,7 +39,7 @@ FAULTS = {
     "the log, `state.json` or `dataset.json` is damaged": "chaos::damaged_between_its_starts",
     "`config.yaml` is damaged": "chaos::damaged_settings_are_refused",
     "the disk is too small for the checkpoints": "chaos::disk_that_is_too_small",
-    "the disk fills up": "chaos::disk_that_fills_up",
+    "the disk fills up": "chaos::disk_that_fills_up_loses_nothing",
     "the disk is read-only": "chaos::read_only_disk",
     "the run folder holds other settings": "failures::another_rate_continues_by_force",
     "the run folder belongs to another dataset": "train::another_dataset_under_the_same_run",
