@@ -3,9 +3,11 @@
 import hashlib
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from harness.distributed.world import World
 from harness.model.build import build_model, check_input_size, fetch, find_head, load_weights, locate_weights, outline
 from harness.model.loss import Loss, Targets
 from harness.model.optim import build_optimizer
+from harness.run.console import LOGGER
 from harness.training.state import TrainState
-from harness.training.step import backward_parts, optimizer_step
+from harness.training.step import STRIDES, backward_parts, layout_explained, optimizer_step
 
 SMALL = "shufflenet_v2_x0_5"
 
@@ -262,3 +265,24 @@ def test_weights_that_cannot_be_downloaded_say_where_to_place_them(server, tmp_p
         load_weights(build_model(SMALL, 7), SMALL, "imagenet1k_v1")
     assert f"{tmp_path / 'hub' / 'checkpoints' / 'gone-12345678.pth'}" in str(caught.value)
     assert "--model.weights none" in str(caught.value)
+
+
+def test_gradients_in_another_layout_become_advice_and_other_warnings_stay(caplog, monkeypatch):
+    monkeypatch.setattr(LOGGER, "propagate", True)
+
+    def first_step() -> None:
+        with layout_explained(is_first=True):
+            warnings.warn(f"{STRIDES}. This may indicate grad was not created according to", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+
+    with pytest.warns(UserWarning, match="something else"):
+        first_step()
+    assert "try --run.channels_last off" in caplog.text
+    assert STRIDES not in caplog.text
+
+
+def test_the_words_of_torchs_warning_are_those_of_this_torch():
+    """They stand in its library, not in Python."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    python = library.with_name("libtorch_python.so")
+    assert any(STRIDES.encode() in file.read_bytes() for file in (library, python) if file.is_file())
