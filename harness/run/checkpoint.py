@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,8 +20,20 @@ from torch import nn
 
 from harness.run.progress import Progress
 from shards.files import sync, write_durably
+from shards.leaks import read_hashes
+from shards.shape import misfit, parse_json
 
 FORMAT = 2
+SHAPE = {  # of progress.json
+    "format": int,
+    "progress": {
+        **dict.fromkeys(
+            ("epoch", "samples_seen", "step", "best_step", "best_epoch", "epochs_without_improvement"), int
+        ),
+        **{"best": (float, None), "loss": float, "correct": float, "images": float},
+    },
+    "provenance": {"model": str, "classes": [str], "dataset": str, "order": str},
+}
 MANIFEST, EMA_FILE = "manifest.json", "ema.safetensors"
 
 
@@ -93,16 +106,31 @@ def restore(
     load_model(checkpoint, model)
     if ema is not None:
         kept = checkpoint.folder / EMA_FILE
-        ema.load_state_dict(load_file(kept) if kept.is_file() else model.state_dict())
-    state = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
+        with _named(kept):
+            ema.load_state_dict(load_file(kept) if kept.is_file() else model.state_dict())
+    with _named(checkpoint.folder / "optimizer.pt") as path:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
 
 
 def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Load weights in place; every tensor must be there."""
-    model.load_state_dict(load_file(checkpoint.folder / "model.safetensors"))
+    with _named(checkpoint.folder / "model.safetensors") as path:
+        model.load_state_dict(load_file(path))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[Path]:
+    """Inside, whatever a file's content makes safetensors, pickle, zipfile or torch raise becomes a ValueError that names it."""
+    try:
+        yield path
+    except OSError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} cannot be loaded ({type(error).__name__}: {reason}). Restore a copy.") from error
 
 
 def required_bytes(run: Path, weights: int, whole: int, keep: int) -> int:
@@ -176,9 +204,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint whose files are whole.
 
     Raises:
-        ValueError: it has the format of another version.
+        ValueError: it has the format of another version, or says what no checkpoint says.
     """
-    content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    path = folder / "progress.json"
+    try:
+        content = parse_json(path.read_bytes())
+        problem = misfit(content, {"format": int})
+        if not problem and content["format"] == FORMAT:
+            problem = misfit(content, SHAPE)
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{path} is damaged ({problem}). Restore a copy of {folder}.")
     if content["format"] > FORMAT:
         raise ValueError(
             f"{folder} has format {content['format']}; this version reads up to {FORMAT}. Update dermharness."
@@ -189,7 +226,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"another --run.folder; to train on from these weights, give --model.weights {folder / 'model.safetensors'}."
         )
     provenance_json = content["provenance"]
-    groups = np.load(folder / "train-groups.npy", allow_pickle=False)
+    groups = read_hashes(folder / "train-groups.npy")
     provenance = Provenance(
         provenance_json["model"],
         tuple(provenance_json["classes"]),
@@ -197,13 +234,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         groups,
         provenance_json["order"],
     )
-    return Checkpoint(folder, Progress(**content["progress"]), provenance)
+    return Checkpoint(folder, Progress(**{name: content["progress"][name] for name in SHAPE["progress"]}), provenance)
 
 
 def _best_step(folder: Path) -> int:
     """The step of the best weights that a checkpoint names; -1 if it is too damaged to name any."""
     try:
-        return json.loads((folder / "progress.json").read_text(encoding="utf-8"))["progress"]["best_step"]
+        return int(parse_json((folder / "progress.json").read_bytes())["progress"]["best_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 

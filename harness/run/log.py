@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from shards.files import write_atomically
+from shards.shape import parse_json
 
 RESULT = "result"  # kind of the entry of the final evaluation
 
@@ -122,7 +123,7 @@ def verdict(waited: float, first: float, threads: int, cores: int) -> str:
 
 def _until(line: bytes, step: int) -> bool:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         return entry["step"] <= step and entry["kind"] != RESULT  # a run that continues is evaluated again
     except (ValueError, KeyError, TypeError):
         return False  # a line cut off by a crash

@@ -4,7 +4,6 @@ In: a run's folder. Out: a `Checkpoint` whose files have the SHA-256 of their ma
 the one before it is used; nothing damaged is ever loaded.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +12,9 @@ from harness.run.checkpoint import EMA_FILE, MANIFEST, Checkpoint, as_json, late
 from harness.run.console import LOGGER
 from harness.run.progress import Progress
 from shards.files import sha256, write_durably
+from shards.shape import parse_json
+
+FILES = {"progress.json", "model.safetensors", "train-groups.npy", "optimizer.pt", EMA_FILE}  # beside the manifest
 
 
 def latest_valid(run: Path, quiet: bool = False) -> Checkpoint | None:
@@ -82,12 +84,14 @@ def find_best(run: Path, progress: Progress | None = None) -> Checkpoint:
 def find_corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if each has the SHA-256 of the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_bytes())
+        if unknown := sorted(set(manifest) - FILES):  # it may lead anywhere
+            return f"its manifest names {unknown[0][:80]!r}"
         for name, digest in manifest.items():
             if sha256(folder / name) != digest:
                 return f"{name} is not what was written"
         if not {"progress.json", "model.safetensors", "train-groups.npy"} <= set(manifest):
             return "its manifest is incomplete"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return str(error)
     return None
