@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from shards.image import decode_into
 from shards.index import Dataset, load_table
 from shards.reader import SplitReader
 
@@ -51,7 +50,7 @@ def first_of_class(dataset: Dataset, split: str, label: int, most: int) -> list[
         rows = np.flatnonzero(table["label"] == label)[: most - len(found)]
         for place, data in reader.read(np.full(len(rows), number), rows):
             image = np.empty((dataset.height, dataset.width, 3), np.uint8)
-            decode_into(data, image)
+            reader.decode(number, int(rows[place]), data, image)
             found.append((int(table["key"].iloc[rows[place]]), image))
         if len(found) == most:
             break

@@ -8,12 +8,14 @@ import io
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 FITS = ("cover", "contain", "squeeze")
+# Pillow knows more, some of which run other programs (EPS); a file's name and its bytes may tell different stories.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 
 
-def open_rgb(data: bytes, name: str) -> Image.Image:
+def open_rgb(data: bytes, name: str, size: tuple[int, int] | None = None) -> Image.Image:
     """Decode a whole image to upright RGB.
 
     Greyscale becomes three equal channels, transparency is laid on black, EXIF orientation is applied,
@@ -22,16 +24,22 @@ def open_rgb(data: bytes, name: str) -> Image.Image:
     Args:
         data: the file's bytes.
         name: what errors call it.
+        size: (width, height) in pixels that it must have, before memory is taken for it; None for any that Pillow takes.
 
     Raises:
-        ValueError: not an image, or a damaged or cut-off one.
+        ValueError: not an image, or a damaged or cut-off one, or one of another size.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if size is not None and image.size != size:
+            raise ValueError(_other_size(image.size, size))
         image.load()
-        image = ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's decoders raise what they like: SyntaxError, struct.error, ...
         raise ValueError(f"Cannot decode the image {name} ({error}). Download it again or remove its row.") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
@@ -75,13 +83,19 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
     Raises:
         ValueError: damaged data, or an image of another size.
     """
+    size = out.shape[1], out.shape[0]
     if data.startswith(b"\xff\xd8"):
-        # Fast DCT and upsampling: 12 % more images a second, at most a few grey levels off.
-        shape = simplejpeg.decode_jpeg(data, buffer=out, fastdct=True, fastupsample=True).shape
-    else:
-        image = np.asarray(open_rgb(data, "in the shard"))
-        shape = image.shape
-        if shape == out.shape:
-            out[:] = image
-    if shape != out.shape:
-        raise ValueError(f"it is {shape[1]}x{shape[0]}, the dataset's size is {out.shape[1]}x{out.shape[0]}")
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            if (width, height) == size:
+                # Fast DCT and upsampling: 12 % more images a second, at most a few grey levels off.
+                simplejpeg.decode_jpeg(data, buffer=out, fastdct=True, fastupsample=True)
+                return
+        except Exception as error:  # whatever the bytes are, the sample is named
+            raise ValueError(str(error)) from error
+        raise ValueError(_other_size((width, height), size))
+    out[:] = np.asarray(open_rgb(data, "in the shard", size))
+
+
+def _other_size(found: tuple[int, int], wanted: tuple[int, int]) -> str:
+    return f"it is {found[0]}x{found[1]}, the dataset's size is {wanted[0]}x{wanted[1]}"

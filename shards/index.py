@@ -1,23 +1,30 @@
 """What is in a packed dataset: `dataset.json`, `shards.csv`, `left_out.csv` and one table beside each shard.
 
 In: a packed folder. Out: a frozen `Dataset`. Invariants: loading costs as much as there are shards, not samples;
-each file's SHA-256 stands in a file above it, and `dataset.json` carries its own.
+each file's SHA-256 stands in a file above it, and `dataset.json` carries its own. A checksum says that nothing was changed
+since, not by whom it was made: no file outside the folder is opened, and every number is checked before it is used.
 """
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from shards.description import DAMAGED, Description, check_name, read_description
 from shards.files import sha256
 
-FORMAT = 2
-ADDED_IN_FORMAT = {"group_name": 2, "citation": 2, "license": 2}  # the format that a field of `dataset.json` came with
 SHARD_COLUMNS = ("file", "split", "samples", "bytes", "sha256", "table_sha256")
+TABLE_COLUMNS = (
+    "key",
+    "offset",
+    "size",
+    "label",
+    "group",
+    "image_id",
+)  # of a shard's table, beside those of the source
+TAR_BLOCK = 512  # bytes; a sample has at least one block for its header and one for its image
 
 
 @dataclass(frozen=True)
@@ -35,49 +42,6 @@ class Shard:
     def table(self) -> str:
         """Name of the CSV with one row a sample."""
         return Path(self.file).with_suffix(".csv").name
-
-
-@dataclass(frozen=True)
-class Description:
-    """What `dataset.json` says.
-
-    classes: class names, a label is a place in them. size: stored (width, height) in pixels.
-    protocol: name and parameters of the split. aliases: split names that mean another split.
-    counts: split -> class -> images. left_out: number of source images stored nowhere.
-    warnings: what a reader of a score must be told. source: name, number of images, fingerprint (SHA-256 over ids,
-    labels, groups and original bytes). files: name -> SHA-256 of the index files.
-    group_name: what a group is, in the singular. citation, license: of the images, empty where unknown. (Since format 2.)
-    """
-
-    format: int
-    classes: list[str]
-    size: list[int]
-    fit: str
-    quality: int
-    protocol: dict
-    aliases: dict[str, str]
-    counts: dict[str, dict[str, int]]
-    left_out: int
-    warnings: list[str]
-    source: dict
-    files: dict[str, str]
-    group_name: str = "group"
-    citation: str = ""
-    license: str = ""
-
-    def to_bytes(self) -> bytes:
-        """The bytes of `dataset.json`, with a checksum of everything else in them."""
-        content = self._content() | {"checksum": self.checksum}
-        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-    @property
-    def checksum(self) -> str:
-        """SHA-256 over the content; since it covers every file's SHA-256, it identifies the whole dataset."""
-        return hashlib.sha256(json.dumps(self._content(), ensure_ascii=False).encode()).hexdigest()
-
-    def _content(self) -> dict:
-        """The fields that the dataset's format has: an older dataset keeps its bytes and its checksum."""
-        return {name: value for name, value in asdict(self).items() if ADDED_IN_FORMAT.get(name, 1) <= self.format}
 
 
 @dataclass(frozen=True)
@@ -146,7 +110,7 @@ def load(folder: Path | str) -> Dataset:
 
     Raises:
         FileNotFoundError: no packed dataset there.
-        ValueError: a newer format, or an index that was changed after packing.
+        ValueError: a newer format, or an index that was changed after packing, or that no packing would write.
     """
     folder = Path(folder)
     if not (folder / "dataset.json").is_file():
@@ -154,10 +118,21 @@ def load(folder: Path | str) -> Dataset:
             f"No packed dataset in {folder} (no dataset.json). "
             f"Pack one with `python -m shards pack SOURCE {folder}`, or give its folder as --data.path."
         )
-    description = _load_description(folder / "dataset.json")
+    description = read_description(folder / "dataset.json")
     table = read_listed(folder, "shards.csv", description.files)
-    rows = pd.read_csv(table, dtype={"file": str, "split": str}).itertuples(index=False)
-    return Dataset(folder, description, tuple(Shard(*row) for row in rows))
+    rows = _read_csv(table, {"samples": np.int64, "bytes": np.int64})
+    if tuple(rows) != SHARD_COLUMNS:
+        raise ValueError(
+            f"{table} has the columns {', '.join(rows)[:200]} instead of {', '.join(SHARD_COLUMNS)}. {DAMAGED}"
+        )
+    shards = tuple(Shard(*row) for row in rows.itertuples(index=False))
+    for shard in shards:
+        check_name(shard.file, table, ".tar")
+        if shard.split not in description.counts or not 0 < shard.samples <= shard.bytes // (2 * TAR_BLOCK):
+            raise ValueError(
+                f"{table}: {shard.file} has {shard.samples} samples of split {str(shard.split)[:40]!r} in {shard.bytes} bytes. {DAMAGED}"
+            )
+    return Dataset(folder, description, shards)
 
 
 def load_table(dataset: Dataset, shard: Shard) -> pd.DataFrame:
@@ -166,13 +141,19 @@ def load_table(dataset: Dataset, shard: Shard) -> pd.DataFrame:
     `offset` and `size` are the image's bytes in the tar.
 
     Raises:
-        ValueError, FileNotFoundError: the table is not what was packed, or missing.
+        ValueError, FileNotFoundError: the table is not what was packed, or missing, or none of that shard.
     """
     path = read_listed(dataset.folder, shard.table, {shard.table: shard.table_sha256})
-    numbers = {"key": np.int64, "offset": np.int64, "size": np.int64, "label": np.int64}
-    columns = pd.read_csv(path, nrows=0).columns
-    types = {column: numbers.get(column, str) for column in columns}
-    return pd.read_csv(path, dtype=types, keep_default_na=False)
+    table = _read_csv(path, dict.fromkeys(("key", "offset", "size", "label"), np.int64))
+    if missing := [name for name in TABLE_COLUMNS if name not in table]:
+        raise ValueError(f"{path} has no column {missing[0]}. {DAMAGED}")
+    if len(table) != shard.samples:
+        raise ValueError(f"{path} has {len(table)} rows instead of {shard.samples}. {DAMAGED}")
+    ends = {"key": None, "offset": shard.bytes - table["size"], "size": shard.bytes, "label": len(dataset.classes) - 1}
+    for name, end in ends.items():
+        if (table[name] < 0).any() or (end is not None and (table[name] > end).any()):
+            raise ValueError(f"{path} has a {name} that cannot be. {DAMAGED}")
+    return table
 
 
 def verify(folder: Path | str) -> list[str]:
@@ -184,7 +165,7 @@ def verify(folder: Path | str) -> list[str]:
     folder = Path(folder)
     try:
         dataset = load(folder)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return [str(error)]
     recorded = dict(dataset.description.files)
     for shard in dataset.shards:
@@ -200,21 +181,20 @@ def verify(folder: Path | str) -> list[str]:
     return problems
 
 
-def _load_description(path: Path) -> Description:
-    advice = "Copy the dataset again, or pack it again."
-    data = path.read_bytes()
+def _read_csv(path: Path, numbers: dict[str, type]) -> pd.DataFrame:
+    """A table, all text but for some columns of whole numbers.
+
+    Raises:
+        ValueError: naming the file.
+    """
     try:
-        content = json.loads(data)
-        found = int(content["format"])
-        content.pop("checksum")
-        description = Description(**content) if found <= FORMAT else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {advice}") from error
-    if description is None:
-        raise ValueError(f"{path} has format {found}; this version reads up to {FORMAT}. Update dermharness.")
-    if description.to_bytes() != data:
-        raise ValueError(f"{path} was changed after packing: its checksum does not match its content. {advice}")
-    return description
+        columns = pd.read_csv(path, nrows=0, index_col=False).columns
+        types = {column: numbers.get(column, str) for column in columns}
+        return pd.read_csv(path, dtype=types, keep_default_na=False, index_col=False)
+    except (ValueError, OverflowError, TypeError) as error:  # pandas' own are ValueErrors
+        raise ValueError(
+            f"{path} is no table of a dataset ({' '.join(str(error).split())[:200]}). {DAMAGED}"
+        ) from error
 
 
 def read_listed(folder: Path, name: str, files: dict[str, str]) -> Path:
@@ -223,6 +203,7 @@ def read_listed(folder: Path, name: str, files: dict[str, str]) -> Path:
     Raises:
         FileNotFoundError, ValueError: it is missing, or was changed after packing.
     """
+    check_name(name, folder)
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Copy the dataset again, or pack it again.")

@@ -6,10 +6,12 @@ one split only; a leak is refused unless it was asked for, and then every result
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from shards.description import DAMAGED
 from shards.grouping import Split
 from shards.index import Dataset, read_listed
 
@@ -27,7 +29,27 @@ def load_groups(dataset: Dataset, split: str) -> np.ndarray:
         ValueError, FileNotFoundError: there is no such split, or the file is damaged or missing.
     """
     real = dataset.split(split)[0].split
-    return np.load(read_listed(dataset.folder, f"{real}.groups.npy", dataset.description.files), allow_pickle=False)
+    return read_hashes(read_listed(dataset.folder, f"{real}.groups.npy", dataset.description.files))
+
+
+def read_hashes(path: Path) -> np.ndarray:
+    """A file of group hashes, as from `group_hashes`. No pickle is loaded, and no more memory taken than the file has bytes.
+
+    Raises:
+        ValueError: it is no such file.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("not version 1 of the format")
+            shape, _, kind = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # its header is Python, which has many ways to be wrong
+            raise ValueError(f"{path} is no NumPy file of group hashes ({error}). {DAMAGED}") from error
+        if kind != np.uint64 or len(shape) != 1 or shape[0] * kind.itemsize != size - file.tell():
+            raise ValueError(f"{path} holds {shape} of {kind} instead of a list of group hashes. {DAMAGED}")
+        return np.fromfile(file, np.uint64)
 
 
 def check_split(images: pd.DataFrame, split: Split) -> None:

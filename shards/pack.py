@@ -22,10 +22,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from shards.catalogue import Catalogue
+from shards.description import FORMAT, Description
 from shards.files import new_folder, sha256, usable_cores, write_durably
 from shards.grouping import Split
 from shards.image import FITS, encode, fit, open_rgb
-from shards.index import FORMAT, SHARD_COLUMNS, Description, Shard
+from shards.index import SHARD_COLUMNS, Shard
 from shards.leaks import check_split, group_hashes
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.image import decode_into
 from shards.index import Dataset, load_table
 
 OPEN_FILES = 64
@@ -77,11 +78,20 @@ class SplitReader:
             labels[here], keys[here] = table.label[rows[here]], table.key[rows[here]]
         return labels, keys
 
-    def describe(self, shard: int, row: int) -> str:
-        """A sample's name in errors: its key, shard and offset."""
-        table = self.table(shard)
-        path = self.dataset.folder / self.shards[shard].file
-        return f"sample {table.key[row]:08d} of {path} (byte {table.offset[row]})"
+    def decode(self, shard: int, row: int, data: bytes, out: np.ndarray) -> None:
+        """Decode the bytes of a sample into `out`, (H, W, 3) uint8.
+
+        Raises:
+            ValueError: they are damaged, or of another size; naming the sample's key, shard and offset.
+        """
+        try:
+            decode_into(data, out)
+        except ValueError as error:
+            table, path = self.table(shard), self.dataset.folder / self.shards[shard].file
+            raise ValueError(
+                f"Cannot decode sample {table.key[row]:08d} of {path} (byte {table.offset[row]}): {error}. The shard was damaged "
+                f"after packing: `python -m shards verify {self.dataset.folder}` lists what to copy again."
+            ) from error
 
     def _open(self, shard: int) -> "_File":
         with self._lock:

@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -109,20 +110,20 @@ def load_config(path: Path) -> Config:
         ValueError: a file of another version of the harness, or a damaged one.
     """
     try:
-        saved = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if old := [key for key in _nested_keys(saved) if key in RENAMED]:
-            raise ValueError(
-                f"{path} is of version 0.1 of the harness ({old[0]} is now {RENAMED[old[0]]}), whose runs are not continued. "
-                f"Name another --run.folder; to train on from its weights, give --model.weights with the "
-                f"checkpoints/best-N/model.safetensors of {Path(path).parent}."
-            )
-        parts = {name: kind(**_tuples(saved[name])) for name, kind in SECTIONS.items()}
-        return Config(**parts)
-    except (TypeError, KeyError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        saved = _read_yaml(Path(path))
+        if not (old := [key for key in _nested_keys(saved) if key in RENAMED]):
+            typed = {name: _typed(kind, saved[name]) for name, kind in SECTIONS.items()}
+            return Config(**{name: kind(**typed[name]) for name, kind in SECTIONS.items()})
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged, or of another version of the harness ({error}). Restore a copy, start a new run folder, or "
             "continue with the settings that you give now by --run.on_changed_settings accept."
         ) from error
+    raise ValueError(
+        f"{path} is of version 0.1 of the harness ({old[0]} is now {RENAMED[old[0]]}), whose runs are not continued. "
+        f"Name another --run.folder; to train on from its weights, give --model.weights with the "
+        f"checkpoints/best-N/model.safetensors of {Path(path).parent}."
+    )
 
 
 def _sentence(error: Exception) -> str:
@@ -141,8 +142,59 @@ def _listed(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _tuples(values: dict) -> dict:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+def _typed(section: type, values: dict) -> dict:
+    """The settings of a section as it wants them: lists as tuples.
+
+    Raises:
+        TypeError: a value of another type than the setting's.
+    """
+    kinds, typed = get_type_hints(section), {}
+    for key, value in values.items():
+        typed[key] = tuple(value) if isinstance(value, list) else value
+        if key in kinds and not _is_a(typed[key], kinds[key]):
+            raise TypeError(f"{key} cannot be {str(value)[:40]}")
+    return typed
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value of YAML has a setting's type: bool, int, float, str, a Literal, or a tuple of one of these."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if not isinstance(value, tuple) or (Ellipsis not in kinds and len(value) != len(kinds)):
+            return False
+        return all(_is_a(entry, kinds[0]) for entry in value)
+    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _read_yaml(path: Path) -> dict[str, dict]:
+    """A file of settings: sections of plain values and of lists of such. YAML's tags make no objects here.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    problem = None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            problem = "it has no sections (data, augment, model, optim, run, eval)"
+        for section in content.values() if not problem else ():
+            for value in section.values() if isinstance(section, dict) else ():
+                # Before anything is printed: a few lines that name each other can stand for gigabytes.
+                if isinstance(value, dict | set) or (isinstance(value, list) and any(map(_is_nested, value))):
+                    problem = "a setting is a value or a list of values, and here is a deeper one"
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = f"it is not YAML in UTF-8 ({error})"
+    except (RecursionError, ValueError, TypeError, OverflowError) as error:  # YAML's dates and numbers that are none
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise ValueError(problem)
+    return content
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, dict | list | set)
 
 
 def _parser() -> ArgumentParser:
@@ -178,12 +230,9 @@ def _keys_of_file(path: Path) -> list[str]:
             raise FileNotFoundError(f"{path} is now {path.with_name(RENAMED_FILES[path.name])}. Give that as --config.")
         raise FileNotFoundError(f"The settings file {path} is not there. Give another as --config.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The settings file {path} is not YAML in UTF-8: {error}. Correct it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"The settings file {path} has no sections (data, augment, model, optim, run, eval).")
-    return _nested_keys(content)
+        return _nested_keys(_read_yaml(path))
+    except ValueError as error:
+        raise ValueError(f"The settings file {path} cannot be read: {error}. Correct it.") from error
 
 
 def _nested_keys(content: dict) -> list[str]:

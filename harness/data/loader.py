@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from harness.data.threads import Buffers, TaskThreads
-from shards.image import decode_into
 from shards.plan import Plan, evaluation_ranges, locate_in_order, rank_slice
 from shards.reader import SplitReader
 
@@ -204,14 +203,10 @@ def _decode(
     is_bad = np.zeros(len(positions), bool)
     for place, data in reader.read(shards, rows):
         try:
-            decode_into(data, pixels[place])
-        except ValueError as error:
-            if ignores_bad:
-                is_bad[place] = True
-                continue
-            raise ValueError(
-                f"Cannot decode {reader.describe(int(shards[place]), int(rows[place]))}: {error}. The shard was damaged after "
-                f"packing: `python -m shards verify {reader.dataset.folder}` lists what to copy again."
-            ) from error
+            reader.decode(int(shards[place]), int(rows[place]), data, pixels[place])
+        except ValueError:
+            if not ignores_bad:
+                raise
+            is_bad[place] = True
     labels, keys = reader.labels_and_keys(shards, rows)
     return labels, keys, is_bad

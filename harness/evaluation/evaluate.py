@@ -5,7 +5,6 @@ the bytes of both files are the same at any world size; where there is a `metric
 belongs to it.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from harness.evaluation.predict import never, predict
 from harness.evaluation.results import METRICS_FILE, PREDICTIONS_FILE, Predictions, Results, compute_results
 from harness.run.checkpoint import Checkpoint, Provenance
 from harness.run.state import changes, writing
+from shards.description import read_description
 from shards.files import write_atomically
 from shards.index import Dataset, load, load_table
 from shards.leaks import leak_warnings
@@ -109,9 +109,15 @@ def validation_of_run(run: Path, weights: Checkpoint) -> SplitReader | None:
 
 
 def priors_of_run(run: Path) -> Prior:
-    """Class frequencies that a run's probabilities assume, and those that they are corrected to."""
-    counts = json.loads((run / "dataset.json").read_text(encoding="utf-8"))["counts"]["train"]
-    return class_priors(load_config(run / "config.yaml").optim, counts)
+    """Class frequencies that a run's probabilities assume, and those that they are corrected to.
+
+    Raises:
+        ValueError, OSError: its settings or its dataset.json are damaged, of another version, or missing.
+    """
+    counts = read_description(run / "dataset.json").counts
+    if not sum(counts.get("train", {}).values()):
+        raise ValueError(f"{run / 'dataset.json'} has no training images, so it is of no run. Restore a copy.")
+    return class_priors(load_config(run / "config.yaml").optim, counts["train"])
 
 
 def refuse_unknown_classes(dataset: Dataset, provenance: Provenance) -> None:

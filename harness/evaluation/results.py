@@ -22,12 +22,13 @@ from harness.evaluation.calibration import (
     threshold_for,
     with_temperature,
 )
+from harness.evaluation.layout import CALIBRATION_METRICS, misfit_of_results
 from harness.evaluation.metrics import compute_metrics, paired_differences, pick
 from harness.evaluation.subgroups import subgroup_metrics
+from shards.shape import misfit, parse_json
 
 FORMAT = 4  # of metrics.json
 METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.csv"
-CALIBRATION_METRICS = ("loss", "brier", "calibration_error")
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,15 @@ class Results:
             ValueError: it is damaged, or of another format.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text)
+            if problem := misfit(content, {"format": int}):
+                raise ValueError(problem)
             found = content.pop("format")
             if found == FORMAT:
+                if problem := misfit_of_results(content):
+                    raise ValueError(problem)
                 return cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged ({type(error).__name__}: {error}). Restore a copy, or run launch/evaluate.py on the run."
             ) from error
@@ -139,12 +144,28 @@ def read_predictions(folder: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: it is no such table.
     """
     path = folder / PREDICTIONS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {PREDICTIONS_FILE}. Run launch/evaluate.py on the run.")
     as_text: Any = {"image_id": str, "group": str, "label": str, "prediction": str}
-    return pd.read_csv(path, dtype=as_text, keep_default_na=False)
+    try:
+        rows = pd.read_csv(path, dtype=as_text | {"key": np.int64}, keep_default_na=False, index_col=False)
+        names = [name.removeprefix("p_") for name in rows if name.startswith("p_")]
+        if missing := [name for name in ("key", *as_text) if name not in rows]:
+            raise ValueError(f"it has no column {missing[0]}")
+        if not len(rows) or not set(rows["label"]) | set(rows["prediction"]) <= set(names):
+            raise ValueError("it has no rows, or names a class without a column of probabilities")
+        probabilities = rows[[f"p_{name}" for name in names]].to_numpy(np.float64)
+        if not ((probabilities >= 0) & (probabilities <= 1)).all():
+            raise ValueError("a probability is not between 0 and 1")
+    except (ValueError, TypeError, OverflowError) as error:  # pandas' own are ValueErrors
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} is damaged ({reason}). Restore a copy, or run launch/evaluate.py on the run."
+        ) from error
+    return rows
 
 
 def compute_results(

@@ -17,6 +17,7 @@ from PIL import Image
 from harness.config import Config
 from harness.data.augment import MEAN, STD, plain_view, training_view
 from shards.contact_sheet import draw_sheet, first_of_class
+from shards.image import FORMATS
 from shards.index import Dataset
 from shards.reader import SplitReader
 
@@ -100,7 +101,10 @@ def _thumbnails(reader: SplitReader, keys: set[int]) -> dict[int, Image.Image]:
             all_keys = reader.table(shard).key
             places = np.flatnonzero(np.isin(all_keys, sorted(keys)))
             for number, data in reader.read(np.full(len(places), shard), places):
-                with suppress(OSError, ValueError), Image.open(io.BytesIO(data)) as image:
+                # A decoder may raise anything; an image of another size is not one of the dataset's, and may be huge.
+                with suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                    if image.size != (reader.dataset.width, reader.dataset.height):
+                        continue
                     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
                     images[int(all_keys[places[number]])] = image.convert("RGB")
     return images

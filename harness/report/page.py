@@ -13,6 +13,7 @@ import pandas as pd
 
 from harness.config import Config, flat, load_config
 from harness.evaluation.calibration import with_temperature
+from harness.evaluation.layout import RATES
 from harness.evaluation.metrics import CLASS_METRICS, SUMMARY_METRICS
 from harness.evaluation.results import Results, read_predictions, read_results
 from harness.evaluation.subgroups import MIN_SUBGROUP, SUBGROUP_METRICS
@@ -23,9 +24,19 @@ from harness.report.tensorboard import write_tensorboard
 from harness.report.text import LIMITS, PRIOR_NOTES, efficiency_facts, format_metric, title
 from harness.run.log import read_json_lines
 from shards.index import Dataset
+from shards.shape import misfit
 
 CARDS = ("balanced_accuracy", "macro_f1", "accuracy", "macro_auc", "loss", "calibration_error")
-RATES = ("sensitivity", "specificity", "positive_predictive_value")
+
+
+EPOCH = {  # a line of log.jsonl
+    "epoch": int,
+    "loss": float,
+    "images_per_s": float,
+    "waited": float,
+}
+VALIDATION = dict.fromkeys(("loss", "accuracy", "balanced_accuracy", "macro_f1"), (float, None))
+START = {"step": int, "world": str, "versions": {str: str}}  # a line of starts.jsonl
 
 
 def draw_report(folder: Path, dataset: Dataset | None = None) -> None:
@@ -41,6 +52,10 @@ def draw_report(folder: Path, dataset: Dataset | None = None) -> None:
     saved = folder / "config.yaml"
     config = load_config(saved) if saved.is_file() else None  # None: not the folder of a training
     results, rows = read_results(folder), read_predictions(folder)
+    if [name for name in rows if name.startswith("p_")] != [f"p_{name}" for name in results.classes]:
+        raise ValueError(
+            f"The predictions.csv of {folder} has other classes than its metrics.json. Restore a copy of both."
+        )
     if dataset is not None and dataset.fingerprint == results.dataset:
         save_gallery(folder, results.split, rows, dataset, config)
     plots = write_page(folder, results, rows)
@@ -66,7 +81,10 @@ def write_page(folder: Path, results: Results, rows: pd.DataFrame) -> dict[str, 
 
 def _page(folder: Path, results: Results, rows: pd.DataFrame, plots: dict[str, bytes]) -> str:
     """The whole page, as one HTML text."""
-    entries = read_json_lines(folder / "log.jsonl")
+    epochs, val = (
+        _json_lines(folder / "log.jsonl", "epoch", EPOCH),
+        _json_lines(folder / "log.jsonl", "val", VALIDATION),
+    )
     heading = text(f"{results.model}, {results.split} split")
     parts = [
         f"<h1>{heading}</h1>",
@@ -82,8 +100,8 @@ def _page(folder: Path, results: Results, rows: pd.DataFrame, plots: dict[str, b
         _operating_points(results),
         _subgroups(results),
         _gallery(folder, rows),
-        _training(folder, entries),
-        "<h2>Provenance</h2>" + _provenance(folder, results, entries),
+        _training(folder, epochs, val),
+        "<h2>Provenance</h2>" + _provenance(folder, results, epochs),
         "<h2>Use and limits</h2>" + _limits(results),
     ]
     head = '<meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
@@ -213,26 +231,26 @@ def _gallery(folder: Path, rows: pd.DataFrame) -> str:
     return "".join(parts)
 
 
-def _training(folder: Path, entries: list[dict]) -> str:
+def _training(folder: Path, epochs: list[dict], val: list[dict]) -> str:
     parts = []
-    if any(entry["kind"] == "epoch" for entry in entries):
-        parts.append("<h2>Training</h2>" + image(draw_history(entries), "losses and metrics by epoch"))
+    if epochs and len(epochs) == len(val):
+        parts.append("<h2>Training</h2>" + image(draw_history(epochs, val), "losses and metrics by epoch"))
     if (sheet := folder / FOLDER / AUGMENTED).is_file():
         parts.append("<h2>Augmented training images</h2>" + image(sheet.read_bytes(), "augmented images", "jpeg"))
     return "".join(parts)
 
 
-def _provenance(folder: Path, results: Results, entries: list[dict]) -> str:
+def _provenance(folder: Path, results: Results, epochs: list[dict]) -> str:
     facts = {
         "dataset": f"{results.dataset[:12]}, split protocol {results.protocol['name']}",
         "trained on": results.trained_on[:12],
         "best epoch": results.best_epoch,
     }
-    if epochs := [entry for entry in entries if entry["kind"] == "epoch"]:
+    if epochs:
         facts["images/s"] = f"{np.median([entry['images_per_s'] for entry in epochs]):.0f} (median over epochs)"
         facts["waiting for data"] = f"{np.mean([entry['waited'] for entry in epochs]):.1%} of the training time"
         facts |= efficiency_facts(epochs)
-    if starts := read_json_lines(folder / "starts.jsonl"):
+    if starts := _json_lines(folder / "starts.jsonl", None, START):
         facts["starts"] = f"{len(starts)} ({', '.join('step ' + str(start['step']) for start in starts[:8])})"
         facts["ran on"] = starts[-1]["world"]
         facts["versions"] = ", ".join(f"{name} {number}" for name, number in starts[-1]["versions"].items())
@@ -255,3 +273,10 @@ def _limits(results: Results) -> str:
 
 def _setting(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _json_lines(path: Path, kind: str | None, shape: dict) -> list[dict]:
+    """The lines of a file that have a shape, of one kind of entry if it has several; what is damaged is left out."""
+    return [
+        entry for entry in read_json_lines(path) if kind in (None, entry.get("kind")) and misfit(entry, shape) is None
+    ]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MANY_CLASSES = 30  # beyond them a confusion matrix is a picture without numbers
 MAX_CURVES = 10
+MAX_NAME = 60  # characters of a class's name in a plot
 
 
 def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: str) -> bytes:
@@ -103,14 +104,13 @@ def draw_reliability(confidences: dict[str, np.ndarray], is_right: np.ndarray) -
     return _png(figure)
 
 
-def draw_history(entries: list[dict]) -> bytes:
+def draw_history(epoch_entries: list[dict], val_entries: list[dict]) -> bytes:
     """Losses and validation metrics, epoch by epoch.
 
     Args:
-        entries: of log.jsonl, with at least one epoch.
+        epoch_entries, val_entries: of log.jsonl, one of each for each of E > 0 epochs.
     """
-    epochs = pd.DataFrame([entry for entry in entries if entry["kind"] == "epoch"])
-    val = pd.DataFrame([entry for entry in entries if entry["kind"] == "val"])
+    epochs, val = pd.DataFrame(epoch_entries), pd.DataFrame(val_entries)
     figure, (left, right) = _figure(6.3, 6.6, 2, down=True)
     left.plot(epochs["epoch"], epochs["loss"], label="training")
     left.plot(epochs["epoch"], val["loss"], label="validation")
@@ -139,8 +139,8 @@ def _figure(
 
 
 def _literal(name: str) -> str:
-    """A name as matplotlib draws it unchanged: what stands between two dollars would be a formula."""
-    return name.replace("$", r"\$")
+    """A name as matplotlib draws it unchanged: what stands between two dollars would be a formula. Long ones are cut."""
+    return (name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "...").replace("$", r"\$")
 
 
 def _png(figure: "Figure") -> bytes:

@@ -5,7 +5,6 @@ what was there.
 """
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from harness.config import Config, flat
 from harness.evaluation.metrics import SUMMARY_METRICS
 from harness.evaluation.results import Results
+from shards.shape import misfit, parse_json
 
 
 def write_tensorboard(
@@ -29,7 +29,7 @@ def write_tensorboard(
         rows: of predictions.csv. plots: PNG by name, as from `page.write_page`.
     """
     metrics = results.tta
-    step = json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"] + 1
+    step = _last_step(folder / "state.json") + 1
     defined = {name: metrics[name] for name in SUMMARY_METRICS if metrics[name] is not None}
     with SummaryWriter(str(folder / "tensorboard"), purge_step=step) as writer:
         for name, value in defined.items():
@@ -43,3 +43,20 @@ def write_tensorboard(
         settings = {key: str(value) for key, value in flat(config).items()}
         final = {f"final/{name}": value for name, value in defined.items()}
         writer.add_hparams(settings, final, run_name=".", global_step=step)
+
+
+def _last_step(path: Path) -> int:
+    """How many steps a run made.
+
+    Raises:
+        ValueError: its state.json is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        state = parse_json(path.read_bytes())
+        problem = misfit(state, {"step": int})
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{path} is damaged ({problem}). Start the run's command again: it writes it anew.")
+    return state["step"]

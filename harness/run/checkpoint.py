@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,8 +22,25 @@ from torch import nn
 
 from harness.run.progress import Progress
 from shards.files import sync, write_durably
+from shards.leaks import read_hashes
+from shards.shape import misfit, parse_json
 
 FORMAT = 2
+SHAPE = {  # of progress.json
+    "format": int,
+    "progress": {
+        **dict.fromkeys(
+            (
+                *("epoch", "samples_seen", "step", "best_step", "best_epoch", "epochs_without_improvement"),
+                *("skipped_steps", "micro_batch"),
+            ),
+            int,
+        ),
+        **{"best": (float, None), "loss": float, "correct": float, "images": float},
+    },
+    "provenance": {"model": str, "classes": [str], "dataset": str, "order": str},
+}
+ADDED = {"skipped_steps": 0, "micro_batch": 0}  # to progress.json, within the format
 MANIFEST, EMA_FILE = "manifest.json", "ema.safetensors"
 ASIDE = ".old"  # behind the name of a folder that is about to be replaced
 
@@ -101,32 +118,48 @@ def restore(
     load_model(checkpoint, model)
     if ema is not None:
         kept = (checkpoint.folder / EMA_FILE).is_file()
-        ema.load_state_dict(load(_read(checkpoint.folder, EMA_FILE)) if kept else model.state_dict())
+        data = _read(checkpoint.folder, EMA_FILE) if kept else b""
+        with _named(checkpoint.folder / EMA_FILE):
+            ema.load_state_dict(load(data) if kept else model.state_dict())
     optimizer_pt = io.BytesIO(_read(checkpoint.folder, "optimizer.pt"))
-    state = torch.load(optimizer_pt, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
+    with _named(checkpoint.folder / "optimizer.pt"):
+        state = torch.load(optimizer_pt, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
 
 
 def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Load weights in place; every tensor must be there.
 
     Raises:
-        ValueError: what this rank reads is not what was written.
+        ValueError: what this rank reads is not what was written, or does not fit.
     """
-    model.load_state_dict(load(_read(checkpoint.folder, "model.safetensors")))
+    data = _read(checkpoint.folder, "model.safetensors")
+    with _named(checkpoint.folder / "model.safetensors"):
+        model.load_state_dict(load(data))
 
 
 def _read(folder: Path, name: str) -> bytes:
     """A file of a checkpoint, with the SHA-256 of the manifest: each rank may read another copy of it."""
     data = (folder / name).read_bytes()
-    if hashlib.sha256(data).hexdigest() != json.loads((folder / MANIFEST).read_bytes()).get(name):
+    manifest = parse_json((folder / MANIFEST).read_bytes())
+    if misfit(manifest, {name: str}) or hashlib.sha256(data).hexdigest() != manifest[name]:
         raise ValueError(
             f"{folder / name} is not what was written, as read by process {os.getpid()} on {socket.gethostname()}. Remove "
             f"{folder} there, or copy it again from the machine of rank 0; then start the same command again."
         )
     return data
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Inside, whatever a file's content makes safetensors, pickle, zipfile or torch raise becomes a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} cannot be loaded ({type(error).__name__}: {reason}). Restore a copy.") from error
 
 
 def required_bytes(run: Path, weights: int, whole: int, keep: int) -> int:
@@ -225,9 +258,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint whose files are whole.
 
     Raises:
-        ValueError: it has the format of another version.
+        ValueError: it has the format of another version, or says what no checkpoint says.
     """
-    content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    path = folder / "progress.json"
+    try:
+        content = parse_json(path.read_bytes())
+        problem = misfit(content, {"format": int})
+        if not problem and content["format"] == FORMAT:
+            problem = misfit(content, {"progress": dict})
+        if not problem and content["format"] == FORMAT:
+            content["progress"] = ADDED | content["progress"]
+            problem = misfit(content, SHAPE)
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{path} is damaged ({problem}). Restore a copy of {folder}.")
     if content["format"] > FORMAT:
         raise ValueError(
             f"{folder} has format {content['format']}; this version reads up to {FORMAT}. Update dermharness."
@@ -238,7 +283,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"another --run.folder; to train on from these weights, give --model.weights {folder / 'model.safetensors'}."
         )
     provenance_json = content["provenance"]
-    groups = np.load(folder / "train-groups.npy", allow_pickle=False)
+    groups = read_hashes(folder / "train-groups.npy")
     provenance = Provenance(
         provenance_json["model"],
         tuple(provenance_json["classes"]),
@@ -246,13 +291,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         groups,
         provenance_json["order"],
     )
-    return Checkpoint(folder, Progress(**content["progress"]), provenance)
+    return Checkpoint(folder, Progress(**{name: content["progress"][name] for name in SHAPE["progress"]}), provenance)
 
 
 def _best_step(folder: Path) -> int:
     """The step of the best weights that a checkpoint names; -1 if it is too damaged to name any."""
     try:
-        return json.loads((folder / "progress.json").read_text(encoding="utf-8"))["progress"]["best_step"]
+        return int(parse_json((folder / "progress.json").read_bytes())["progress"]["best_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 

@@ -25,6 +25,7 @@ from harness.run.stop import StopRequest
 from shards.files import write_atomically
 from shards.index import Dataset
 from shards.leaks import load_groups
+from shards.shape import misfit, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +178,9 @@ def claim_folder(folder: Path, config: Config, dataset: Dataset, lock: RunLock) 
 def _fingerprint(described: Path) -> str:
     """The dataset that a run was made on; nothing if that is damaged (each checkpoint knows it, too)."""
     try:
-        return json.loads(described.read_text(encoding="utf-8"))["checksum"]
-    except (ValueError, KeyError, TypeError):
+        content = parse_json(described.read_bytes())
+        return content["checksum"] if misfit(content, {"checksum": str}) is None else ""
+    except ValueError:
         return ""
 
 

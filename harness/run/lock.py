@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from harness.run.console import LOGGER
+from shards.shape import parse_json
 
 BEAT_S = 5.0
 WATCHED_S = 30.0  # a heartbeat that stands still for so long has stopped
@@ -84,9 +85,9 @@ class RunLock:
         if all(found.get(key) == self._owner[key] for key in ("host", "boot", "namespace")):
             try:
                 started = psutil.Process(found["process"]).create_time()
-            except psutil.NoSuchProcess:
+                return abs(started - found["started"]) < SAME_START_S  # else the number went to another process since
+            except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):  # none, or no number of one
                 return False
-            return abs(started - found["started"]) < SAME_START_S  # else the number went to another process since
         LOGGER.info(f"{self.file.parent} was last used by {who}; watching for {WATCHED_S:.0f} s whether it still runs")
         deadline = time.monotonic() + WATCHED_S
         while time.monotonic() < deadline:
@@ -121,7 +122,7 @@ class RunLock:
 def _read(file: Path) -> dict | None:
     """The content of a lock, None where there is none; a damaged one is nobody's, and empty."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:

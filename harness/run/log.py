@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from harness.run.state import writing
 from shards.files import write_atomically
+from shards.shape import parse_json
 
 RESULT = "result"  # kind of the entry of the final evaluation
 
@@ -150,5 +151,5 @@ def read_json_lines(path: Path) -> list[dict]:
     entries = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with suppress(ValueError):
-            entries.append(json.loads(line))
+            entries.append(parse_json(line))
     return [entry for entry in entries if isinstance(entry, dict)]

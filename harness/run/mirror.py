@@ -5,12 +5,14 @@ files have the SHA-256 of its manifest, so a run folder on a disk whose renames 
 Drive) is safe; nothing is removed from it before what replaces it has arrived.
 """
 
+import re
 import shutil
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from harness.run.checkpoint import ASIDE, Checkpoint, put_in_place, temporary_of
+from harness.run.console import LOGGER
 from harness.run.recovery import find_corruption, latest_valid
 from shards.files import write_atomically
 
@@ -103,8 +105,17 @@ def _latest(place: Path) -> Checkpoint | None:
 
 
 def _identity(run: Path) -> str:
-    """A name for the run that its folder keeps: another run with the same local folder must not be taken for it."""
+    """A name for the run that its folder keeps: another run with the same local folder must not be taken for it.
+
+    Anything else than what was written here may name a folder of somebody else's. It is replaced: under a new name no copy
+    is found, so nothing is overwritten, and the run goes on from the checkpoints in its own folder.
+    """
     path = run / "id"
-    if not path.is_file():
-        write_atomically(path, uuid.uuid4().hex[:16].encode())
-    return path.read_text(encoding="utf-8")
+    found = path.read_bytes() if path.is_file() else b""
+    if re.fullmatch(rb"[0-9a-f]{16}", found):
+        return found.decode()
+    if found:
+        LOGGER.warning(f"{path} is damaged: written anew, and copies in run.checkpoint_dir are not looked for")
+    name = uuid.uuid4().hex[:16]
+    write_atomically(path, name.encode())
+    return name

@@ -4,7 +4,6 @@ In: a run's folder. Out: a `Checkpoint` whose files have the SHA-256 of their ma
 the one before it is used; nothing damaged is ever loaded; what a crash interrupted is finished or undone first.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +23,9 @@ from harness.run.checkpoint import (
 from harness.run.console import LOGGER
 from harness.run.progress import Progress
 from shards.files import sha256, sync, write_durably
+from shards.shape import parse_json
+
+FILES = {"progress.json", "model.safetensors", "train-groups.npy", "optimizer.pt", EMA_FILE}  # beside the manifest
 
 
 def latest_valid(run: Path, quiet: bool = False) -> Checkpoint | None:
@@ -147,12 +149,14 @@ def _refuse_differing(everyone: list[tuple[str, str, str]]) -> None:
 def find_corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if each has the SHA-256 of the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_bytes())
+        if unknown := sorted(set(manifest) - FILES):  # it may lead anywhere
+            return f"its manifest names {unknown[0][:80]!r}"
         for name, digest in manifest.items():
             if sha256(folder / name) != digest:
                 return f"{name} is not what was written"
         if not {"progress.json", "model.safetensors", "train-groups.npy"} <= set(manifest):
             return "its manifest is incomplete"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return str(error)
     return None

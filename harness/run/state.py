@@ -14,15 +14,29 @@ from pathlib import Path
 from harness.distributed.world import World
 from harness.run.progress import Progress
 from shards.files import write_atomically
+from shards.shape import misfit, parse_json
 
 CHANGES, STATE = "changes.json", "state.json"
 ROOM = 4096  # bytes that state.json takes: on a full disk, word of a failure is written over it
 
 
 def changes(folder: Path) -> list[str]:
-    """Settings that were changed while the run went on, as `key: OLD is now NEW`."""
+    """Settings that were changed while the run went on, as `key: OLD is now NEW`.
+
+    Raises:
+        ValueError: their file is damaged.
+    """
     path = folder / CHANGES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        found = parse_json(path.read_bytes())
+        problem = misfit(found, [str])
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{path} is damaged ({problem}). Restore a copy: results must tell of those changes.")
+    return found
 
 
 def is_finished(folder: Path) -> bool:
@@ -113,6 +127,6 @@ def _write_failure(folder: Path, state: dict) -> None:
 
 def _read_state(folder: Path) -> dict:
     try:
-        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        return dict(parse_json((folder / STATE).read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):  # damaged: it only tells, so nothing is lost
         return {}

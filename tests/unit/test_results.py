@@ -190,7 +190,7 @@ def test_results_come_back_from_their_file_as_they_were(predictions, samples, tm
     ("content", "sentence"),
     [
         ({"format": 3, "plain": {}}, "has format 3, and this version of dermharness reads format 4"),
-        ({"format": 4, "split": "test"}, "is damaged .*image_size.*launch/evaluate.py"),
+        ({"format": 4, "split": "test"}, "is damaged .*views.*launch/evaluate.py"),
         ({"format": 4, "beauty": 1}, "is damaged .*beauty"),
         ({}, "is damaged .*format"),
         ([1], "is damaged"),
