@@ -200,7 +200,7 @@ def test_a_disk_that_fills_up_loses_nothing_but_the_steps_since_the_last_checkpo
     assert_equal_weights(weights(run), weights(finished_run))
 
 
-def test_a_disk_that_fills_up_in_the_evaluation_is_said_and_the_same_command_finishes(config, finished_run, small_disk):
+def test_a_disk_that_is_full_in_the_evaluation_is_said_and_the_same_command_finishes(config, finished_run, small_disk):
     run = small_disk / "run"
     done = launch("driven", "--config", config, "--run.folder", run, disturb="fill-test@1")
     assert done.returncode == 1
