@@ -1,11 +1,13 @@
 """Who stands still while others wait: by the points that each rank has passed, and its signs of work."""
 
 import socket
+import time
 from datetime import timedelta
 
 import pytest
+from torch.distributed import PrefixStore, TCPStore
 
-from harness.distributed.heartbeat import Beat, Lag
+from harness.distributed.heartbeat import BEAT_S, Beat, Heartbeat, Lag
 from harness.distributed.rendezvous import serve_store
 
 
@@ -50,3 +52,17 @@ def test_the_store_of_the_ranks_listens_where_they_look_for_it_and_nowhere_else(
     socket.create_connection(("127.0.0.1", store.port), timeout=5).close()
     with pytest.raises(OSError, match=r"refused|unreachable|assign"):
         socket.create_connection(("127.0.0.2", store.port), timeout=5)
+
+
+def test_a_process_that_does_not_know_the_secret_ends_no_run():
+    """Anyone on the address can connect; what it writes stands under other names."""
+    server = serve_store("127.0.0.1", timedelta(seconds=5))
+    PrefixStore("secret", server).set("turn", "0")
+    heartbeat = Heartbeat(PrefixStore("secret", server), rank=0, size=1, who="here")
+    heartbeat.start()
+    stranger = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
+    stranger.set("failed", '{"rank": 0, "error": "a joke"}')
+    stranger.set("/failed", '{"rank": 0, "error": "a joke"}')
+    time.sleep(2.5 * BEAT_S)
+    assert heartbeat.failure is None
+    heartbeat.close()
