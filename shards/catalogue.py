@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from shards.files import sha256
+
 REQUIRED = ("image_id", "path", "label", "group")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 NO_GROUPS = "the source names no groups (lesions, patients): images of one of them may be in several splits"
 
 
@@ -27,6 +28,8 @@ class Catalogue:
     warnings: what a reader of a score must be told of the source.
     group_name: what a group is, in the singular: lesion, patient, group.
     citation, license: of the images, as the dataset and its reports state them; empty where unknown.
+    what: what the source was taken for, in one line. split_column: the column in which the source itself says train, val or test;
+        empty where it says nothing.
     """
 
     images: pd.DataFrame
@@ -36,6 +39,8 @@ class Catalogue:
     group_name: str = "group"
     citation: str = ""
     license: str = ""
+    what: str = ""
+    split_column: str = ""
 
     @property
     def extra_columns(self) -> list[str]:
@@ -70,6 +75,11 @@ def validate(catalogue: Catalogue) -> Catalogue:
             f"{preview(unknown)} of {name}: unknown label {preview(dict.fromkeys(unknown.values()))}. "
             f"Known classes: {', '.join(catalogue.classes)}. Correct the label or remove the row."
         )
+    if len(set(labels)) < 2:
+        raise ValueError(
+            f"All {len(labels)} images of {name} have one label ({labels[0]}). A classifier needs two classes: check how the source "
+            "names them."
+        )
     labels_of: dict[str, set[str]] = {}
     for group, label in zip(images["group"], labels, strict=True):
         labels_of.setdefault(group, set()).add(label)
@@ -86,6 +96,18 @@ def validate(catalogue: Catalogue) -> Catalogue:
         if Path(path).stat().st_size == 0:
             raise ValueError(f"The image {path} is empty (0 bytes). Download it again or remove its row.")
     return catalogue
+
+
+def unite_copies(images: pd.DataFrame) -> pd.DataFrame:
+    """Images whose files are the same bytes get one group, that of the first of them: copies must not be in two splits."""
+    by_size: dict[int, list[int]] = {}
+    for row, path in enumerate(images["path"]):
+        by_size.setdefault(Path(path).stat().st_size, []).append(row)
+    groups, first = images["group"].tolist(), {}
+    for size, rows in by_size.items():
+        for row in rows if len(rows) > 1 and size else ():
+            groups[row] = groups[first.setdefault((size, sha256(Path(images["path"].iloc[row]))), row)]
+    return images.assign(group=groups)
 
 
 def preview(names: Iterable, most: int = 3) -> str:

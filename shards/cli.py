@@ -52,8 +52,13 @@ def _pack(options: argparse.Namespace) -> int:
     refuse_used_folder(options.out)
     outputs = [(options.out, options.size, options.fit), *options.also]
     packings = [(out, Packing(size, fit, options.quality, options.shard_samples)) for out, size, fit in outputs]
-    protocol = choose_protocol(options.protocol, options.seed, options.folds, options.fold, options.holdout)
+    parameters = options.seed, options.folds, options.fold, options.holdout
+    protocol = choose_protocol(options.protocol or "lesion", *parameters)  # before anything is read
     source = _read_source(options)
+    if source.split_column and not (options.protocol or options.folds or options.holdout):
+        protocol = choose_protocol(f"column:{source.split_column}", *parameters)
+    if source.what:
+        print(f"{options.source}: {source.what}; {len(source.images)} images, {len(source.classes)} classes")
     source = replace(source, citation=options.citation or source.citation, license=options.license or source.license)
     described = pack_several(source, protocol(source.images), packings, options.threads)[0]
     seconds = time.perf_counter() - start
@@ -69,16 +74,17 @@ def _pack(options: argparse.Namespace) -> int:
 
 def _read_source(options: argparse.Namespace) -> "Catalogue":
     from shards import sources
+    from shards.tables import is_table
 
     path: Path = options.source
     if (options.protocol == "isic2018") != (options.test_source is not None):
         raise ValueError(
             "--protocol isic2018 needs --test-source, the folder of the challenge's test images, "
-            f"and no other protocol takes it. Got --protocol {options.protocol}."
+            f"and no other protocol takes it. Got --protocol {options.protocol or 'lesion'}."
         )
     if options.protocol == "isic2018":
         return sources.read_isic2018(path, options.test_source)
-    if path.suffix.lower() in (".csv", ".parquet"):
+    if path.is_file() or is_table(path):
         if not (options.image_column and options.label_column):
             raise ValueError(
                 f"{path.name} needs --image-column and --label-column (and --group-column if it has groups)."
@@ -207,7 +213,10 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_split_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--protocol", default="lesion", help="how to split, see below (default lesion)")
+    add(
+        "--protocol",
+        help="how to split, see below (default lesion; column:split where folders are named train, val, test)",
+    )
     add("--folds", type=int, default=0, help="number of cross-validation folds, 3 or more")
     add("--fold", type=int, default=0, help="which fold is the test split, from 0 (default 0)")
     add("--holdout", type=float, default=0.0, help="share of groups cut as a common test set before all else")

@@ -5,6 +5,7 @@ Invariants: an image that cannot be read whole is an error that names it, never 
 """
 
 import io
+from functools import cache
 
 import numpy as np
 import simplejpeg
@@ -12,7 +13,20 @@ from PIL import Image, ImageOps
 
 FITS = ("cover", "contain", "squeeze")
 # Pillow knows more, some of which run other programs (EPS); a file's name and its bytes may tell different stories.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow reads: older ones have no AVIF."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Endings of the files that are images, in small letters: those of every format that is read."""
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in readable_formats())
 
 
 def open_rgb(data: bytes, name: str, size: tuple[int, int] | None = None) -> Image.Image:
@@ -30,7 +44,7 @@ def open_rgb(data: bytes, name: str, size: tuple[int, int] | None = None) -> Ima
         ValueError: not an image, or a damaged or cut-off one, or one of another size.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=readable_formats())
         if size is not None and image.size != size:
             raise ValueError(_other_size(image.size, size))
         image.load()

@@ -6,16 +6,18 @@ shards do not need are kept as extra columns; a missing image is an error, never
 
 import filecmp
 import re
-import warnings
 from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 
-from shards.catalogue import IMAGE_SUFFIXES, NO_GROUPS, REQUIRED, Catalogue, preview, validate
+from shards.catalogue import NO_GROUPS, REQUIRED, Catalogue, preview, unite_copies, validate
+from shards.folders import find_classes, walk
+from shards.image import image_suffixes
+from shards.tables import read_table_file
 
 HAM10000_CLASSES = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")  # the order of the ISIC 2018 challenge
-METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata")  # as Kaggle and as Dataverse name it
+METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")  # as Kaggle and as Dataverse name it
 GROUND_TRUTH = "ISIC2018_Task3_Test_GroundTruth.csv"
 HAM10000_CITATION = (
     "Tschandl, Rosendahl, Kittler: The HAM10000 dataset, Scientific Data 5, 180161 (2018), doi:10.1038/sdata.2018.161"
@@ -25,6 +27,18 @@ ISIC2018_CITATION = (
     "Collaboration (ISIC), arXiv:1902.03368 (2019); " + HAM10000_CITATION
 )
 CC_BY_NC = "CC BY-NC 4.0"  # of both
+COMMON_SUFFIXES = (
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".webp",
+    ".JPG",
+    ".JPEG",
+    ".PNG",
+    ".tif",
+    ".tiff",
+    ".bmp",
+)  # that a table may leave out
 DRAWN = "drawn"  # the `dx_type` of the demo's images, which nobody owns
 
 
@@ -76,7 +90,7 @@ def read_isic2018(folder: Path, test: Path) -> Catalogue:
         raise FileNotFoundError(
             f"No {GROUND_TRUTH} in {test}. Give the folder that holds it and the challenge's test images."
         )
-    truth = _read_csv(files[0])
+    truth = read_table_file(files[0])[0]
     unknown = [column for column in truth.columns if column != "image" and column.lower() not in HAM10000_CLASSES]
     if "image" not in truth.columns or unknown:
         raise ValueError(
@@ -98,24 +112,28 @@ def read_isic2018(folder: Path, test: Path) -> Catalogue:
 
 
 def read_class_folders(root: Path) -> Catalogue:
-    """Read `root/CLASS/*`: the folders' names are the classes, in alphabetical order; each image is a group.
+    """Read `root/CLASS/**`, or `root/train/CLASS/**` beside `val` and `test`: the folders' names are the classes.
+
+    Classes are in alphabetical order. Each image is a group, with its exact copies.
 
     Raises:
         FileNotFoundError: no folder, or no images in folders below it.
+        ValueError: folders that may be no classes, as `folders.find_classes` says it.
     """
     root = Path(root)
-    rows = [
-        {"image_id": f"{path.parent.name}/{path.stem}", "path": str(path), "label": path.parent.name}
-        for path in sorted(root.glob("*/*"))
-        if _is_image_file(path)
-    ]
-    if not rows:
-        raise FileNotFoundError(
-            f"No source in {root}: neither HAM10000_metadata.csv nor images ({', '.join(sorted(IMAGE_SUFFIXES))}) in one folder "
-            "a class. Give such a folder, or a CSV or Parquet file with --image-column and --label-column."
+    rows, what = find_classes(root)
+    images = pd.DataFrame([row | {"group": row["image_id"]} for row in rows])
+    columns = [*REQUIRED, *(["split"] if "split" in images else [])]
+    return validate(
+        Catalogue(
+            unite_copies(images[columns]),
+            tuple(sorted({row["label"] for row in rows})),
+            root.name,
+            (NO_GROUPS,),
+            what=what,
+            split_column="split" if "split" in images else "",
         )
-    images = pd.DataFrame([row | {"group": row["image_id"]} for row in rows], columns=list(REQUIRED))
-    return validate(Catalogue(images, tuple(sorted({row["label"] for row in rows})), root.name, (NO_GROUPS,)))
+    )
 
 
 def read_table(path: Path, image_column: str, label_column: str, group_column: str | None) -> Catalogue:
@@ -131,7 +149,7 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
         ValueError: missing columns, blanks, repeated images, groups with two labels.
     """
     path = Path(path)
-    table = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
+    table, what = read_table_file(path)
     wanted = {"--image-column": image_column, "--label-column": label_column, "--group-column": group_column}
     for option, column in wanted.items():
         if column is not None and column not in table.columns:
@@ -157,7 +175,9 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
     images = pd.concat([pd.DataFrame(core), _extras(table, set(wanted.values()))], axis=1)
     classes = tuple(sorted(set(images["label"]) - {""}))
     warned = () if group_column else (NO_GROUPS,)
-    return validate(Catalogue(images, classes, path.name, warned, _group_name(group_column)))
+    if not group_column:
+        images = unite_copies(images)
+    return validate(Catalogue(images, classes, path.name, warned, _group_name(group_column), what=f"table ({what})"))
 
 
 def _read_metadata(folder: Path) -> pd.DataFrame:
@@ -167,7 +187,7 @@ def _read_metadata(folder: Path) -> pd.DataFrame:
         )
     for name in METADATA:
         if (folder / name).is_file():
-            return _read_csv(folder / name)
+            return read_table_file(folder / name)[0]
     raise FileNotFoundError(
         f"No HAM10000_metadata.csv in {folder}. Give the folder that holds it beside the image folders; "
         "`python -m shards demo OUT` draws an example of the layout."
@@ -186,37 +206,13 @@ def _extras(table: pd.DataFrame, used: set) -> pd.DataFrame:
     return rest.rename(columns={name: f"source_{name}" for name in (*REQUIRED, "key", "offset", "size", "class")})
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise FileNotFoundError(f"The file {path} does not exist. Give a CSV or Parquet file with one row an image.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
-            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a CSV file: {error}. Download it again, or save it as UTF-8.") from error
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} is empty. Download it again.") from error
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path).astype("string").fillna("").astype(object)
-    except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow: pip install pyarrow") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"The file {path} does not exist. Give a file with one row an image.") from error
-    except Exception as error:  # pyarrow's errors are its own kinds
-        raise ValueError(f"{path} is not a Parquet file: {error}. Write it again.") from error
-
-
 def _is_image_file(name: str | Path) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+    return Path(name).suffix.lower() in image_suffixes()
 
 
 def _resolve(folder: Path, name: str) -> Path | None:
     """The image file that a table names, or None; a blank name is never one."""
-    for ending in ("", *sorted(IMAGE_SUFFIXES)):
+    for ending in ("", *COMMON_SUFFIXES):
         path = folder / f"{name}{ending}"
         if name and path.is_file():
             return path
@@ -227,7 +223,7 @@ def _paths(image_ids: list[str], found: dict[str, Path], folder: Path) -> list[s
     absent = [image_id for image_id in image_ids if image_id not in found]
     if absent:
         raise FileNotFoundError(
-            f"{preview(absent)} of the metadata: no image of that name ({', '.join(sorted(IMAGE_SUFFIXES))}) lies below "
+            f"{preview(absent)} of the metadata: no image of that name (such as .jpg or .png) lies below "
             f"{folder}. Unpack every part of the download there, or remove those rows from the metadata."
         )
     return [str(found[image_id]) for image_id in image_ids]
@@ -236,7 +232,7 @@ def _paths(image_ids: list[str], found: dict[str, Path], folder: Path) -> list[s
 def _find_images(folder: Path, wanted: set[str]) -> dict[str, Path]:
     """Map image id to file. The same image twice (Kaggle's download repeats its folders) is no error."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in walk(folder):
         if not _is_image_file(path) or path.stem not in wanted:
             continue
         first = found.setdefault(path.stem, path)

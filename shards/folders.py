@@ -1,0 +1,101 @@
+"""Images in folders: which files are images, and what a tree of them means.
+
+In: a folder. Out: image files in a fixed order, or rows of a catalogue with class, and split where the folders say it. Invariants:
+hidden files are no images; every other file that is not taken is counted; a tree that may mean two things is refused.
+"""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from shards.image import image_suffixes
+from shards.tables import is_table
+
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PART = re.compile(r"(^|[_\- ])(part|images?|imgs?|pictures?|photos?)([_\- ]?\d+)?($|[_\- ])", re.IGNORECASE)
+NOT_OURS = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # made by systems, beside hidden files
+
+
+def walk(root: Path) -> list[Path]:
+    """All files below a folder, sorted; links to folders are followed; hidden files and folders are left out."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [Path(folder, name) for name in names if not is_hidden(name)]
+    return sorted(found)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or a system's own."""
+    return name.startswith(".") or name in NOT_OURS
+
+
+def find_classes(root: Path) -> tuple[list[dict[str, str]], str]:
+    """The images of class folders, or of class folders inside folders named train, val and test.
+
+    Returns:
+        rows with image_id, path, label, and split where the folders say it; and what the tree was taken for, in one line.
+
+    Raises:
+        FileNotFoundError: no images in folders below it.
+        ValueError: folders that are no classes: parts of one set of images, some named as splits, beside a table, or one alone.
+    """
+    suffixes, files = image_suffixes(), walk(root)
+    images = [path for path in files if path.suffix.lower() in suffixes and len(path.relative_to(root).parts) > 1]
+    if not images:
+        raise FileNotFoundError(
+            f"No source in {root}: neither HAM10000_metadata.csv nor images (such as .jpg or .png) in one folder a class. Give such "
+            "a folder, or a CSV or Parquet file with --image-column and --label-column."
+        )
+    tops = sorted({path.relative_to(root).parts[0] for path in images})
+    splits = {top: SPLIT_WORDS[top.lower()] for top in tops if top.lower() in SPLIT_WORDS}
+    _refuse_tables(root, files)
+    if splits and len(splits) < len(tops):
+        others = [top for top in tops if top not in splits]
+        raise ValueError(
+            f"{root} has folders named as splits ({', '.join(splits)}) and others ({', '.join(others[:5])}). Give a folder with "
+            "train, val and test alone, or with one folder a class."
+        )
+    depth = 1 if splits else 0
+    rows = []
+    for path in images:
+        parts = path.relative_to(root).parts
+        if len(parts) < depth + 2:
+            raise ValueError(
+                f"{path} is in no class folder: {root} has {'/'.join(parts[:depth])}/CLASS/image. Move it into one."
+            )
+        row = {"image_id": str(Path(*parts).with_suffix("").as_posix()), "path": str(path), "label": parts[depth]}
+        rows.append(row | ({"split": splits[parts[0]]} if splits else {}))
+    _refuse_parts(root, sorted({row["label"] for row in rows}))
+    what = "class folders" + (f" in {', '.join(splits)}" if splits else "")
+    other = Counter(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in suffixes)
+    left = ", ".join(f"{times} {ending}" for ending, times in sorted(other.items()))
+    return rows, what + (f"; not images, left out: {left}" if left else "")
+
+
+def _refuse_tables(root: Path, files: list[Path]) -> None:
+    if tables := [path for path in files if path.parent == root and is_table(path)]:
+        raise ValueError(
+            f"{root} has a table ({tables[0].name}) beside its folders of images. If it names the classes, give it: python -m "
+            f"shards pack {tables[0]} OUT --image-column ... --label-column ...; if the folders are the classes, move it elsewhere."
+        )
+
+
+def _refuse_parts(root: Path, classes: list[str]) -> None:
+    if len(classes) == 1:
+        raise ValueError(
+            f"{root} has images in one class folder alone ({classes[0]}). A classifier needs two classes: give the folder "
+            "above, or a table with --image-column and --label-column."
+        )
+    if all(PART.search(name) for name in classes):
+        raise ValueError(
+            f"The folders {', '.join(classes[:3])} of {root} look like parts of one set of images, not like classes. Give the "
+            "table of their labels: python -m shards pack TABLE OUT --image-column ... --label-column ... --image-root "
+            f"{root}; if they are classes, rename them."
+        )

@@ -1,0 +1,197 @@
+"""Folders and tables as people have them: taken for what they are, in one line, or refused with what to type."""
+
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, features
+
+from shards import cli
+from shards.catalogue import unite_copies
+from shards.folders import find_classes
+from shards.index import load, load_table
+from shards.sources import read_class_folders, read_ham10000, read_table
+from shards.tables import find_separator, read_table_file
+
+RNG = np.random.default_rng(1)
+
+
+def save(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 255, (9, 12, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def packed(source: Path, out: Path, *words: str):
+    assert cli.main(["pack", str(source), str(out), "--size", "12x9", *words]) == 0
+    return load(out)
+
+
+@pytest.mark.parametrize("name", ["HAM10000_metadata.tab", "HAM10000_metadata", "HAM10000_metadata.csv"])
+@pytest.mark.parametrize("separator", ["\t", ",", ";"])
+def test_ham10000s_table_is_read_under_each_of_its_names_whatever_separates_it(source, tmp_path, name, separator):
+    folder = shutil.copytree(source, tmp_path / "HAM10000")
+    table = pd.read_csv(folder / "HAM10000_metadata.csv", dtype=str, keep_default_na=False)
+    (folder / "HAM10000_metadata.csv").unlink()
+    table.to_csv(folder / name, sep=separator, index=False)
+    pd.testing.assert_frame_equal(
+        read_ham10000(folder).images.drop(columns="path"), read_ham10000(source).images.drop(columns="path")
+    )
+
+
+def test_a_table_with_spaces_blank_rows_repeated_headers_and_line_breaks_is_tidied(tmp_path):
+    text = 'id ;note\n a ;"two\r\nlines"\nid ;note\n;\n;\n'
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    table, said = read_table_file(tmp_path / "t.csv")
+    assert table.to_dict("records") == [{"id": "a", "note": "two lines"}]
+    assert said == "semicolons, 1 repeated headers left out"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("id,site\n001,Rücken\n".encode(), "commas"),
+        ("id,site\n001,Rücken\n".encode("utf-8-sig"), "commas"),
+        ("id,site\n001,Rücken\n".encode("cp1252"), "commas, Windows-1252"),
+        ("id\tsite\n001\tRücken\n".encode("utf-16"), "tabs, UTF-16"),
+        (gzip.compress(b"id,site\n001,R\xc3\xbccken\n"), "commas"),
+    ],
+)
+def test_text_is_read_in_the_encoding_it_has_and_stays_text(tmp_path, data, said):
+    (tmp_path / "t.csv.gz").write_bytes(data)
+    table, found = read_table_file(tmp_path / "t.csv.gz")
+    assert table.to_dict("records") == [{"id": "001", "site": "Rücken"}]
+    assert found == said
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("t.zip", "Unpack it"), ("t.xlsx", "Save it as CSV"), ("t.csv", "is empty")]
+)
+def test_what_is_no_table_says_what_to_do(tmp_path, name, word):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=word):
+        read_table_file(tmp_path / name)
+
+
+def test_a_separator_inside_quotes_is_none():
+    assert find_separator('"a;b;c","d"\n') == ","
+    assert find_separator("name\n") == ","
+
+
+@pytest.mark.parametrize("words", [("train", "val", "test"), ("training", "valid", "test"), ("Train", "validation")])
+def test_folders_named_train_val_and_test_are_taken_as_they_are(tmp_path, words, capsys):
+    for split in words:
+        for number in range(6):
+            save(tmp_path / "root" / split / "mn"[number % 2] / f"{number}.png")
+    dataset = packed(tmp_path / "root", tmp_path / "out")
+    assert dataset.classes == ("m", "n")
+    assert {name: sum(shard.samples for shard in dataset.split(name)) for name in ("train", "val", "test")} == {
+        "train": 6,
+        "val": 6,
+        "test": 6,
+    }
+    assert ("test" in dataset.description.aliases) == (len(words) == 2)
+    printed = capsys.readouterr().out
+    assert f"class folders in {', '.join(sorted(words))}; {6 * len(words)} images, 2 classes" in printed
+    assert ("validation doubles as the test split" in printed) == (len(words) == 2)
+    ids = {name for shard in dataset.split("val") for name in load_table(dataset, shard)["image_id"]}
+    assert f"{words[1]}/m/0" in ids
+
+
+def test_the_same_bytes_in_two_splits_of_a_source_are_a_leak(tmp_path, capsys):
+    for split in ("train", "val", "test"):
+        for number in range(4):
+            save(tmp_path / "root" / split / "mn"[number % 2] / f"{number}.png")
+    shutil.copy(tmp_path / "root/train/m/0.png", tmp_path / "root/test/m/copy.png")
+    assert cli.main(["pack", str(tmp_path / "root"), str(tmp_path / "out"), "--size", "12x9"]) == 1
+    error = capsys.readouterr().err
+    assert "test/m/copy" in error
+    assert "scores would leak" in error
+    packed(tmp_path / "root", tmp_path / "again", "--protocol", "lesion")  # united, the copies are in one split
+
+
+def test_copies_are_in_one_group(tmp_path):
+    for number in range(8):
+        save(tmp_path / "root" / "mn"[number % 2] / f"{number}.png")
+    shutil.copy(tmp_path / "root/m/0.png", tmp_path / "root/m/0 (1).png")
+    images = read_class_folders(tmp_path / "root").images.set_index("image_id")["group"]
+    assert images["m/0 (1)"] == images["m/0"]
+    assert images.nunique() == 8
+    pd.testing.assert_series_equal(
+        unite_copies(read_class_folders(tmp_path / "root").images)["group"], images.reset_index(drop=True)
+    )
+
+
+TREES = {
+    "parts of one set": (["HAM10000_images_part_1/a.jpg", "HAM10000_images_part_2/b.jpg"], "look like parts"),
+    "parts, as PAD-UFES-20 has them": (["imgs_part_1/a.jpg", "imgs_part_2/b.jpg"], "look like parts"),
+    "splits without classes": (["train/a.jpg", "test/b.jpg"], "is in no class folder"),
+    "splits beside classes": (["train/m/a.jpg", "extra/b.jpg"], "folders named as splits"),
+    "one class": (["m/a.jpg", "m/b.jpg"], "in one class folder alone"),
+    "a table beside": (["m/a.jpg", "n/b.jpg", "labels.csv"], "has a table (labels.csv) beside"),
+    "nothing": (["notes.md"], "No source"),
+}
+
+
+@pytest.mark.parametrize(("files", "word"), TREES.values(), ids=TREES)
+def test_folders_that_may_be_no_classes_are_refused_with_what_to_type(tmp_path, files, word):
+    for name in files:
+        save(tmp_path / name) if name.endswith("jpg") else (tmp_path / name).write_text("id,label\n")
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
+        find_classes(tmp_path)
+    assert word in str(refused.value)
+
+
+def test_a_data_set_of_one_class_is_refused_from_a_table_too(tmp_path):
+    for number in range(4):
+        save(tmp_path / f"{number}.jpg")
+    pd.DataFrame({"file": [f"{number}.jpg" for number in range(4)], "label": "m"}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    with pytest.raises(ValueError, match=r"All 4 images of t.csv have one label \(m\)"):
+        read_table(tmp_path / "t.csv", "file", "label", None)
+
+
+def test_hidden_files_are_no_images_deeper_folders_belong_to_their_class_and_the_rest_is_counted(tmp_path):
+    for name in ("m/a.jpg", "m/patient1/b.jpg", "n/c.jpg", "n/deep/er/d.jpg"):
+        save(tmp_path / name)
+    for name in (
+        "m/._a.jpg",
+        "m/.DS_Store",
+        "n/Thumbs.db",
+        ".ipynb_checkpoints/x.jpg",
+        "__MACOSX/m/a.jpg",
+        "n/notes.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    rows, what = find_classes(tmp_path)
+    assert {row["image_id"]: row["label"] for row in rows} == {
+        "m/a": "m",
+        "m/patient1/b": "m",
+        "n/c": "n",
+        "n/deep/er/d": "n",
+    }
+    assert what == "class folders; not images, left out: 1 .txt"
+
+
+def test_linked_folders_are_followed_and_a_link_upwards_is_not(tmp_path):
+    save(tmp_path / "elsewhere" / "a.jpg")
+    save(tmp_path / "root" / "n" / "b.jpg")
+    (tmp_path / "root" / "m").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "n" / "up").symlink_to(tmp_path / "root")
+    rows, _ = find_classes(tmp_path / "root")
+    assert [row["image_id"] for row in rows] == ["m/a", "n/b"]
+
+
+@pytest.mark.parametrize("ending", ["bmp", "tif", "gif", "jfif", "JPG", "ppm", "avif"])
+def test_whatever_is_read_is_an_image(tmp_path, ending):
+    if ending == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    for number in range(8):
+        save(tmp_path / "root" / "mn"[number % 2] / f"{number}.{ending if number else 'jpg'}")
+    dataset = packed(tmp_path / "root", tmp_path / "out")
+    assert sum(shard.samples for shard in dataset.shards) == 8
