@@ -28,6 +28,7 @@ class Catalogue:
     warnings: what a reader of a score must be told of the source.
     group_name: what a group is, in the singular: lesion, patient, group.
     citation, license: of the images, as the dataset and its reports state them; empty where unknown.
+    mixed_groups: whether a group may have images of several classes (a patient), or must not (a lesion).
     what: what the source was taken for, in one line. split_column: the column in which the source itself says train, val or test;
         empty where it says nothing.
     """
@@ -39,6 +40,7 @@ class Catalogue:
     group_name: str = "group"
     citation: str = ""
     license: str = ""
+    mixed_groups: bool = False
     what: str = ""
     split_column: str = ""
 
@@ -84,11 +86,10 @@ def validate(catalogue: Catalogue) -> Catalogue:
     for group, label in zip(images["group"], labels, strict=True):
         labels_of.setdefault(group, set()).add(label)
     conflicts = sorted(group for group, of_group in labels_of.items() if len(of_group) > 1)
-    if conflicts:
+    if conflicts and not catalogue.mixed_groups:
         raise ValueError(
             f"Group {conflicts[0]} of {name} has the labels {', '.join(sorted(labels_of[conflicts[0]]))}; {len(conflicts)} such group(s). "
-            "All images of a group must have one label: correct the metadata, or give a --group-column of lesions "
-            "instead of patients."
+            "All images of a lesion must have one label: correct the metadata."
         )
     for path in images["path"]:
         if not Path(path).is_file():

@@ -60,7 +60,10 @@ def _pack(options: argparse.Namespace) -> int:
     if source.what:
         print(f"{options.source}: {source.what}; {len(source.images)} images, {len(source.classes)} classes")
     source = replace(source, citation=options.citation or source.citation, license=options.license or source.license)
-    described = pack_several(source, protocol(source.images), packings, options.threads)[0]
+    split = protocol(source.images)
+    for note in split.notes:
+        print(note)
+    described = pack_several(source, split, packings, options.threads)[0]
     seconds = time.perf_counter() - start
     dataset = index.load(options.out)
     images, size = sum(s.samples for s in dataset.shards), sum(s.bytes for s in dataset.shards)
@@ -204,7 +207,7 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
     add("--label-column", help="of a CSV or Parquet file: class names")
     add(
         "--group-column",
-        help="of a CSV or Parquet file: lesion or patient, whose images have one label; never cut by a split",
+        help="of a CSV or Parquet file: lesion or patient, never cut by a split; patient_id,lesion_id connects both",
     )
     add("--citation", default="", help="how to cite the images (HAM10000 and ISIC 2018 are cited by themselves)")
     add("--license", default="", help="licence of the images (that of HAM10000 and ISIC 2018 is known)")

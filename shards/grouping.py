@@ -30,7 +30,7 @@ class Split:
     rows: split name -> row numbers, in the order in which they are stored (shuffled by hash).
     left_out: row number -> the reason why it is stored nowhere.
     aliases: split names that are another split under a second name ({"test": "val"}).
-    warnings: what a reader of a score from this split must be told.
+    warnings: what a reader of a score from this split must be told. notes: what who packs must be told.
     """
 
     protocol: dict
@@ -38,6 +38,7 @@ class Split:
     left_out: dict[int, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def leaks(self) -> bool:
@@ -54,10 +55,16 @@ def with_holdout(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.D
     Raises:
         ValueError: a fraction outside 0 to 1, or a class too small for it.
     """
+    from shards import stratify  # which is made of this
+
     if not 0 < fraction < 1:
         raise ValueError(f"'--holdout' must be a share of the groups between 0 and 1. Got {fraction} instead.")
+    mixed = stratify.has_mixed_groups(images)
     held: set[str] = set()
-    for label, groups in names_by_class(images, "group").items():
+    if mixed:
+        part_of = stratify.share_out(images, "holdout", (1 - fraction, fraction))
+        held = {group for group, part in part_of.items() if part}
+    for label, groups in names_by_class(images, "group").items() if not mixed else ():
         require_groups(label, groups, 2, "parts")
         n = min(len(groups) - 1, max(1, floor(len(groups) * fraction + 0.5)))
         held |= set(sort_by_hash(groups, "holdout")[:n])
@@ -65,12 +72,12 @@ def with_holdout(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.D
     rest = np.flatnonzero(~is_held)
     inner = protocol(images.iloc[rest].reset_index(drop=True))
     rows = {name: rest[members] for name, members in inner.rows.items()}
-    repeated = is_held & is_repeated(images)
+    repeated = is_held & is_repeated(images) & (not mixed)
     rows["test"] = stored_rows(images, is_held & ~repeated, 0)
     left_out = {int(rest[row]): reason for row, reason in inner.left_out.items()}
     left_out |= one_image_reasons(images, repeated, "test")
     warnings = tuple(warning for warning in inner.warnings if warning != VAL_IS_TEST)
-    return Split(inner.protocol | {"holdout": fraction}, rows, left_out, {}, warnings)
+    return Split(inner.protocol | {"holdout": fraction}, rows, left_out, {}, warnings, inner.notes)
 
 
 def split_of_groups(images: pd.DataFrame, split_of: dict[str, str], seed: int, protocol: dict) -> Split:
@@ -91,8 +98,7 @@ def cut_classes(images: pd.DataFrame, column: str, seed: int, fractions: tuple[f
     Raises:
         ValueError: fractions that are not positive or do not sum to 1, or a class with fewer members than splits.
     """
-    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise ValueError(f"The 'fractions' of a split must be positive shares that sum to 1. Got {fractions} instead.")
+    check_fractions(fractions)
     split_of: dict[str, str] = {}
     for label, members in names_by_class(images, column).items():
         require_groups(label, members, len(fractions), "splits")
@@ -102,6 +108,16 @@ def cut_classes(images: pd.DataFrame, column: str, seed: int, fractions: tuple[f
         for name, part in zip(SPLITS, np.split(np.array(ordered, dtype=object), cuts[:-1]), strict=False):
             split_of |= dict.fromkeys(part, name)
     return split_of
+
+
+def check_fractions(fractions: tuple[float, ...]) -> None:
+    """Refuse fractions that are not positive or do not sum to 1.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ValueError(f"The 'fractions' of a split must be positive shares that sum to 1. Got {fractions} instead.")
 
 
 def names_by_class(images: pd.DataFrame, column: str) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ import pandas as pd
 from shards.catalogue import NO_GROUPS, REQUIRED, Catalogue, preview, unite_copies, validate
 from shards.folders import find_classes, walk
 from shards.image import image_suffixes
+from shards.stratify import connect
 from shards.tables import read_table_file
 
 HAM10000_CLASSES = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")  # the order of the ISIC 2018 challenge
@@ -141,18 +142,21 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
 
     Args:
         path: the file. image_column: paths, absolute or from the file's folder, with or without their ending.
-        label_column: class names; their alphabetical order numbers them. group_column: what no split may cut; without
-            it each image is a group.
+        label_column: class names; their alphabetical order numbers them. group_column: what no split may cut, such
+            as the patient; of several, as `patient_id,lesion_id`, rows that share any value are one group; without it each
+            image is a group.
 
     Raises:
         FileNotFoundError: the file does not exist, or paths in it do not.
-        ValueError: missing columns, blanks, repeated images, groups with two labels.
+        ValueError: missing columns, blanks, repeated images.
     """
     path = Path(path)
     table, what = read_table_file(path)
-    wanted = {"--image-column": image_column, "--label-column": label_column, "--group-column": group_column}
-    for option, column in wanted.items():
-        if column is not None and column not in table.columns:
+    groups = [name.strip() for name in (group_column or "").split(",") if name.strip()]
+    wanted = [("--image-column", image_column), ("--label-column", label_column)]
+    wanted += [("--group-column", name) for name in groups]
+    for option, column in wanted:
+        if column not in table.columns:
             raise ValueError(f"{path} has no column {column!r} ({option}). It has: {', '.join(table.columns)}.")
     given = table[image_column].str.strip()
     resolved = [_resolve(path.parent, name) for name in given]
@@ -170,14 +174,17 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
         "image_id": given.map(lambda name: name.removesuffix(Path(name).suffix) if _is_image_file(name) else name),
         "path": [str(file) for file in resolved],
         "label": table[label_column].str.strip(),
-        "group": table[group_column].str.strip() if group_column else given,
+        "group": connect(table, groups) if len(groups) > 1 else table[groups[0]] if groups else given,
     }
-    images = pd.concat([pd.DataFrame(core), _extras(table, set(wanted.values()))], axis=1)
+    images = pd.concat([pd.DataFrame(core), _extras(table, {column for _, column in wanted})], axis=1)
     classes = tuple(sorted(set(images["label"]) - {""}))
     warned = () if group_column else (NO_GROUPS,)
     if not group_column:
         images = unite_copies(images)
-    return validate(Catalogue(images, classes, path.name, warned, _group_name(group_column), what=f"table ({what})"))
+    name = _group_name(groups[0] if groups else None)
+    return validate(
+        Catalogue(images, classes, path.name, warned, name, mixed_groups=bool(groups), what=f"table ({what})")
+    )
 
 
 def _read_metadata(folder: Path) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from shards.grouping import (
     SPLITS,
     VAL_IS_TEST,
     Split,
+    check_fractions,
     column_of,
     cut_classes,
     is_in,
@@ -31,6 +32,7 @@ from shards.grouping import (
     stored_rows,
     with_holdout,
 )
+from shards.stratify import describe_deviation, has_mixed_groups, share_out
 
 if TYPE_CHECKING:
     import pandas as pd  # `pack --help` describes the protocols without waiting for pandas
@@ -43,7 +45,8 @@ def split_by_lesion(images: pd.DataFrame, seed: int = 0, fractions: tuple[float,
     """Lesion-grouped, stratified: the groups of each class, sorted by hash, are cut at the fractions.
 
     Train keeps every image of its groups; validation and test keep the first image of each group, so that a lesion
-    photographed six times does not count six times in a score.
+    photographed six times does not count six times in a score. Where groups have images of several classes (patients), whole
+    groups are shared out as `stratify.share_out` says, and all of their images are kept.
 
     Args:
         images: catalogue table with `image_id, label, group`.
@@ -53,8 +56,26 @@ def split_by_lesion(images: pd.DataFrame, seed: int = 0, fractions: tuple[float,
     Raises:
         ValueError: fractions that are not positive or do not sum to 1, or a class with fewer groups than splits.
     """
-    split_of = cut_classes(images, "group", seed, fractions)
-    return split_of_groups(images, split_of, seed, {"name": "lesion", "seed": seed, "fractions": list(fractions)})
+    protocol = {"name": "lesion", "seed": seed, "fractions": list(fractions)}
+    if has_mixed_groups(images):
+        check_fractions(fractions)
+        return _shared_out(images, seed, fractions, list(SPLITS[: len(fractions)]), protocol)
+    return split_of_groups(images, cut_classes(images, "group", seed, fractions), seed, protocol)
+
+
+def _shared_out(
+    images: pd.DataFrame, seed: int, fractions: tuple[float, ...], roles: list[str], protocol: dict
+) -> Split:
+    """A split of groups with several classes: each part has a role; every image is kept, since no one stands for its group."""
+    part_of = share_out(images, seed, fractions)
+    names = split_names(column_of(images, "group"), {group: roles[part] for group, part in part_of.items()})
+    rows = {name: stored_rows(images, names == name, seed) for name in SPLITS if (names == name).any()}
+    if missing := [name for name in dict.fromkeys(roles) if name not in rows]:
+        raise ValueError(
+            f"The groups are too few or too large: none is left for {', '.join(missing)}. Add groups, or ask for other shares."
+        )
+    note = describe_deviation(images, part_of, fractions)
+    return Split(protocol | {"groups": "with several classes"}, rows, notes=(note,))
 
 
 def split_by_fold(images: pd.DataFrame, seed: int, n_folds: int, fold: int, held_out: bool = False) -> Split:
@@ -68,13 +89,16 @@ def split_by_fold(images: pd.DataFrame, seed: int, n_folds: int, fold: int, held
     if n_folds < 3 or not 0 <= fold < n_folds:
         raise ValueError(f"'--folds' must be at least 3 and '--fold' from 0 to one less. Got {n_folds} and {fold}.")
     roles = {fold: "val"} if held_out else {fold: "test", (fold + 1) % n_folds: "val"}
+    protocol = {"name": "lesion", "seed": seed, "folds": n_folds, "fold": fold}
+    if has_mixed_groups(images):
+        named = [roles.get(number, "train") for number in range(n_folds)]
+        return _shared_out(images, seed, (1 / n_folds,) * n_folds, named, protocol)
     split_of = {}
     for label, groups in names_by_class(images, "group").items():
         require_groups(label, groups, n_folds, "folds")
         split_of |= {
             group: roles.get(place % n_folds, "train") for place, group in enumerate(sort_by_hash(groups, seed))
         }
-    protocol = {"name": "lesion", "seed": seed, "folds": n_folds, "fold": fold}
     return split_of_groups(images, split_of, seed, protocol)
 
 
