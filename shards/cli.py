@@ -92,7 +92,8 @@ def _read_source(options: argparse.Namespace) -> "Catalogue":
             raise ValueError(
                 f"{path.name} needs --image-column and --label-column (and --group-column if it has groups)."
             )
-        return sources.read_table(path, options.image_column, options.label_column, options.group_column)
+        columns = options.image_column, options.label_column, options.group_column
+        return sources.read_table(path, *columns, options.image_root)
     if path.is_dir() and not any((path / name).is_file() for name in sources.METADATA):
         return sources.read_class_folders(path)
     return sources.read_ham10000(path)
@@ -204,6 +205,7 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
 def _add_source_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--image-column", help="of a CSV or Parquet file: paths of the images, from the file's folder")
+    add("--image-root", type=Path, help="folder that those paths are taken from (default: the file's)")
     add("--label-column", help="of a CSV or Parquet file: class names")
     add(
         "--group-column",

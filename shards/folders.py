@@ -14,6 +14,7 @@ from shards.tables import is_table
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 PART = re.compile(r"(^|[_\- ])(part|images?|imgs?|pictures?|photos?)([_\- ]?\d+)?($|[_\- ])", re.IGNORECASE)
+COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  # that a table may leave out
 NOT_OURS = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # made by systems, beside hidden files
 
 
@@ -34,6 +35,59 @@ def walk(root: Path) -> list[Path]:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden, or a system's own."""
     return name.startswith(".") or name in NOT_OURS
+
+
+class ImageFinder:
+    """Image files that a table names, below a folder: by path, or by a name that only one file has."""
+
+    def __init__(self, root: Path):
+        """Nothing is listed before a path is not found as it stands."""
+        self.root = root
+        self._by_name: dict[str, list[Path]] | None = None
+
+    def find(self, name: str) -> Path | None:
+        """The file that a table means, None if there is none.
+
+        As a path from the folder, with or without its ending. Otherwise by its name alone, in any case, with `_downsampled` behind it, or
+        with the zeros before a number that a spreadsheet has lost.
+
+        Raises:
+            ValueError: several files have that name.
+        """
+        if not name:
+            return None
+        name = name.replace("\\", "/")
+        for ending in ("", *COMMON_SUFFIXES):
+            if (path := self.root / f"{name}{ending}").is_file():
+                return path
+        if self._by_name is None:
+            self._by_name = self._list()
+        stem = _stem(name)
+        for key in (stem, f"{stem}_downsampled", *([f"#{int(stem)}"] if stem.isdecimal() else [])):
+            if found := self._by_name.get(key):
+                if len(found) > 1:
+                    raise ValueError(
+                        f"Several images are named {name}: {found[0]} and {found[1]}. Give paths in the table, or --image-root with "
+                        "the folder that is meant."
+                    )
+                return found[0]
+        return None
+
+    def _list(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for path in walk(self.root):
+            if path.suffix.lower() in image_suffixes():
+                stem = _stem(path.name)
+                for key in (stem, *([f"#{int(stem)}"] if stem.isdecimal() else [])):
+                    found.setdefault(key, []).append(path)
+        return found
+
+
+def _stem(name: str) -> str:
+    """A file's name without folders and without an image's ending, in small letters."""
+    last = name.rpartition("/")[2].lower()
+    ending = Path(last).suffix
+    return last.removesuffix(ending) if ending in image_suffixes() else last
 
 
 def find_classes(root: Path) -> tuple[list[dict[str, str]], str]:

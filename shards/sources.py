@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from shards.catalogue import NO_GROUPS, REQUIRED, Catalogue, preview, unite_copies, validate
-from shards.folders import find_classes, walk
+from shards.folders import ImageFinder, find_classes, walk
 from shards.image import image_suffixes
 from shards.stratify import connect
 from shards.tables import read_table_file
@@ -28,18 +28,6 @@ ISIC2018_CITATION = (
     "Collaboration (ISIC), arXiv:1902.03368 (2019); " + HAM10000_CITATION
 )
 CC_BY_NC = "CC BY-NC 4.0"  # of both
-COMMON_SUFFIXES = (
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".webp",
-    ".JPG",
-    ".JPEG",
-    ".PNG",
-    ".tif",
-    ".tiff",
-    ".bmp",
-)  # that a table may leave out
 DRAWN = "drawn"  # the `dx_type` of the demo's images, which nobody owns
 
 
@@ -137,11 +125,14 @@ def read_class_folders(root: Path) -> Catalogue:
     )
 
 
-def read_table(path: Path, image_column: str, label_column: str, group_column: str | None) -> Catalogue:
+def read_table(
+    path: Path, image_column: str, label_column: str, group_column: str | None, image_root: Path | None = None
+) -> Catalogue:
     """Read any CSV or Parquet file with one row an image.
 
     Args:
-        path: the file. image_column: paths, absolute or from the file's folder, with or without their ending.
+        path: the file. image_column: paths from the file's folder (or image_root), or absolute ones, with or without their
+            ending; or names that one image below it has alone.
         label_column: class names; their alphabetical order numbers them. group_column: what no split may cut, such
             as the patient; of several, as `patient_id,lesion_id`, rows that share any value are one group; without it each
             image is a group.
@@ -159,12 +150,13 @@ def read_table(path: Path, image_column: str, label_column: str, group_column: s
         if column not in table.columns:
             raise ValueError(f"{path} has no column {column!r} ({option}). It has: {', '.join(table.columns)}.")
     given = table[image_column].str.strip()
-    resolved = [_resolve(path.parent, name) for name in given]
+    finder = ImageFinder(image_root or path.parent)
+    resolved = [finder.find(name) for name in given]
     absent = [name for name, file in zip(given, resolved, strict=True) if file is None]
     if absent:
         raise FileNotFoundError(
-            f"{preview(absent)} of {path}: no such image. Paths are taken from {path.parent.resolve()}; "
-            "move the file beside the images or write absolute paths."
+            f"{preview(absent)} of {path}: no such image, and none of that name below {finder.root.resolve()}. Paths are taken "
+            "from there: give the folder of the images as --image-root."
         )
     files = [str(file.resolve()) for file in resolved if file is not None]
     repeated = [file for file, times in Counter(files).items() if times > 1]
@@ -215,15 +207,6 @@ def _extras(table: pd.DataFrame, used: set) -> pd.DataFrame:
 
 def _is_image_file(name: str | Path) -> bool:
     return Path(name).suffix.lower() in image_suffixes()
-
-
-def _resolve(folder: Path, name: str) -> Path | None:
-    """The image file that a table names, or None; a blank name is never one."""
-    for ending in ("", *COMMON_SUFFIXES):
-        path = folder / f"{name}{ending}"
-        if name and path.is_file():
-            return path
-    return None
 
 
 def _paths(image_ids: list[str], found: dict[str, Path], folder: Path) -> list[str]:

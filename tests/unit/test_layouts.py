@@ -11,7 +11,7 @@ from PIL import Image, features
 
 from shards import cli
 from shards.catalogue import unite_copies
-from shards.folders import find_classes
+from shards.folders import ImageFinder, find_classes
 from shards.index import load, load_table
 from shards.sources import read_class_folders, read_ham10000, read_table
 from shards.tables import find_separator, read_table_file
@@ -195,3 +195,49 @@ def test_whatever_is_read_is_an_image(tmp_path, ending):
         save(tmp_path / "root" / "mn"[number % 2] / f"{number}.{ending if number else 'jpg'}")
     dataset = packed(tmp_path / "root", tmp_path / "out")
     assert sum(shard.samples for shard in dataset.shards) == 8
+
+
+@pytest.fixture
+def scattered(tmp_path) -> Path:
+    """Images in folders beside and below which tables name them in every way."""
+    for name in ("train/ISIC_0000001.jpg", "train/ISIC_0000002_downsampled.JPG", "more/deep/0034567.png", "more/x.tif"):
+        save(tmp_path / "images" / name)
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("ISIC_0000001", "train/ISIC_0000001.jpg"),
+        ("ISIC_0000001.jpg", "train/ISIC_0000001.jpg"),
+        ("train/ISIC_0000001", "train/ISIC_0000001.jpg"),
+        ("train\\ISIC_0000001.jpg", "train/ISIC_0000001.jpg"),
+        ("isic_0000001.JPEG", "train/ISIC_0000001.jpg"),
+        ("ISIC_0000002", "train/ISIC_0000002_downsampled.JPG"),
+        ("ISIC_0000002.jpg", "train/ISIC_0000002_downsampled.JPG"),
+        ("34567", "more/deep/0034567.png"),
+        ("x", "more/x.tif"),
+        ("y", None),
+        ("", None),
+    ],
+)
+def test_an_image_is_found_by_its_path_or_by_a_name_that_it_has_alone(scattered, name, file):
+    assert ImageFinder(scattered).find(name) == (scattered / file if file else None)
+
+
+def test_a_name_that_two_images_have_is_refused_with_both(scattered):
+    save(scattered / "again" / "ISIC_0000001.jpg")
+    with pytest.raises(ValueError, match=r"Several images are named ISIC_0000001: .*again.* and .*train"):
+        ImageFinder(scattered).find("ISIC_0000001")
+    assert ImageFinder(scattered).find("train/ISIC_0000001") == scattered / "train/ISIC_0000001.jpg"
+
+
+def test_a_table_elsewhere_names_its_images_by_image_root(tmp_path):
+    for number in range(24):
+        save(tmp_path / "images" / "a" / f"{number:04d}.png")
+    table = pd.DataFrame({"id": [f" {number} " for number in range(24)], "dx": list("mn" * 12)})
+    (tmp_path / "tables").mkdir()
+    table.to_csv(tmp_path / "tables" / "t.tsv", sep="\t", index=False)
+    words = ["--image-column", "id", "--label-column", "dx", "--image-root", str(tmp_path / "images")]
+    dataset = packed(tmp_path / "tables" / "t.tsv", tmp_path / "out", *words)
+    assert sum(shard.samples for shard in dataset.shards) == 24

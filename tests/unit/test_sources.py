@@ -118,7 +118,7 @@ def test_parquet_is_read_as_csv_is(table, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda t: t.assign(file=t["file"] + "x"), ["no such image", "Paths are taken from"]),
+        (lambda t: t.assign(file=t["file"] + "x"), ["no such image", "--image-root"]),
         (lambda t: t.assign(patient=["", *t["patient"][1:]]), ["blank group", "row(s) 2"]),
         (lambda t: t.assign(diagnosis=["", *t["diagnosis"][1:]]), ["blank label"]),
         (lambda t: t.drop(columns="patient"), ["no column 'patient' (--group-column)", "camera"]),
