@@ -4,6 +4,7 @@ In: rows as a reader of `shards.sources` found them. Out: a `Catalogue`, every r
 are unique, every image file exists and is not empty, every label is a known class, every group (lesion) has one label.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def validate(catalogue: Catalogue) -> Catalogue:
     """Return the catalogue unchanged, or say what is wrong with it.
 
     Raises:
-        ValueError: blank or repeated ids, blank groups, unknown labels, a group with two labels, an empty file.
+        ValueError: blank or repeated ids, names that look alike or like a formula, blank groups, unknown labels, a group with two labels, an empty file.
         FileNotFoundError: an image file that does not exist.
     """
     images, name = catalogue.images, catalogue.name
@@ -67,6 +68,8 @@ def validate(catalogue: Catalogue) -> Catalogue:
                 f"The source {name} has a blank {column} in row(s) {preview([str(row + 2) for row in blank])} of its table "
                 "(row 1 is the header). Fill it in or remove the row."
             )
+    for column in ("image_id", "label", "group"):
+        _refuse_names(images[column].unique(), column, name)
     ids, labels = images["image_id"].tolist(), images["label"].tolist()
     repeated = [image_id for image_id, times in Counter(ids).items() if times > 1]
     if repeated:
@@ -97,6 +100,23 @@ def validate(catalogue: Catalogue) -> Catalogue:
         if Path(path).stat().st_size == 0:
             raise ValueError(f"The image {path} is empty (0 bytes). Download it again or remove its row.")
     return catalogue
+
+
+def _refuse_names(names: Iterable[str], column: str, source: str) -> None:
+    """Refuse names that people take for one (they differ by case, white space or Unicode form), and what a spreadsheet would run."""
+    seen: dict[str, str] = {}
+    for name in names:
+        alike = seen.setdefault("".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
+        if alike != name:
+            raise ValueError(
+                f"The source {source} has the {column} {alike!r} and {name!r}, which differ by case, white space or the form of their "
+                "letters alone. Write them alike if they are one, or more apart if they are not."
+            )
+        if name[0] in "=@\t" or (name[0] in "+-" and not name[1:].replace(".", "").isalnum()):
+            raise ValueError(
+                f"The {column} {name!r} of {source} begins with {name[0]!r}: a spreadsheet that opens the predictions would run it as a "
+                "formula. Rename it."
+            )
 
 
 def unite_copies(images: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, features
 
 from shards import cli
-from shards.catalogue import unite_copies
+from shards.catalogue import Catalogue, unite_copies, validate
 from shards.folders import ImageFinder, find_classes
 from shards.index import load, load_table
 from shards.sources import read_class_folders, read_ham10000, read_table
@@ -241,3 +241,28 @@ def test_a_table_elsewhere_names_its_images_by_image_root(tmp_path):
     words = ["--image-column", "id", "--label-column", "dx", "--image-root", str(tmp_path / "images")]
     dataset = packed(tmp_path / "tables" / "t.tsv", tmp_path / "out", *words)
     assert sum(shard.samples for shard in dataset.shards) == 24
+
+
+@pytest.mark.parametrize(
+    ("column", "one", "other"),
+    [
+        ("label", "MEL", "mel"),
+        ("group", "IL_1", "IL 1 ".replace(" ", "_", 1).lower()),
+        ("group", "Mu\u0308ller", "M\u00fcller"),
+        ("image_id", "a b", "ab"),
+        ("label", "nv", "\uff4e\uff56"),
+    ],
+)
+def test_names_that_people_take_for_one_are_never_silently_two(tmp_path, column, one, other):
+    rows = pd.DataFrame({"image_id": ["i1", "i2", "i3"], "label": ["x", "y", "x"], "group": ["g1", "g2", "g3"]})
+    rows.loc[0, column], rows.loc[1, column] = one, other
+    catalogue = Catalogue(rows.assign(path=str(save(tmp_path / "a.png"))), tuple(sorted(set(rows["label"]))), "t")
+    with pytest.raises(ValueError, match="differ by case, white space or the form of their letters alone"):
+        validate(catalogue)
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "@SUM(1)", "+1+cmd|x", "-2+3"])
+def test_names_that_a_spreadsheet_would_run_are_refused(tmp_path, name):
+    rows = pd.DataFrame({"image_id": [name, "i2"], "label": ["x", "y"], "group": ["g1", "-5.5"]})
+    with pytest.raises(ValueError, match="would run it as a formula"):
+        validate(Catalogue(rows.assign(path=str(save(tmp_path / "a.png"))), ("x", "y"), "t"))
