@@ -63,7 +63,7 @@ def _pack(options: argparse.Namespace) -> int:
     split = protocol(source.images)
     for note in split.notes:
         print(note)
-    described = pack_several(source, split, packings, options.threads)[0]
+    described = pack_several(source, split, packings, options.threads, on_bad_image=options.on_bad_image)[0]
     seconds = time.perf_counter() - start
     dataset = index.load(options.out)
     images, size = sum(s.samples for s in dataset.shards), sum(s.bytes for s in dataset.shards)
@@ -196,6 +196,12 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
     add("out", type=Path, help="folder to make")
     add("--seed", type=int, default=0, help="a different seed gives a different split (default 0)")
     add("--threads", type=int, default=0, help="decoding threads (default: one a core)")
+    add(
+        "--on-bad-image",
+        choices=("fail", "skip"),
+        default="fail",
+        help="images that cannot be decoded: name them all and keep nothing (default), or leave them out and list them",
+    )
     _add_source_options(command.add_argument_group("source"))
     _add_split_options(command.add_argument_group("split"))
     _add_storage_options(command.add_argument_group("storage"))

@@ -28,6 +28,7 @@ from shards.grouping import Split
 from shards.image import FITS, encode, fit, open_rgb
 from shards.index import SHARD_COLUMNS, Shard
 from shards.leaks import check_split, group_hashes
+from shards.unreadable import all_in_one_error, without
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,13 @@ class Packing:
 
 
 def pack(
-    catalogue: Catalogue, split: Split, out: Path, packing: Packing | None = None, threads: int = 0, quiet: bool = False
+    catalogue: Catalogue,
+    split: Split,
+    out: Path,
+    packing: Packing | None = None,
+    threads: int = 0,
+    quiet: bool = False,
+    on_bad_image: str = "fail",
 ) -> Description:
     """Pack a catalogue into `out`, which must not exist yet.
 
@@ -66,17 +73,24 @@ def pack(
             packing again removes it.
         threads: decoding threads, 0 for one a core.
         quiet: draw no progress bar.
+        on_bad_image: fail: images that cannot be decoded are an error that names them all, after the last image, and nothing
+            is kept. skip: they are left out, each with its reason in `left_out.csv`.
 
     Raises:
         FileExistsError: `out` exists and is not an empty folder.
-        ValueError: an image that cannot be decoded, or a split that leaks.
+        ValueError: images that cannot be decoded, or a split that leaks.
         OSError: a full disk, among others.
     """
-    return pack_several(catalogue, split, [(out, packing or Packing())], threads, quiet)[0]
+    return pack_several(catalogue, split, [(out, packing or Packing())], threads, quiet, on_bad_image)[0]
 
 
 def pack_several(
-    catalogue: Catalogue, split: Split, outputs: list[tuple[Path, Packing]], threads: int = 0, quiet: bool = False
+    catalogue: Catalogue,
+    split: Split,
+    outputs: list[tuple[Path, Packing]],
+    threads: int = 0,
+    quiet: bool = False,
+    on_bad_image: str = "fail",
 ) -> list[Description]:
     """Pack one split in several sizes with one pass over the originals; otherwise as `pack`.
 
@@ -95,19 +109,29 @@ def pack_several(
         pool = stack.enter_context(ThreadPoolExecutor(threads or usable_cores()))
         total = sum(map(len, split.rows.values()))
         bar = stack.enter_context(tqdm(total=total, unit=" images", desc="packing", disable=True if quiet else None))
-        source, written = hashlib.sha256(), 0
+        source, written, bad = hashlib.sha256(), 0, dict[int, str]()  # bad: row -> what is wrong with its image
         shards: list[list[Shard]] = [[] for _ in outputs]
         for name, rows in split.rows.items():
             for number, start in enumerate(range(0, len(rows), per_shard)):
-                members = catalogue.images.iloc[rows[start : start + per_shard]]
+                here = rows[start : start + per_shard]
+                members = catalogue.images.iloc[here]
                 samples = _encoded(pool, members, [packing for _, packing in outputs])
                 paths = [folder / f"{name}-{number:06d}.tar" for folder in folders]
-                _write_tars(paths, samples, members, catalogue, written, source, bar)
+                problems = _write_tars(paths, samples, members, catalogue, written, source, bar)
+                bad |= {int(here[place]): problem for place, problem in problems.items()}
+                members = members.drop(members.index[list(problems)])
+                if members.empty:
+                    for path in paths:
+                        path.unlink()
+                    continue
                 for path, found in zip(paths, shards, strict=True):
                     _write_table(_sample_table(path, members, catalogue), path.with_suffix(".csv"))
                     digests = sha256(path), sha256(path.with_suffix(".csv"))
                     found.append(Shard(path.name, name, len(members), path.stat().st_size, *digests))
                 written += len(members)
+        if bad and on_bad_image == "fail":
+            raise ValueError(all_in_one_error(bad))
+        split = without(split, bad, catalogue.images["label"])
         return [
             _write_index(folder, catalogue, split, packing, found, source.hexdigest())
             for folder, (_, packing), found in zip(folders, outputs, shards, strict=True)
@@ -150,12 +174,12 @@ def _write_index(
 
 def _encoded(
     pool: ThreadPoolExecutor, members: pd.DataFrame, packings: list[Packing]
-) -> Iterator[tuple[list[bytes], bytes]]:
-    """Stored JPEGs and SHA-256 of the original for each row, in order; a bounded number is under way."""
+) -> Iterator[tuple[list[bytes], bytes] | str]:
+    """Stored JPEGs and SHA-256 of the original for each row, or what is wrong with it, in order; a bounded number is under way."""
     waiting: deque = deque()
     try:
         for path in members["path"]:
-            waiting.append(pool.submit(_encode_one, path, packings))
+            waiting.append(pool.submit(_try_encode, path, packings))
             if len(waiting) > 64:
                 yield waiting.popleft().result()
         while waiting:
@@ -163,6 +187,13 @@ def _encoded(
     finally:
         for future in waiting:
             future.cancel()
+
+
+def _try_encode(path: str, packings: list[Packing]) -> tuple[list[bytes], bytes] | str:
+    try:
+        return _encode_one(path, packings)
+    except ValueError as error:
+        return str(error)
 
 
 def _encode_one(path: str, packings: list[Packing]) -> tuple[list[bytes], bytes]:
@@ -176,8 +207,8 @@ def _encode_one(path: str, packings: list[Packing]) -> tuple[list[bytes], bytes]
 
 def _write_tars(
     paths: list[Path], samples: Iterator, members: pd.DataFrame, catalogue: Catalogue, first_key: int, source, bar
-) -> None:
-    """Write one shard of each output, and feed the source's fingerprint."""
+) -> dict[int, str]:
+    """Write one shard of each output, and feed the source's fingerprint; returns place -> problem of what is not in them."""
     from webdataset.writer import TarWriter  # imports torch, which takes seconds: only packing pays for it
 
     rows = members.drop(columns=["path", "label"]).to_dict("records")
@@ -185,18 +216,23 @@ def _write_tars(
         files = [stack.enter_context(open(path, "wb")) for path in paths]
         with ExitStack() as writing:
             tars = [writing.enter_context(TarWriter(file, encoder=False, mtime=0)) for file in files]
-            for number, ((jpegs, digest), row) in enumerate(zip(samples, rows, strict=True)):
-                name = members["label"].iloc[number]
+            problems: dict[int, str] = {}
+            for place, (sample, row) in enumerate(zip(samples, rows, strict=True)):
+                bar.update()
+                if isinstance(sample, str):
+                    problems[place] = sample
+                    continue
+                (jpegs, digest), number, name = sample, place - len(problems), members["label"].iloc[place]
                 label = catalogue.classes.index(name)
                 text = json.dumps(row | {"label": label, "class": name}, ensure_ascii=False, sort_keys=True).encode()
                 for tar, jpeg in zip(tars, jpegs, strict=True):
                     key = f"{first_key + number:08d}"
                     tar.write({"__key__": key, "jpg": jpeg, "cls": str(label).encode(), "json": text})
                 source.update(f"{row['image_id']}\t{name}\t{row['group']}\t".encode() + digest)
-                bar.update()
         for file in files:
             file.flush()
             os.fsync(file.fileno())
+    return problems
 
 
 def _sample_table(path: Path, members: pd.DataFrame, catalogue: Catalogue) -> pd.DataFrame:

@@ -12,7 +12,9 @@ from PIL import Image, features
 from shards import cli
 from shards.catalogue import Catalogue, unite_copies, validate
 from shards.folders import ImageFinder, find_classes
-from shards.index import load, load_table
+from shards.image import decode_into
+from shards.index import load, load_table, verify
+from shards.reader import SplitReader
 from shards.sources import read_class_folders, read_ham10000, read_table
 from shards.tables import find_separator, read_table_file
 
@@ -266,3 +268,54 @@ def test_names_that_a_spreadsheet_would_run_are_refused(tmp_path, name):
     rows = pd.DataFrame({"image_id": [name, "i2"], "label": ["x", "y"], "group": ["g1", "-5.5"]})
     with pytest.raises(ValueError, match="would run it as a formula"):
         validate(Catalogue(rows.assign(path=str(save(tmp_path / "a.png"))), ("x", "y"), "t"))
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """40 images of two classes, five of them damaged."""
+    for number in range(40):
+        save(tmp_path / "root" / "mn"[number % 2] / f"{number:02d}.png")
+    for number in (3, 8, 11, 24, 39):
+        path = tmp_path / "root" / "mn"[number % 2] / f"{number:02d}.png"
+        path.write_bytes(path.read_bytes()[:60])
+    return tmp_path / "root"
+
+
+def test_images_that_cannot_be_read_are_named_all_at_once_and_nothing_is_kept(damaged, tmp_path, capsys):
+    assert cli.main(["pack", str(damaged), str(tmp_path / "out"), "--size", "12x9", "--shard-samples", "7"]) == 1
+    error = capsys.readouterr().err
+    assert "5 image(s) cannot be read, and nothing was kept" in error
+    assert "--on-bad-image skip" in error
+    for number in (3, 8, 11, 24, 39):
+        assert f"{number:02d}.png" in error
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_images_that_cannot_be_read_are_left_out_and_listed_where_asked(damaged, tmp_path):
+    words = ["--on-bad-image", "skip", "--shard-samples", "7", "--also", f"{tmp_path / 'small'}=16x12"]
+    dataset = packed(damaged, tmp_path / "out", *words)
+    assert verify(tmp_path / "out") == []
+    assert dataset.description.left_out == 5
+    left_out = pd.read_csv(tmp_path / "out" / "left_out.csv")
+    assert set(left_out["image_id"]) == {"n/03", "m/08", "n/11", "m/24", "n/39"}
+    assert left_out["reason"].str.contains("Cannot decode").all()
+    assert "5 of 40 images could not be read and are left out" in dataset.description.warnings
+    rows = pd.concat(load_table(dataset, shard) for shard in dataset.shards)
+    assert rows["key"].tolist() == list(range(35))
+    assert sum(sum(counts.values()) for counts in dataset.description.counts.values()) == 35
+    for out in ("out", "small"):
+        reader = SplitReader(load(tmp_path / out), "train")
+        pixels = np.empty((reader.dataset.height, reader.dataset.width, 3), np.uint8)
+        for shard, size in enumerate(reader.shard_sizes):
+            reader.labels_and_keys(np.full(size, shard), np.arange(size))
+            for _, jpeg in reader.read(np.full(size, shard), np.arange(size)):
+                decode_into(jpeg, pixels)
+
+
+def test_a_split_without_a_readable_image_is_refused(tmp_path):
+    for number in range(12):
+        save(tmp_path / "root" / ("train", "val")[number % 2] / "mn"[number // 2 % 2] / f"{number}.png")
+    for path in (tmp_path / "root" / "val").rglob("*.png"):
+        path.write_bytes(b"x")
+    assert cli.main(["pack", str(tmp_path / "root"), str(tmp_path / "out"), "--on-bad-image", "skip"]) == 1
+    assert not list(tmp_path.glob("out*"))
