@@ -8,7 +8,7 @@ its groups, evaluation splits keep one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Sized
+from collections.abc import Collection, Iterable, Sized
 from dataclasses import dataclass, field
 from math import floor
 from typing import TYPE_CHECKING
@@ -44,40 +44,6 @@ class Split:
     def leaks(self) -> bool:
         """Whether training groups are in evaluation splits, on purpose."""
         return self.protocol.get("leaks", False)
-
-
-def with_holdout(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.DataFrame], Split]) -> Split:
-    """Cut a common test set of groups first, then apply a protocol (that leaves no test split) to the others.
-
-    Which groups are held out depends on their names alone, neither on the protocol nor on its seed: splits made with
-    the same fraction are tested on the same unseen images, one of each group.
-
-    Raises:
-        ValueError: a fraction outside 0 to 1, or a class too small for it.
-    """
-    from shards import stratify  # which is made of this
-
-    if not 0 < fraction < 1:
-        raise ValueError(f"'--holdout' must be a share of the groups between 0 and 1. Got {fraction} instead.")
-    mixed = stratify.has_mixed_groups(images)
-    held: set[str] = set()
-    if mixed:
-        part_of = stratify.share_out(images, "holdout", (1 - fraction, fraction))
-        held = {group for group, part in part_of.items() if part}
-    for label, groups in names_by_class(images, "group").items() if not mixed else ():
-        require_groups(label, groups, 2, "parts")
-        n = min(len(groups) - 1, max(1, floor(len(groups) * fraction + 0.5)))
-        held |= set(sort_by_hash(groups, "holdout")[:n])
-    is_held = is_in(column_of(images, "group"), held)
-    rest = np.flatnonzero(~is_held)
-    inner = protocol(images.iloc[rest].reset_index(drop=True))
-    rows = {name: rest[members] for name, members in inner.rows.items()}
-    repeated = is_held & is_repeated(images) & (not mixed)
-    rows["test"] = stored_rows(images, is_held & ~repeated, 0)
-    left_out = {int(rest[row]): reason for row, reason in inner.left_out.items()}
-    left_out |= one_image_reasons(images, repeated, "test")
-    warnings = tuple(warning for warning in inner.warnings if warning != VAL_IS_TEST)
-    return Split(inner.protocol | {"holdout": fraction}, rows, left_out, {}, warnings, inner.notes)
 
 
 def split_of_groups(images: pd.DataFrame, split_of: dict[str, str], seed: int, protocol: dict) -> Split:

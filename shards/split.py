@@ -30,9 +30,8 @@ from shards.grouping import (
     split_names,
     split_of_groups,
     stored_rows,
-    with_holdout,
 )
-from shards.stratify import describe_deviation, has_mixed_groups, share_out
+from shards.stratify import describe_deviation, has_mixed_groups, share_out, with_holdout
 
 if TYPE_CHECKING:
     import pandas as pd  # `pack --help` describes the protocols without waiting for pandas

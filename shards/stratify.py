@@ -1,4 +1,4 @@
-"""Groups with images of several classes (a patient with several lesions), shared out so that each class keeps its fractions.
+"""Groups with images of several classes (a patient with several lesions), shared out so that each class keeps its fractions; holdouts.
 
 In: the table of a `Catalogue`, a seed, fractions. Out: the part of each group. Invariants: a group is in one part; which depends on
 names and the seed, not on the order of the rows; the shares of the classes deviate by no more than `deviation_bound`.
@@ -6,11 +6,25 @@ names and the seed, not on the order of the rows; the shares of the classes devi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import floor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shards.grouping import SPLITS, column_of, sort_by_hash
+from shards.grouping import (
+    SPLITS,
+    VAL_IS_TEST,
+    Split,
+    column_of,
+    is_in,
+    is_repeated,
+    names_by_class,
+    one_image_reasons,
+    require_groups,
+    sort_by_hash,
+    stored_rows,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,6 +114,38 @@ def connect(images: pd.DataFrame, columns: list[str]) -> list[str]:
         found = root((columns[0], values[0]))
         named[found] = min(named.get(found, values[0]), values[0])
     return [named[root((columns[0], values[0]))] for values in rows]
+
+
+def with_holdout(images: pd.DataFrame, fraction: float, protocol: Callable[[pd.DataFrame], Split]) -> Split:
+    """Cut a common test set of groups first, then apply a protocol (that leaves no test split) to the others.
+
+    Which groups are held out depends on their names alone, neither on the protocol nor on its seed: splits made with
+    the same fraction are tested on the same unseen images, one of each group.
+
+    Raises:
+        ValueError: a fraction outside 0 to 1, or a class too small for it.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"'--holdout' must be a share of the groups between 0 and 1. Got {fraction} instead.")
+    mixed = has_mixed_groups(images)
+    held: set[str] = set()
+    if mixed:
+        part_of = share_out(images, "holdout", (1 - fraction, fraction))
+        held = {group for group, part in part_of.items() if part}
+    for label, groups in names_by_class(images, "group").items() if not mixed else ():
+        require_groups(label, groups, 2, "parts")
+        n = min(len(groups) - 1, max(1, floor(len(groups) * fraction + 0.5)))
+        held |= set(sort_by_hash(groups, "holdout")[:n])
+    is_held = is_in(column_of(images, "group"), held)
+    rest = np.flatnonzero(~is_held)
+    inner = protocol(images.iloc[rest].reset_index(drop=True))
+    rows = {name: rest[members] for name, members in inner.rows.items()}
+    repeated = is_held & is_repeated(images) & (not mixed)
+    rows["test"] = stored_rows(images, is_held & ~repeated, 0)
+    left_out = {int(rest[row]): reason for row, reason in inner.left_out.items()}
+    left_out |= one_image_reasons(images, repeated, "test")
+    warnings = tuple(warning for warning in inner.warnings if warning != VAL_IS_TEST)
+    return Split(inner.protocol | {"holdout": fraction}, rows, left_out, {}, warnings, inner.notes)
 
 
 def _class_shares(images: pd.DataFrame) -> tuple[list[str], np.ndarray]:

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.grouping import VAL_IS_TEST, with_holdout
+from shards.grouping import VAL_IS_TEST
 from shards.leaks import check_split
 from shards.split import (
+from shards.stratify import with_holdout
     FRACTIONS,
     NOT_A_LESION,
     PROTOCOLS,
