@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from shards.grouping import VAL_IS_TEST
 from shards.leaks import check_split
 from shards.split import (
-from shards.stratify import with_holdout
     FRACTIONS,
     NOT_A_LESION,
     PROTOCOLS,
@@ -24,6 +23,7 @@ from shards.stratify import with_holdout
     split_notebook,
     split_notebook_leaky,
 )
+from shards.stratify import with_holdout
 
 
 @st.composite
