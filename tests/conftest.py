@@ -1,6 +1,7 @@
 """What the tests share: drawn lesions, packed small; settings of a tiny run; processes of a real one."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,12 @@ settings.load_profile("shared machine")
 
 
 def pytest_configure(config) -> None:
-    """All tests but `pytest -m gpu` run on the CPU, also where there is a GPU: many of them start several processes."""
+    """All tests but `pytest -m gpu` run on the CPU, also where there is a GPU: many of them start several processes.
+
+    Ctrl-C counts in those processes, also where a shell started the tests in the background and has it ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("-m") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

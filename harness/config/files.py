@@ -10,7 +10,8 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -157,7 +158,9 @@ def _typed(section: type, values: dict) -> dict:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether a value of YAML has a setting's type: bool, int, float, str, a Literal, or a tuple of one of these."""
+    """Whether a value of YAML has a setting's type: bool, int, float, str, a Literal, a union or a tuple of one of these."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:

@@ -166,3 +166,13 @@ def test_settings_of_a_run_of_version_0_1_are_refused_with_what_to_do(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {path: x, batch_size: 64}\n")
     with pytest.raises(ValueError, match=r"version 0.1 .*data.batch_size is now .*--model.weights"):
         load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("value", ["auto", 0, 8])
+def test_a_setting_of_two_types_is_read_back_as_it_was_written(tiny_config, tmp_path, value):
+    config = replace(tiny_config, optim=replace(tiny_config.optim, micro_batch=value))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").write_text(to_yaml(config).replace(f"micro_batch: {value}", "micro_batch: some"))
+    with pytest.raises(ValueError, match="micro_batch cannot be some"):
+        load_config(tmp_path / "config.yaml")
