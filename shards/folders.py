@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from shards.image import image_suffixes
-from shards.tables import is_table
+from shards.tables import find_separator, is_table
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 PART = re.compile(r"(^|[_\- ])(part|images?|imgs?|pictures?|photos?)([_\- ]?\d+)?($|[_\- ])", re.IGNORECASE)
@@ -134,11 +134,22 @@ def find_classes(root: Path) -> tuple[list[dict[str, str]], str]:
 
 
 def _refuse_tables(root: Path, files: list[Path]) -> None:
-    if tables := [path for path in files if path.parent == root and is_table(path)]:
+    if tables := [path for path in files if path.parent == root and is_table(path) and _has_columns(path)]:
         raise ValueError(
             f"{root} has a table ({tables[0].name}) beside its folders of images. If it names the classes, give it: python -m "
             f"shards pack {tables[0]} OUT --image-column ... --label-column ...; if the folders are the classes, move it elsewhere."
         )
+
+
+def _has_columns(path: Path) -> bool:
+    """Whether a .txt file is a table at all, and not somebody's notes; others are tables by their names."""
+    if path.suffix.lower() != ".txt":
+        return True
+    with open(path, encoding="utf-8", errors="replace") as file:
+        header = file.readline(10_000)
+    return header.count(find_separator(header)) > 0 and len(header.split()) <= 2 * (
+        header.count(find_separator(header)) + 1
+    )
 
 
 def _refuse_parts(root: Path, classes: list[str]) -> None:

@@ -134,6 +134,7 @@ TREES = {
     "splits beside classes": (["train/m/a.jpg", "extra/b.jpg"], "folders named as splits"),
     "one class": (["m/a.jpg", "m/b.jpg"], "in one class folder alone"),
     "a table beside": (["m/a.jpg", "n/b.jpg", "labels.csv"], "has a table (labels.csv) beside"),
+    "a table in a text file": (["m/a.jpg", "n/b.jpg", "labels.txt"], "has a table (labels.txt) beside"),
     "nothing": (["notes.md"], "No source"),
 }
 
@@ -145,6 +146,15 @@ def test_folders_that_may_be_no_classes_are_refused_with_what_to_type(tmp_path, 
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         find_classes(tmp_path)
     assert word in str(refused.value)
+
+
+def test_notes_beside_class_folders_are_no_table(tmp_path):
+    for name in ("m/a.jpg", "n/b.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "README.txt").write_text("Photos of moles, taken in 2020, by two clinics; see the paper for more.\n")
+    rows, what = find_classes(tmp_path)
+    assert [row["label"] for row in rows] == ["m", "n"]
+    assert what == "class folders; not images, left out: 1 .txt"
 
 
 def test_a_data_set_of_one_class_is_refused_from_a_table_too(tmp_path):
