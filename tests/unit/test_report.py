@@ -181,6 +181,7 @@ def many_classes(finished_run, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_report_of_a_thousand_classes_fits_into_a_gigabyte_and_is_whole(many_classes):
     code = "import sys, pathlib; from harness.report.page import draw_report; draw_report(pathlib.Path(sys.argv[1]))"
     assert peak_memory(code, many_classes) < 1000
