@@ -35,9 +35,9 @@ def config(finished_run):
 
 @pytest.fixture(scope="module")
 def two_ranks(config, tmp_path_factory):
-    """An undisturbed run of two ranks."""
+    """An undisturbed run of two ranks, which synchronise where those of the jobs do: statistics are averaged there."""
     run = tmp_path_factory.mktemp("two") / "run"
-    done = launch("train", "--config", config, "--run.folder", run, ranks=2)
+    done = launch("train", "--config", config, "--run.folder", run, *SAVING, ranks=2)
     assert done.returncode == 0, done.stderr
     return run
 
