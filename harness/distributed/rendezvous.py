@@ -84,6 +84,8 @@ def serve_store(host: str, wait: timedelta) -> TCPStore:
                 break
     listener = listener or socket.create_server(("", 0))
     port = listener.getsockname()[1]
-    return TCPStore(
-        host, port, is_master=True, wait_for_workers=False, timeout=wait, master_listen_fd=listener.detach()
-    )
+    options = {"is_master": True, "wait_for_workers": False, "timeout": wait, "master_listen_fd": listener.detach()}
+    try:
+        return TCPStore(host, port, **options)
+    except NotImplementedError:  # torch 2.7: its libuv takes no socket that is open already
+        return TCPStore(host, port, **options, use_libuv=False)
