@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -77,13 +77,16 @@ class Lag:
 class Heartbeat:
     """One rank's part: a thread that beats and looks whether the others do, and one that looks whether the first is blocked."""
 
-    def __init__(self, store: Store, rank: int, size: int, who: str):
-        """Announce this rank by host and process number (`who`). Rank 0 watches every rank, and every rank watches rank 0."""
+    def __init__(self, store: Store, rank: int, watched: Iterable[int], who: str):
+        """Announce this rank by host and process number (`who`). Rank 0 watches every rank, and every rank watches rank 0.
+
+        Who sees all ranks sees which is stuck; who sees one has nothing to compare it with.
+        """
         self.failure: dict | None = None  # {"rank", "error"} of the rank that failed first
         self.on_failure: Callable[[dict], None] = lambda cause: None  # told of the cause, once
         self.is_long = False  # what the main thread is at will be long: nobody shall take it for stuck
         self._store, self._rank = store, rank
-        self._watched = tuple(range(size)) if rank == 0 else (0,)
+        self._watched = tuple(watched)
         self._names: dict[int, str] = {}
         self._seen: dict[int, tuple[int, float]] = {}
         self._lag, self._passed, self._place, self._work, self._beats = Lag(), 0, "start", 0, 0
@@ -214,7 +217,7 @@ class Heartbeat:
                 died = f"rank {rank} ({self._names[rank]}) ended without a word, or hangs: no sign of life for {patience:.0f} s"
                 return self._publish({"rank": rank, "error": died})
         patience = SUSPECTED_S if suspected else STUCK_S
-        if self._rank == 0 and (stuck := self._lag.find_stuck(beats, now, patience)) is not None:
+        if (stuck := self._lag.find_stuck(beats, now, patience)) is not None:
             ahead = max(beats.values(), key=lambda beat: beat.passed).place
             error = (
                 f"rank {stuck} ({self._names[stuck]}) is stuck: it has stood still for {patience:.0f} s after "

@@ -38,7 +38,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, names: tuple[str, ...], folder: Path, settings: dict) -> None:
-    """Start trackers on rank 0, in wandb, MLflow and Comet as the run that this folder began there; `tensorboard` is left out.
+    """Start trackers (for rank 0 alone to call), in wandb, MLflow and Comet as the run that this folder began there; `tensorboard` is left out.
 
     Args:
         folder: of the run; its name is the run's. settings: shown with the run.
@@ -47,7 +47,7 @@ def start_trackers(accelerator: Accelerator, names: tuple[str, ...], folder: Pat
         ConnectionError: a tracker does not start (no login, no network, or its earlier run is gone).
     """
     names = tuple(dict.fromkeys(name for name in names if name != "tensorboard"))
-    if not names or not accelerator.is_main_process:
+    if not names:
         return
     known = _read_ids(folder / IDS)
     ids = known | {name: _new_id(name) for name in names if name in ID_VARIABLES and name not in known}

@@ -101,7 +101,8 @@ class World:
         store = store or TCPStore(host, port, is_master=False, timeout=wait)
         if self.is_main:
             PrefixStore(secret, store).set("turn", "0")
-        heartbeat = Heartbeat(PrefixStore(secret, store), self.rank, self.size, self.host_pid)
+        watched = range(self.size) if self.is_main else [0]
+        heartbeat = Heartbeat(PrefixStore(secret, store), self.rank, watched, self.host_pid)
         self.any_rank(False)  # everyone has said who it is
         heartbeat.start()
         return heartbeat

@@ -58,7 +58,7 @@ def test_a_process_that_does_not_know_the_secret_ends_no_run():
     """Anyone on the address can connect; what it writes stands under other names."""
     server = serve_store("127.0.0.1", timedelta(seconds=5))
     PrefixStore("secret", server).set("turn", "0")
-    heartbeat = Heartbeat(PrefixStore("secret", server), rank=0, size=1, who="here")
+    heartbeat = Heartbeat(PrefixStore("secret", server), rank=0, watched=[0], who="here")
     heartbeat.start()
     stranger = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
     stranger.set("failed", '{"rank": 0, "error": "a joke"}')
