@@ -4,6 +4,7 @@ In: RANK, WORLD_SIZE, MASTER_ADDR and the like. Out: a process group, a key-valu
 Ctrl-C ends it; nothing listens where ranks do not need it.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -89,3 +90,12 @@ def serve_store(host: str, wait: timedelta) -> TCPStore:
         return TCPStore(host, port, **options)
     except NotImplementedError:  # torch 2.7: its libuv takes no socket that is open already
         return TCPStore(host, port, **options, use_libuv=False)
+
+
+def pin_process_group() -> None:
+    """Keep the process group's memory until this process ends; call it before the group is destroyed.
+
+    Up to torch 2.7 its threads are waited for while Python's lock is held. One of them may still need that lock, to let go of the
+    last collective's tensors: a finished run would never end (on two busy cores one in 40 did so).
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(distributed.group.WORLD))

@@ -24,7 +24,7 @@ from torch.distributed import (
 from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision, describe_arithmetic
 from harness.distributed.heartbeat import Heartbeat
 from harness.distributed.launcher import check_gpu_of_rank, launched_precision, start_accelerator, uses_cuda
-from harness.distributed.rendezvous import meet, serve_store
+from harness.distributed.rendezvous import meet, pin_process_group, serve_store
 from harness.distributed.trackers import start_trackers
 
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
@@ -303,9 +303,8 @@ class World:
         """Collective: leave the world in good order."""
         if self.heartbeat:
             self.heartbeat.close()
-            # Rank 0 serves what the others watch by: it leaves when they are done. A barrier has no tensors: older gloo
-            # (torch 2.7) hangs if a thread of its own lets go of the last collective's tensors while the group is destroyed.
-            self._accelerator.wait_for_everyone()
+            self._accelerator.wait_for_everyone()  # rank 0 serves what the others watch by: it leaves when they are done
+            pin_process_group()
         self._accelerator.end_training()
 
 

@@ -16,7 +16,7 @@ from shards.index import load
 from shards.pack import Packing, pack
 from shards.sources import read_ham10000
 from shards.split import split_by_lesion
-from support.processes import ROOT, SAVING, command, environment, launch, weights
+from support.processes import ROOT, SAVING, command, environment, fork, free_port, launch, weights
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +225,11 @@ def test_a_loss_that_is_no_number_names_its_cause_whichever_rank_is_first(tiny, 
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert state["status"] == "failed"
     assert "FloatingPointError" in state["error"]
+
+
+def test_ranks_leave_whatever_the_groups_own_threads_are_at():
+    """Without the pin, torch 2.7 hangs here within a second."""
+    shared = environment(MASTER_PORT=free_port(), PYTHONPATH=str(ROOT))
+    program = [str(ROOT / "tests" / "support" / "leaving.py")]
+    done = fork(program, [shared | {"RANK": rank} for rank in "01"], 30, ROOT)
+    assert done.returncode == 0, done.stderr
