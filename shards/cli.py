@@ -71,6 +71,9 @@ def _pack(options: argparse.Namespace) -> int:
         f"packed {images} images into {len(dataset.shards)} shards ({size / 1e6:.0f} MB) in {seconds:.0f} s, "
         f"{images / seconds:.0f} images/s; left out {described.left_out} (left_out.csv says why)"
     )
+    for note, times in described.source.items():
+        if note not in ("name", "images", "fingerprint"):
+            print(f"{times} images: {note}")
     _print_table(options.out, dataset)
     return 0
 

@@ -25,7 +25,7 @@ from shards.catalogue import Catalogue
 from shards.description import FORMAT, Description
 from shards.files import new_folder, sha256, usable_cores, write_durably
 from shards.grouping import Split
-from shards.image import FITS, encode, fit, open_rgb
+from shards.image import FITS, encode, fit, open_noted
 from shards.index import SHARD_COLUMNS, Shard
 from shards.leaks import check_split, group_hashes
 from shards.unreadable import all_in_one_error, without
@@ -110,6 +110,7 @@ def pack_several(
         total = sum(map(len, split.rows.values()))
         bar = stack.enter_context(tqdm(total=total, unit=" images", desc="packing", disable=True if quiet else None))
         source, written, bad = hashlib.sha256(), 0, dict[int, str]()  # bad: row -> what is wrong with its image
+        notes = Counter[str]()  # what was done to how many images
         shards: list[list[Shard]] = [[] for _ in outputs]
         for name, rows in split.rows.items():
             for number, start in enumerate(range(0, len(rows), per_shard)):
@@ -117,7 +118,7 @@ def pack_several(
                 members = catalogue.images.iloc[here]
                 samples = _encoded(pool, members, [packing for _, packing in outputs])
                 paths = [folder / f"{name}-{number:06d}.tar" for folder in folders]
-                problems = _write_tars(paths, samples, members, catalogue, written, source, bar)
+                problems = _write_tars(paths, samples, members, catalogue, written, source, notes, bar)
                 bad |= {int(here[place]): problem for place, problem in problems.items()}
                 members = members.drop(members.index[list(problems)])
                 if members.empty:
@@ -133,13 +134,19 @@ def pack_several(
             raise ValueError(all_in_one_error(bad))
         split = without(split, bad, catalogue.images["label"])
         return [
-            _write_index(folder, catalogue, split, packing, found, source.hexdigest())
+            _write_index(folder, catalogue, split, packing, found, source.hexdigest(), notes)
             for folder, (_, packing), found in zip(folders, outputs, shards, strict=True)
         ]
 
 
 def _write_index(
-    folder: Path, catalogue: Catalogue, split: Split, packing: Packing, shards: list[Shard], fingerprint: str
+    folder: Path,
+    catalogue: Catalogue,
+    split: Split,
+    packing: Packing,
+    shards: list[Shard],
+    fingerprint: str,
+    notes: Counter,
 ) -> Description:
     """Write the index files; `dataset.json`, which marks a complete dataset, goes last."""
     images = catalogue.images
@@ -162,7 +169,7 @@ def _write_index(
         counts={name: _class_counts(catalogue, rows) for name, rows in split.rows.items()},
         left_out=len(split.left_out),
         warnings=[*catalogue.warnings, *split.warnings],
-        source={"name": catalogue.name, "images": len(images), "fingerprint": fingerprint},
+        source={"name": catalogue.name, "images": len(images), "fingerprint": fingerprint} | dict(sorted(notes.items())),
         files={name: sha256(folder / name) for name in files},
         group_name=catalogue.group_name,
         citation=catalogue.citation,
@@ -174,8 +181,8 @@ def _write_index(
 
 def _encoded(
     pool: ThreadPoolExecutor, members: pd.DataFrame, packings: list[Packing]
-) -> Iterator[tuple[list[bytes], bytes] | str]:
-    """Stored JPEGs and SHA-256 of the original for each row, or what is wrong with it, in order; a bounded number is under way."""
+) -> Iterator[tuple[list[bytes], bytes, list[str]] | str]:
+    """Stored JPEGs, SHA-256 of the original and notes for each row, or what is wrong with it, in order; a bounded number is under way."""
     waiting: deque = deque()
     try:
         for path in members["path"]:
@@ -189,26 +196,33 @@ def _encoded(
             future.cancel()
 
 
-def _try_encode(path: str, packings: list[Packing]) -> tuple[list[bytes], bytes] | str:
+def _try_encode(path: str, packings: list[Packing]) -> tuple[list[bytes], bytes, list[str]] | str:
     try:
         return _encode_one(path, packings)
     except ValueError as error:
         return str(error)
 
 
-def _encode_one(path: str, packings: list[Packing]) -> tuple[list[bytes], bytes]:
+def _encode_one(path: str, packings: list[Packing]) -> tuple[list[bytes], bytes, list[str]]:
     original = Path(path).read_bytes()
     if not original:
         raise ValueError(f"The image {path} is empty (0 bytes). Download it again or remove its row.")
-    image = open_rgb(original, path)
+    image, notes = open_noted(original, path)
     stored = [encode(fit(image, packing.size, packing.fit), packing.quality) for packing in packings]
-    return stored, hashlib.sha256(original).digest()
+    return stored, hashlib.sha256(original).digest(), notes
 
 
 def _write_tars(
-    paths: list[Path], samples: Iterator, members: pd.DataFrame, catalogue: Catalogue, first_key: int, source, bar
+    paths: list[Path],
+    samples: Iterator,
+    members: pd.DataFrame,
+    catalogue: Catalogue,
+    first_key: int,
+    source,
+    notes: Counter,
+    bar,
 ) -> dict[int, str]:
-    """Write one shard of each output, and feed the source's fingerprint; returns place -> problem of what is not in them."""
+    """Write one shard of each output, feed the source's fingerprint, count notes; returns place -> problem of what is not in them."""
     from webdataset.writer import TarWriter  # imports torch, which takes seconds: only packing pays for it
 
     rows = members.drop(columns=["path", "label"]).to_dict("records")
@@ -222,7 +236,8 @@ def _write_tars(
                 if isinstance(sample, str):
                     problems[place] = sample
                     continue
-                (jpegs, digest), number, name = sample, place - len(problems), members["label"].iloc[place]
+                (jpegs, digest, noted), number, name = sample, place - len(problems), members["label"].iloc[place]
+                notes.update(noted)
                 label = catalogue.classes.index(name)
                 text = json.dumps(row | {"label": label, "class": name}, ensure_ascii=False, sort_keys=True).encode()
                 for tar, jpeg in zip(tars, jpegs, strict=True):

@@ -329,3 +329,15 @@ def test_a_split_without_a_readable_image_is_refused(tmp_path):
         path.write_bytes(b"x")
     assert cli.main(["pack", str(tmp_path / "root"), str(tmp_path / "out"), "--on-bad-image", "skip"]) == 1
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_was_done_to_images_is_counted_and_said(tmp_path, capsys):
+    for number in range(8):
+        path = save(tmp_path / "root" / "mn"[number % 2] / f"{number}.jpg")
+        if number < 3:
+            path.write_bytes(path.read_bytes()[:-2])
+    dataset = packed(tmp_path / "root", tmp_path / "out", "--protocol", "test")
+    said = "a JPEG without its end marker: all rows are there"
+    assert dataset.description.source[said] == 3
+    assert f"3 images: {said}" in capsys.readouterr().out
+    assert verify(tmp_path / "out") == []
