@@ -49,8 +49,8 @@ def draw_demo(packed: Path, images: int) -> None:
     """Draw and pack demo lesions, unless they are there."""
     from harness.run.console import LOGGER
     from shards import demo
+    from shards.ham10000 import read_ham10000
     from shards.pack import pack
-    from shards.sources import read_ham10000
     from shards.split import split_by_lesion
 
     if (packed / "dataset.json").is_file():

@@ -131,6 +131,12 @@ def unite_copies(images: pd.DataFrame) -> pd.DataFrame:
     return images.assign(group=groups)
 
 
+def extras(table: pd.DataFrame, used: set) -> pd.DataFrame:
+    """The source's other columns; one whose name the shards use themselves becomes `source_NAME`."""
+    rest = table.drop(columns=[column for column in table.columns if column in used])
+    return rest.rename(columns={name: f"source_{name}" for name in (*REQUIRED, "key", "offset", "size", "class")})
+
+
 def preview(names: Iterable, most: int = 3) -> str:
     """The first names of a list, and how many more there are, for an error's sentence."""
     names = [str(name) for name in names]

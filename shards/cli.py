@@ -79,27 +79,22 @@ def _pack(options: argparse.Namespace) -> int:
 
 
 def _read_source(options: argparse.Namespace) -> "Catalogue":
-    from shards import sources
-    from shards.tables import is_table
+    from shards.ham10000 import read_isic2018
+    from shards.public_data import Columns
+    from shards.sources import read_source
 
-    path: Path = options.source
     if (options.protocol == "isic2018") != (options.test_source is not None):
         raise ValueError(
             "--protocol isic2018 needs --test-source, the folder of the challenge's test images, "
             f"and no other protocol takes it. Got --protocol {options.protocol or 'lesion'}."
         )
     if options.protocol == "isic2018":
-        return sources.read_isic2018(path, options.test_source)
-    if path.is_file() or is_table(path):
-        if not (options.image_column and options.label_column):
-            raise ValueError(
-                f"{path.name} needs --image-column and --label-column (and --group-column if it has groups)."
-            )
-        columns = options.image_column, options.label_column, options.group_column
-        return sources.read_table(path, *columns, options.image_root)
-    if path.is_dir() and not any((path / name).is_file() for name in sources.METADATA):
-        return sources.read_class_folders(path)
-    return sources.read_ham10000(path)
+        return read_isic2018(options.source, options.test_source)
+    if options.label_column and options.label_columns:
+        raise ValueError("Give --label-column or --label-columns, not both.")
+    labels = (options.label_column,) if options.label_column else options.label_columns
+    columns = Columns(options.image_column, labels, options.group_column, options.class_names, options.image_root)
+    return read_source(options.source, columns)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -154,6 +149,10 @@ def _size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"a size is WIDTHxHEIGHT in pixels, as 341x256. Got {text!r}") from error
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def _output(text: str) -> tuple[Path, tuple[int, int], str]:
     out, _, stored = text.rpartition("=")
     size, _, fit = stored.partition(":")
@@ -195,7 +194,7 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
 
 def _add_pack(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("source", type=Path, help="HAM10000 folder, folder with one folder a class, CSV or Parquet file")
+    add("source", type=Path, help="folder of a public data set, folder with one folder a class, or a table")
     add("out", type=Path, help="folder to make")
     add("--seed", type=int, default=0, help="a different seed gives a different split (default 0)")
     add("--threads", type=int, default=0, help="decoding threads (default: one a core)")
@@ -213,12 +212,28 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
 
 def _add_source_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--image-column", help="of a CSV or Parquet file: paths of the images, from the file's folder")
-    add("--image-root", type=Path, help="folder that those paths are taken from (default: the file's)")
-    add("--label-column", help="of a CSV or Parquet file: class names")
+    add("--image-column", default="", help="of a table: paths of the images, from its folder, or their names")
+    add("--image-root", type=Path, help="folder of the images (default: the table's)")
+    add("--label-column", default="", help="of a table: class names")
+    add(
+        "--label-columns",
+        type=_names,
+        default=(),
+        metavar="MEL,NV,...",
+        help="of a table: columns with a 1 in the one of an image's class and 0 in the others",
+    )
+    add(
+        "--class-names",
+        type=_names,
+        default=(),
+        metavar="benign,malignant",
+        help="names of the labels 0, 1, ... of --label-column, or the order of its classes",
+    )
     add(
         "--group-column",
-        help="of a CSV or Parquet file: lesion or patient, never cut by a split; patient_id,lesion_id connects both",
+        type=_names,
+        default=(),
+        help="of a table: lesion or patient, never cut by a split; patient_id,lesion_id connects both",
     )
     add("--citation", default="", help="how to cite the images (HAM10000 and ISIC 2018 are cited by themselves)")
     add("--license", default="", help="licence of the images (that of HAM10000 and ISIC 2018 is known)")

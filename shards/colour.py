@@ -13,7 +13,9 @@ from PIL import Image, ImageCms
 CONVERTED = "colours converted to sRGB"
 IGNORED = "a colour profile that cannot be used is ignored"
 MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a profile's colour space -> Pillow's
-NEAR = 2  # grey levels of 255 by which a profile may differ from sRGB and still be it: versions of it round in other ways
+NEAR = (
+    2  # grey levels of 255 by which a profile may differ from sRGB and still be it: versions of it round in other ways
+)
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
@@ -40,8 +42,9 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         ValueError: the profile is of another colour space than the pixels.
     """
     opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if MODES.get(opened.profile.xcolor_space) != mode:
-        raise ValueError(f"a profile of {opened.profile.xcolor_space.strip()} in a picture of {mode}")
+    space = opened.profile.xcolor_space  # pyright: ignore[reportAttributeAccessIssue] - set since it opened
+    if MODES.get(space) != mode:
+        raise ValueError(f"a profile of {space.strip()} in a picture of {mode}")
     srgb = ImageCms.createProfile("sRGB")
     intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     transform = ImageCms.buildTransform(opened, srgb, mode, "RGB", renderingIntent=intent)

@@ -12,7 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from shards.files import new_folder
-from shards.sources import DRAWN, HAM10000_CLASSES
+from shards.ham10000 import DRAWN, HAM10000_CLASSES
 
 SHARES = {"mel": 0.14, "nv": 0.22, "bcc": 0.13, "akiec": 0.13, "bkl": 0.14, "df": 0.12, "vasc": 0.12}
 WIDTH, HEIGHT = 600, 450

@@ -130,7 +130,9 @@ def _to_rgb(image: Image.Image, opened: Image.Image, notes: list[str]) -> Image.
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         alpha, image = image.getchannel("A"), image.convert("RGB")
-    elif image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):  # Pillow would clip it
+    elif image.mode.startswith("I;16") or (
+        image.mode == "I" and opened.format in ("PNG", "PPM")
+    ):  # Pillow would clip it
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(

@@ -169,7 +169,8 @@ def _write_index(
         counts={name: _class_counts(catalogue, rows) for name, rows in split.rows.items()},
         left_out=len(split.left_out),
         warnings=[*catalogue.warnings, *split.warnings],
-        source={"name": catalogue.name, "images": len(images), "fingerprint": fingerprint} | dict(sorted(notes.items())),
+        source={"name": catalogue.name, "images": len(images), "fingerprint": fingerprint}
+        | dict(sorted(notes.items())),
         files={name: sha256(folder / name) for name in files},
         group_name=catalogue.group_name,
         citation=catalogue.citation,

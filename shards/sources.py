@@ -1,103 +1,61 @@
-"""Sources as people have them: HAM10000, the ISIC 2018 challenge, a folder for each class, a CSV or Parquet file.
+"""Sources as people have them: HAM10000, a public data set's table, a folder for each class, any CSV or Parquet file.
 
-In: a folder or a file. Out: a `Catalogue`, checked. Invariants: columns that the
+In: a folder or a file. Out: a `Catalogue`, checked. Invariants: what a source was taken for is said in one line; columns that the
 shards do not need are kept as extra columns; a missing image is an error, never a dropped row.
 """
 
-import filecmp
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from shards.catalogue import NO_GROUPS, REQUIRED, Catalogue, preview, unite_copies, validate
-from shards.folders import ImageFinder, find_classes, walk
+from shards.catalogue import NO_GROUPS, REQUIRED, Catalogue, extras, preview, unite_copies, validate
+from shards.folders import SPLIT_WORDS, ImageFinder, find_classes, walk
+from shards.ham10000 import METADATA, read_ham10000
 from shards.image import image_suffixes
+from shards.labels import in_small_letters, read_labels
+from shards.public_data import Columns, PublicData, fill, recognise
 from shards.stratify import connect
-from shards.tables import read_table_file
+from shards.tables import is_table, read_header, read_table_file
 
-HAM10000_CLASSES = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")  # the order of the ISIC 2018 challenge
-METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")  # as Kaggle and as Dataverse name it
-GROUND_TRUTH = "ISIC2018_Task3_Test_GroundTruth.csv"
-HAM10000_CITATION = (
-    "Tschandl, Rosendahl, Kittler: The HAM10000 dataset, Scientific Data 5, 180161 (2018), doi:10.1038/sdata.2018.161"
-)
-ISIC2018_CITATION = (
-    "Codella et al.: Skin Lesion Analysis Toward Melanoma Detection 2018: A Challenge Hosted by the International Skin Imaging "
-    "Collaboration (ISIC), arXiv:1902.03368 (2019); " + HAM10000_CITATION
-)
-CC_BY_NC = "CC BY-NC 4.0"  # of both
-DRAWN = "drawn"  # the `dx_type` of the demo's images, which nobody owns
+DEEPEST = 3  # folders below the source's in which its table is looked for
 
 
-def read_ham10000(folder: Path) -> Catalogue:
-    """Read HAM10000 as it is downloaded: its metadata CSV with the images in any folders beside it.
+def read_source(path: Path, columns: Columns) -> Catalogue:
+    """Read a source by what it is: HAM10000, a table, a folder with the table of a public data set, or one folder a class.
 
     Args:
-        folder: holds `HAM10000_metadata.csv` (or `HAM10000_metadata`) and the images, in
-            `HAM10000_images_part_1/` and `_part_2/`, in one folder, or beside the CSV.
+        path: a folder or a table. columns: what the user names of its table.
 
     Raises:
-        FileNotFoundError: no folder, no metadata file, or rows without an image.
-        ValueError: missing columns, an unknown `dx`, a repeated image id, a lesion with two labels, an empty image.
+        FileNotFoundError, ValueError: as `read_table`, `read_class_folders` and `read_ham10000`; columns named for a folder without a
+            table; a folder with several tables that may be meant.
     """
-    folder = Path(folder)
-    table = _read_metadata(folder)
-    columns = {"image_id": "image_id", "dx": "label", "lesion_id": "group"}
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
+    path = Path(path)
+    names_columns = columns != Columns(image_root=columns.image_root)
+    if path.is_file() or is_table(path):
+        return _read_ham10000_or_table(path, columns, path.parent)
+    if not path.is_dir() or any((path / name).is_file() for name in METADATA):
+        if names_columns:
+            raise ValueError(f"Options for columns go with a table. Give the table itself: {path / METADATA[0]}")
+        return read_ham10000(path)
+    tables = _known_tables(path)
+    if tables and all(table.parent.name.lower() in SPLIT_WORDS for table in tables):
+        return _read_tables_of_splits(path, tables, columns)
+    if len(tables) > 1:
         raise ValueError(
-            f"The metadata of {folder} lacks the column(s) {', '.join(missing)}. Found: {', '.join(table.columns)}. "
-            "HAM10000's own CSV has lesion_id, image_id, dx, dx_type, age, sex, localization."
+            f"{path} has several tables of public data sets: {preview(tables, 5)}. Give the one that is meant: "
+            f"python -m shards pack {tables[0]} OUT --image-root {path}"
         )
-    table = table.rename(columns=columns)
-    ids = table["image_id"].tolist()
-    table["path"] = _paths(ids, _find_images(folder, set(ids)), folder)
-    images = pd.concat([table[list(REQUIRED)], _extras(table, set(REQUIRED))], axis=1)
-    is_demo = "dx_type" in table.columns and bool((table["dx_type"] == DRAWN).all())
-    citation, terms = ("drawn by the demo", "no limits") if is_demo else (HAM10000_CITATION, CC_BY_NC)
-    return validate(
-        Catalogue(images, HAM10000_CLASSES, folder.name, group_name="lesion", citation=citation, license=terms)
-    )
-
-
-def read_isic2018(folder: Path, test: Path) -> Catalogue:
-    """HAM10000 with the ISIC 2018 challenge's test images; the column `part` says which is which.
-
-    Args:
-        folder: HAM10000, as for `read_ham10000`. test: holds `ISIC2018_Task3_Test_GroundTruth.csv` (one-hot columns
-            MEL, NV, BCC, AKIEC, BKL, DF, VASC) and the images, in any folders. Their lesions are not known, so each
-            image is a group.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_ham10000`; also classes unknown to it, and rows that are not one-hot.
-    """
-    ham, test = read_ham10000(folder), Path(test)
-    files = sorted(test.rglob(GROUND_TRUTH)) if test.is_dir() else []
-    if not files:
-        raise FileNotFoundError(
-            f"No {GROUND_TRUTH} in {test}. Give the folder that holds it and the challenge's test images."
-        )
-    truth = read_table_file(files[0])[0]
-    unknown = [column for column in truth.columns if column != "image" and column.lower() not in HAM10000_CLASSES]
-    if "image" not in truth.columns or unknown:
+    if tables:
+        return _read_ham10000_or_table(tables[0], columns, path)
+    if names_columns:
         raise ValueError(
-            f"{files[0]} must have the columns image, MEL, NV, BCC, AKIEC, BKL, DF, VASC. Found: {', '.join(truth)}."
+            f"Options for columns go with a table, and {path} has none that is known. Give the table itself."
         )
-    hot = truth.drop(columns="image").apply(pd.to_numeric, errors="coerce")
-    odd = truth["image"][(hot.sum(axis=1) != 1) | ~hot.isin([0, 1]).all(axis=1)]
-    if len(odd):
-        raise ValueError(f"{preview(odd)} of {files[0]}: not exactly one class is 1. Download the ground truth again.")
-    ids = truth["image"].tolist()
-    labels = [str(hot.columns[place]).lower() for place in hot.to_numpy().argmax(axis=1)]
-    paths = _paths(ids, _find_images(test, set(ids)), test)
-    rows = pd.DataFrame({"image_id": ids, "label": labels, "group": ids, "path": paths})
-    both = pd.concat([ham.images.assign(part="train"), rows.assign(part="test")], ignore_index=True).fillna("")
-    name = f"{ham.name} with the ISIC 2018 test images"
-    return validate(
-        Catalogue(both, HAM10000_CLASSES, name, group_name="lesion", citation=ISIC2018_CITATION, license=CC_BY_NC)
-    )
+    return read_class_folders(path)
 
 
 def read_class_folders(root: Path) -> Catalogue:
@@ -125,72 +83,158 @@ def read_class_folders(root: Path) -> Catalogue:
     )
 
 
-def read_table(
-    path: Path, image_column: str, label_column: str, group_column: str | None, image_root: Path | None = None
-) -> Catalogue:
+def read_table(path: Path, columns: Columns, prefix: str = "") -> Catalogue:
     """Read any CSV or Parquet file with one row an image.
 
     Args:
-        path: the file. image_column: paths from the file's folder (or image_root), or absolute ones, with or without their
-            ending; or names that one image below it has alone.
-        label_column: class names; their alphabetical order numbers them. group_column: what no split may cut, such
-            as the patient; of several, as `patient_id,lesion_id`, rows that share any value are one group; without it each
-            image is a group.
+        path: the file. columns: as the user names them; of a public data set, what is not named is known. Images are paths from the
+            file's folder (or image_root), or absolute ones, with or without their ending; or names that one image below it has
+            alone. Without groups, each image is one, with its exact copies.
+        prefix: stands before each image's id.
 
     Raises:
         FileNotFoundError: the file does not exist, or paths in it do not.
-        ValueError: missing columns, blanks, repeated images.
+        ValueError: columns that are missing or not named, blanks, repeated images, labels as `labels.read_labels` refuses them.
     """
     path = Path(path)
     table, what = read_table_file(path)
-    groups = [name.strip() for name in (group_column or "").split(",") if name.strip()]
-    wanted = [("--image-column", image_column), ("--label-column", label_column)]
-    wanted += [("--group-column", name) for name in groups]
-    for option, column in wanted:
+    known = recognise(table.columns)
+    if known:
+        table, lesions = _with_companion(table, path, known)
+        what += f", lesions from {lesions.name}" if lesions else ""
+        columns = fill(columns, known, table.columns)
+    _check_columns(path, table, columns, known)
+    given = table[columns.image].str.strip()
+    files = _find_files(given, columns.image_root or path.parent, path)
+    labels = read_labels(table, path, given.tolist(), columns.labels, columns.class_names)
+    if known and known.in_small_letters:
+        labels = in_small_letters(labels)
+    groups, warned = _groups(table, given, columns, known)
+    core = {
+        "image_id": prefix
+        + given.map(lambda name: name.removesuffix(Path(name).suffix) if _is_image_file(name) else name),
+        "path": [str(file) for file in files],
+        "label": labels.values,
+        "group": groups,
+    }
+    used = {columns.image, *columns.labels, *columns.groups}
+    images = pd.concat([pd.DataFrame(core), extras(table, used)], axis=1)
+    if not columns.groups:
+        images = unite_copies(images)
+    said = f"{known.name if known else 'table'} ({what}): images from {columns.image}, {labels.said}"
+    said += f", groups from {' and '.join(columns.groups)}" if columns.groups else ", no groups"
+    return validate(
+        Catalogue(
+            images,
+            labels.classes,
+            known.name if known and known.citation else path.name,
+            warned,
+            _group_name(columns.groups[0] if columns.groups else None),
+            citation=known.citation if known else "",
+            license=known.license if known else "",
+            mixed_groups=bool(columns.groups),
+            what=said,
+        )
+    )
+
+
+def _read_ham10000_or_table(table: Path, columns: Columns, root: Path) -> Catalogue:
+    """A table whose images lie below a folder; HAM10000's has classes in an order of their own, where its user names none."""
+    root = columns.image_root or root
+    known = recognise(read_header(table)) if table.is_file() else None
+    if known and known.name == "HAM10000" and columns == Columns(image_root=columns.image_root):
+        return read_ham10000(root, table)
+    return read_table(table, replace(columns, image_root=root))
+
+
+def _read_tables_of_splits(root: Path, tables: list[Path], columns: Columns) -> Catalogue:
+    """Tables in folders named train, val and test, of one data set."""
+    parts = []
+    for table in tables:
+        split = table.parent.name
+        part = read_table(table, columns, prefix=f"{table.parent.relative_to(root).as_posix()}/")
+        parts.append(replace(part, images=part.images.assign(split=SPLIT_WORDS[split.lower()])))
+    first = parts[0]
+    images = pd.concat([part.images for part in parts], ignore_index=True).fillna("")
+    if NO_GROUPS in first.warnings:
+        images = unite_copies(images.assign(group=images["image_id"]))
+    classes = tuple(dict.fromkeys(name for part in parts for name in part.classes))
+    in_order = classes if columns.class_names or len(columns.labels) > 1 else tuple(sorted(classes))
+    what = f"{first.what}; in {', '.join(table.parent.name for table in tables)}"
+    return validate(replace(first, images=images, classes=in_order, name=root.name, what=what, split_column="split"))
+
+
+def _known_tables(root: Path) -> list[Path]:
+    """Tables of public data sets in a folder."""
+    tables = [path for path in walk(root) if is_table(path) and len(path.relative_to(root).parts) <= DEEPEST]
+    return [path for path in tables if recognise(read_header(path))]
+
+
+def _with_companion(table: pd.DataFrame, path: Path, known: PublicData) -> tuple[pd.DataFrame, Path | None]:
+    """The table with the columns of another that names its lesions, beside it or in a folder beside its own."""
+    names = {path.name.replace("_GroundTruth", ending) for ending in known.companions} - {path.name}
+    places = [path.parent, path.parent.parent, *(place for place in path.parent.parent.iterdir() if place.is_dir())]
+    found = next((place / name for name in sorted(names) for place in places if (place / name).is_file()), None)
+    if found is None:
+        return table, None
+    other = read_table_file(found)[0]
+    if known.image not in other.columns or other[known.image].duplicated().any():
+        raise ValueError(f"{found} must have one row for each {known.image}. Download it again.")
+    new = [column for column in other.columns if column == known.image or column not in table.columns]
+    return table.merge(other[new], how="left", on=known.image).fillna(""), found
+
+
+def _check_columns(path: Path, table: pd.DataFrame, columns: Columns, known: PublicData | None) -> None:
+    has = f"It has: {', '.join(table.columns)}."
+    if not (columns.image and columns.labels):
+        missing = [*([] if columns.image else ["--image-column"]), *([] if columns.labels else ["--label-column"])]
+        taken = f" ({known.name})" if known else ""
+        raise ValueError(
+            f"{path.name}{taken} needs {' and '.join(missing)} (--label-columns where each class has a column of 0 and 1, and "
+            f"--group-column if it has groups). {has}"
+        )
+    option = "--label-column" if len(columns.labels) == 1 else "--label-columns"
+    wanted = [("--image-column", columns.image), *((option, name) for name in columns.labels)]
+    for option, column in [*wanted, *(("--group-column", name) for name in columns.groups)]:
         if column not in table.columns:
-            raise ValueError(f"{path} has no column {column!r} ({option}). It has: {', '.join(table.columns)}.")
-    given = table[image_column].str.strip()
-    finder = ImageFinder(image_root or path.parent)
-    resolved = [finder.find(name) for name in given]
-    absent = [name for name, file in zip(given, resolved, strict=True) if file is None]
+            raise ValueError(f"{path} has no column {column!r} ({option}). {has}")
+
+
+def _find_files(names: pd.Series, root: Path, path: Path) -> list[Path]:
+    finder = ImageFinder(root)
+    found = [finder.find(name) for name in names]
+    absent = [name for name, file in zip(names, found, strict=True) if file is None]
     if absent:
         raise FileNotFoundError(
-            f"{preview(absent)} of {path}: no such image, and none of that name below {finder.root.resolve()}. Paths are taken "
+            f"{preview(absent)} of {path}: no such image, and none of that name below {root.resolve()}. Paths are taken "
             "from there: give the folder of the images as --image-root."
         )
-    files = [str(file.resolve()) for file in resolved if file is not None]
-    repeated = [file for file, times in Counter(files).items() if times > 1]
+    files = [file for file in found if file is not None]
+    repeated = [file for file, times in Counter(str(file.resolve()) for file in files).items() if times > 1]
     if repeated:
         raise ValueError(f"{preview(repeated)} of {path}: image repeated. Keep one row for each image.")
-    core = {
-        "image_id": given.map(lambda name: name.removesuffix(Path(name).suffix) if _is_image_file(name) else name),
-        "path": [str(file) for file in resolved],
-        "label": table[label_column].str.strip(),
-        "group": connect(table, groups) if len(groups) > 1 else table[groups[0]] if groups else given,
-    }
-    images = pd.concat([pd.DataFrame(core), _extras(table, {column for _, column in wanted})], axis=1)
-    classes = tuple(sorted(set(images["label"]) - {""}))
-    warned = () if group_column else (NO_GROUPS,)
-    if not group_column:
-        images = unite_copies(images)
-    name = _group_name(groups[0] if groups else None)
-    return validate(
-        Catalogue(images, classes, path.name, warned, name, mixed_groups=bool(groups), what=f"table ({what})")
-    )
+    return files
 
 
-def _read_metadata(folder: Path) -> pd.DataFrame:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"The source {folder} is not a folder. Give the folder that holds HAM10000_metadata.csv."
-        )
-    for name in METADATA:
-        if (folder / name).is_file():
-            return read_table_file(folder / name)[0]
-    raise FileNotFoundError(
-        f"No HAM10000_metadata.csv in {folder}. Give the folder that holds it beside the image folders; "
-        "`python -m shards demo OUT` draws an example of the layout."
-    )
+def _groups(
+    table: pd.DataFrame, images: pd.Series, columns: Columns, known: PublicData | None
+) -> tuple[list[str], tuple[str, ...]]:
+    """A group for each row, and what a reader of a score must know of them.
+
+    Where the cell of an image is blank, it is a group of its own in a public data set, which is known to have such; elsewhere that is
+    an error, later.
+    """
+    if not columns.groups:
+        return images.tolist(), (NO_GROUPS,)
+    first = columns.groups[0]
+    groups, warned = table[first].str.strip(), ()
+    if known and (blank := int((groups == "").sum())):
+        groups = groups.where(groups != "", "image " + images)
+        one = _group_name(first)
+        warned = (f"{blank} images have no {first}: others of the same {one} may be in other splits",)
+    if len(columns.groups) > 1:
+        return connect(table.assign(**{first: groups}), list(columns.groups)), warned
+    return groups.tolist(), warned
 
 
 def _group_name(column: str | None) -> str:
@@ -199,33 +243,5 @@ def _group_name(column: str | None) -> str:
     return name.replace("_", " ").lower() or "group"
 
 
-def _extras(table: pd.DataFrame, used: set) -> pd.DataFrame:
-    """The source's other columns; one whose name the shards use themselves becomes `source_NAME`."""
-    rest = table.drop(columns=[column for column in table.columns if column in used])
-    return rest.rename(columns={name: f"source_{name}" for name in (*REQUIRED, "key", "offset", "size", "class")})
-
-
 def _is_image_file(name: str | Path) -> bool:
     return Path(name).suffix.lower() in image_suffixes()
-
-
-def _paths(image_ids: list[str], found: dict[str, Path], folder: Path) -> list[str]:
-    absent = [image_id for image_id in image_ids if image_id not in found]
-    if absent:
-        raise FileNotFoundError(
-            f"{preview(absent)} of the metadata: no image of that name (such as .jpg or .png) lies below "
-            f"{folder}. Unpack every part of the download there, or remove those rows from the metadata."
-        )
-    return [str(found[image_id]) for image_id in image_ids]
-
-
-def _find_images(folder: Path, wanted: set[str]) -> dict[str, Path]:
-    """Map image id to file. The same image twice (Kaggle's download repeats its folders) is no error."""
-    found: dict[str, Path] = {}
-    for path in walk(folder):
-        if not _is_image_file(path) or path.stem not in wanted:
-            continue
-        first = found.setdefault(path.stem, path)
-        if first is not path and not filecmp.cmp(first, path, shallow=False):
-            raise ValueError(f"Two different images for {path.stem}: {first} and {path}. Keep one of them.")
-    return found

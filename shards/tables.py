@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".csv", ".tab", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".tab.gz", ".parquet")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+GZIP = b"\x1f\x8b"
+HEADER_BYTES = 100_000  # no header is longer
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -51,6 +53,25 @@ def read_table_file(path: Path) -> tuple["pd.DataFrame", str]:
     return _tidy(table), said + (f", {repeated} repeated headers left out" if repeated else "")
 
 
+def read_header(path: Path) -> list[str]:
+    """The names of a table's columns; none where the file is no table, or cannot be read without its end (Parquet)."""
+    if path.suffix.lower() == ".parquet":
+        return []
+    with open(path, "rb") as file:
+        data = file.read(HEADER_BYTES)
+    if data.startswith(GZIP):
+        import gzip
+
+        try:
+            with gzip.open(path) as file:
+                data = file.read(HEADER_BYTES)
+        except (BadGzipFile, EOFError, zlib.error):
+            return []
+    text = _decode(data)[0]
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return [name.strip() for name in next(csv.reader([header], delimiter=find_separator(text)), [])]
+
+
 def find_separator(text: str) -> str:
     """What separates the columns of the header, its first line that is not blank; a comma where nothing does."""
     header = next((line for line in text.splitlines() if line.strip()), "")
@@ -60,7 +81,7 @@ def find_separator(text: str) -> str:
 
 def _unzip(path: Path) -> bytes:
     data = path.read_bytes()
-    if not data.startswith(b"\x1f\x8b"):
+    if not data.startswith(GZIP):
         return data
     import gzip
 

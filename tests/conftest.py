@@ -9,9 +9,9 @@ from hypothesis import settings
 
 from harness.config import Config, load_config, read_config
 from shards import demo
+from shards.ham10000 import read_ham10000
 from shards.index import Dataset, load
 from shards.pack import Packing, pack
-from shards.sources import read_ham10000
 from shards.split import split_by_lesion
 from support.processes import launch
 

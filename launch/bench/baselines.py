@@ -23,10 +23,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from shards.ham10000 import read_ham10000
 from shards.image import decode_into
 from shards.index import load_table
 from shards.reader import SplitReader
-from shards.sources import read_ham10000
 
 BATCH = 64
 Pipeline = Callable[[], Iterator[int]]  # one epoch: sizes of its batches as they come

@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from launch.bench import baselines
-from shards.sources import read_ham10000
+from shards.ham10000 import read_ham10000
 
 
 def bench_pack(options: Namespace) -> dict:

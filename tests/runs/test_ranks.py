@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from shards.catalogue import Catalogue
 from shards.files import sha256
+from shards.ham10000 import read_ham10000
 from shards.index import load
 from shards.pack import Packing, pack
-from shards.sources import read_ham10000
 from shards.split import split_by_lesion
 from support.processes import ROOT, SAVING, command, environment, fork, free_port, launch, weights
 

@@ -189,8 +189,8 @@ def test_a_dataset_that_is_not_there_is_one_sentence_not_a_traceback(tiny):
 
 
 def test_another_dataset_under_the_same_run_is_refused(finished_run, source, tmp_path):
+    from shards.ham10000 import read_ham10000
     from shards.pack import Packing, pack
-    from shards.sources import read_ham10000
     from shards.split import split_by_lesion
 
     catalogue = read_ham10000(source)

@@ -5,7 +5,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from shards.sources import HAM10000_CLASSES, read_ham10000
+from shards.ham10000 import HAM10000_CLASSES, read_ham10000
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ from PIL import Image, features
 from shards import cli
 from shards.catalogue import Catalogue, unite_copies, validate
 from shards.folders import ImageFinder, find_classes
+from shards.ham10000 import read_ham10000
 from shards.image import decode_into
 from shards.index import load, load_table, verify
+from shards.public_data import Columns
 from shards.reader import SplitReader
-from shards.sources import read_class_folders, read_ham10000, read_table
+from shards.sources import read_class_folders, read_table
 from shards.tables import find_separator, read_table_file
 
 RNG = np.random.default_rng(1)
@@ -164,7 +166,7 @@ def test_a_data_set_of_one_class_is_refused_from_a_table_too(tmp_path):
         tmp_path / "t.csv", index=False
     )
     with pytest.raises(ValueError, match=r"All 4 images of t.csv have one label \(m\)"):
-        read_table(tmp_path / "t.csv", "file", "label", None)
+        read_table(tmp_path / "t.csv", Columns("file", ("label",)))
 
 
 def test_hidden_files_are_no_images_deeper_folders_belong_to_their_class_and_the_rest_is_counted(tmp_path):

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards import cli
+from shards.ham10000 import read_ham10000
 from shards.index import load, load_table, verify
 from shards.pack import Packing, pack
-from shards.sources import read_ham10000
 from shards.split import split_by_lesion
 
 

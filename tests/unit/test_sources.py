@@ -13,8 +13,12 @@ from PIL import Image
 
 from shards import cli
 from shards.catalogue import NO_GROUPS
+from shards.ham10000 import read_ham10000, read_isic2018
 from shards.index import load, load_table, verify
-from shards.sources import read_class_folders, read_isic2018, read_table
+from shards.leaks import check_split
+from shards.public_data import Columns
+from shards.sources import read_class_folders, read_table
+from shards.split import split_isic2018
 
 RNG = np.random.default_rng(0)
 
@@ -93,8 +97,8 @@ def test_a_csv_keeps_groups_together_and_carries_its_other_columns(table, tmp_pa
 )
 def test_a_csvs_group_column_says_what_a_group_is(table, column, name):
     pd.read_csv(table).rename(columns={"patient": column}).to_csv(table, index=False)
-    assert read_table(table, "file", "diagnosis", column).group_name == name
-    assert read_table(table, "file", "diagnosis", None).group_name == "group"
+    assert read_table(table, Columns("file", ("diagnosis",), (column,))).group_name == name
+    assert read_table(table, Columns("file", ("diagnosis",))).group_name == "group"
 
 
 def test_citation_and_license_of_a_source_are_kept_and_shown(tree, tmp_path, capsys):
@@ -108,10 +112,10 @@ def test_citation_and_license_of_a_source_are_kept_and_shown(tree, tmp_path, cap
 def test_parquet_is_read_as_csv_is(table, tmp_path):
     pytest.importorskip("pyarrow")
     pd.read_csv(table).to_parquet(table.with_suffix(".parquet"))
-    words = ("file", "diagnosis", "patient")
+    columns = Columns("file", ("diagnosis",), ("patient",))
     pd.testing.assert_frame_equal(
-        read_table(table.with_suffix(".parquet"), *words).images.astype(str),
-        read_table(table, *words).images.astype(str),
+        read_table(table.with_suffix(".parquet"), columns).images.astype(str),
+        read_table(table, columns).images.astype(str),
     )
 
 
@@ -196,7 +200,7 @@ def test_isic2018_trains_on_ham10000_and_tests_on_the_challenge(source, challeng
     ("change", "words"),
     [
         (lambda t: t.rename(columns={"DF": "SCC"}), ["image, MEL, NV", "SCC"]),
-        (lambda t: t.assign(NV=1.0), ["not exactly one class is 1"]),
+        (lambda t: t.assign(NV=1.0), ["not exactly one of the columns"]),
         (lambda t: pd.concat([t, t[:1].assign(image="ISIC_9999999")]), ["ISIC_9999999", "no image"]),
     ],
 )
@@ -281,3 +285,28 @@ def test_a_full_disk_while_packing_is_said_and_nothing_is_left(source, tmp_path,
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_the_challenges_test_images_keep_their_lesions_where_dataverse_names_them(source, challenge):
+    """Dataverse serves the ground truth as a table with lesions; beside ISIC's own it is the one that is taken."""
+    ids = pd.read_csv(challenge / "ISIC2018_Task3_Test_GroundTruth.csv")["image"].tolist()
+    rows = {"lesion_id": [f"HAM_9{place // 2}" for place in range(len(ids))], "image_id": ids, "dx": "NV", "age": "50"}
+    pd.DataFrame(rows).to_csv(challenge / "ISIC2018_Task3_Test_GroundTruth.tab", sep="\t", index=False)
+    catalogue = read_isic2018(source, challenge)
+    test = catalogue.images[catalogue.images["part"] == "test"]
+    assert test["group"].tolist() == rows["lesion_id"]
+    assert set(test["label"]) == {"nv"}
+    assert "with their lesions" in catalogue.what
+    split = split_isic2018(catalogue.images)
+    assert len(split.rows["test"]) == len(ids) - 1  # one of the challenge shows no lesion
+
+
+def test_a_lesion_of_the_challenges_test_that_is_also_trained_on_is_refused(source, challenge):
+    ham = read_ham10000(source).images
+    ids = pd.read_csv(challenge / "ISIC2018_Task3_Test_GroundTruth.csv")["image"].tolist()
+    rows = {"lesion_id": ham["group"].iloc[0], "image_id": ids, "dx": ham["label"].iloc[0]}
+    (challenge / "ISIC2018_Task3_Test_GroundTruth.csv").unlink()
+    pd.DataFrame(rows).to_csv(challenge / "ISIC2018_Task3_Test_GroundTruth.tab", sep="\t", index=False)
+    images = read_isic2018(source, challenge).images
+    with pytest.raises(ValueError, match="scores would leak"):
+        check_split(images, split_isic2018(images))
