@@ -107,6 +107,15 @@ def draw_fitzpatrick17k(root: Path) -> None:
     table(root / "fitzpatrick17k.csv", named | {"three_partition_label": parts, "qc": "", "url": "none"})
 
 
+def draw_isic_archive(root: Path) -> None:
+    ids = [f"ISIC_{row:07d}" for row in range(N)]
+    for name in ids:
+        save(root / "images" / f"{name}.jpg")
+    named = {"isic_id": ids, "patient_id": [f"IP_{row // 8}" if row % 2 else "" for row in range(N)]}
+    kinds = [["Benign", "Malignant"][row // 2 % 2] for row in range(N)]
+    table(root / "metadata.csv", named | {"lesion_id": [f"IL_{row // 2}" for row in range(N)], "diagnosis_1": kinds})
+
+
 def draw_imagefolder(root: Path) -> None:
     for split in ("train", "validation", "test"):
         ids = [f"{row}.png" for row in range(N)]
@@ -134,6 +143,7 @@ CASES = {
     "PAD-UFES-20": (draw_pad_ufes_20, [], "ack bcc mel nev", "patient", "CC BY 4.0", "groups from patient_id and lesion_id"),
     "BCN20000": (draw_bcn20000, [], "ak bcc mel nv", "lesion", "", "images from bcn_filename"),
     "Fitzpatrick17k": (draw_fitzpatrick17k, ["--label-column", "three_partition_label"], "benign malignant non-neoplastic", "group", "", "no groups"),
+    "ISIC Archive": (draw_isic_archive, ["--label-column", "diagnosis_1"], "Benign Malignant", "patient", "", "groups from patient_id and lesion_id"),
     "imagefolder in splits": (draw_imagefolder, [], "cat dog", "group", "", "in test, train, validation"),
     "imagefolder": (draw_flat_imagefolder, ["--class-names", "benign,malignant", "--group-column", "patient"], "benign malignant", "patient", "", "0 is benign, 1 is malignant"),
 }  # fmt: skip
