@@ -15,7 +15,7 @@ from harness.evaluation.calibration import Prior, change_prior
 from harness.evaluation.metrics import SUMMARY_METRICS, paired_differences
 from harness.evaluation.results import Results, read_predictions, read_results
 from harness.report.text import format_metric, title
-from shards.terminal import replace_unprintable, run_and_exit
+from shards.terminal import replace_unprintable, run_and_exit, user_path
 
 Run = tuple[Path, Results]  # a folder and the results in it
 
@@ -128,11 +128,11 @@ def _number(value: float) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/compare.py", description="Compare finished runs.")
-    parser.add_argument("folders", nargs="+", type=Path, help="runs, or results of launch/evaluate.py")
+    parser.add_argument("folders", nargs="+", type=user_path, help="runs, or results of launch/evaluate.py")
     parser.add_argument(
         "--against",
         nargs="+",
-        type=Path,
+        type=user_path,
         default=[],
         help="runs of another setting; the difference is theirs minus these",
     )

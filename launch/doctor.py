@@ -12,6 +12,7 @@ from harness.config import read_config
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.launcher import uses_cuda
 from harness.distributed.world import World
+from harness.model.normalization import with_normalization
 from harness.run.console import start_console
 from harness.training.check import Check, tried
 from harness.training.machine import (
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         world = World(config.run.precision, config.run.channels_last)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of NCCL
         return show([*device, Check("fail", "processes", str(error))])
+    config = with_normalization(config)
     checks, _ = preflight(config, world)
     checks = list(dict.fromkeys([*device, *checks]))
     checks += [*check_allreduce(world), *check_cores(config), *world.run_on_main(check_data_files, config)]

@@ -5,7 +5,6 @@ Works on any number of processes (`torchrun --nproc-per-node N launch/evaluate.p
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 from harness.config import Config, load_config
 from harness.data.augment import parse_views
@@ -21,7 +20,7 @@ from harness.run.recovery import find_best, refuse_other_copies
 from shards.index import Dataset, load
 from shards.leaks import refuse_trained_groups
 from shards.reader import SplitReader
-from shards.terminal import run_and_exit
+from shards.terminal import run_and_exit, user_path
 
 ON_OFF = {"true": True, "false": False}
 
@@ -34,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = _settings(options)
         parse_views(config.eval.views)
         dataset, weights = load(config.data.path), find_best(options.run)
+        mean, std = weights.provenance.mean, weights.provenance.std
+        config = replace(config, augment=replace(config.augment, mean=mean, std=std))
         reader = SplitReader(dataset, config.eval.split)
         refuse_unknown_classes(dataset, weights.provenance)
         if not options.allow_leak:
@@ -91,10 +92,10 @@ def _folder_name(config: Config, weights: checkpoint.Checkpoint, dataset: Datase
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Evaluate the best weights of a run.")
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=user_path, help="the run's folder")
     parser.add_argument("--split", help="split to evaluate (default: the run's eval.split)")
     parser.add_argument("--views", help="none, flips, dihedral8 or spins:N (default: the run's eval.views)")
-    parser.add_argument("--data", type=Path, help="packed folder (default: the run's data.path)")
+    parser.add_argument("--data", type=user_path, help="packed folder (default: the run's data.path)")
     parser.add_argument(
         "--image-size",
         type=int,
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the run's)")
     parser.add_argument("--allow-leak", action="store_true", help="evaluate on training groups too; the results say so")
     parser.add_argument(
-        "--out", type=Path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-SIZEpx][-DATASET])"
+        "--out", type=user_path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-SIZEpx][-DATASET])"
     )
     return parser
 

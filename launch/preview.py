@@ -5,20 +5,19 @@ One row a class: the plain view first, then the same image as augmented in as ma
 
 import argparse
 import sys
-from pathlib import Path
 
 from harness.config import read_config
 from harness.report.gallery import augmented_rows
 from shards.contact_sheet import draw_sheet
 from shards.index import load
-from shards.terminal import replace_unprintable, run_and_exit
+from shards.terminal import replace_unprintable, run_and_exit, user_path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw; takes --out FILE.png and the settings that training takes."""
     # Without its own --help: that of the settings is shown.
     parser = argparse.ArgumentParser(prog="launch/preview.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--out", type=Path, help="PNG to write (default: beside the dataset)")
+    parser.add_argument("--out", type=user_path, help="PNG to write (default: beside the dataset)")
     options, settings = parser.parse_known_args(arguments)
     config = read_config(settings)
     replace_unprintable()

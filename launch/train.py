@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     # After the settings were read: torch and its kin take seconds, and --help or a wrong setting needs none of them.
     from harness.distributed.hardware import set_arithmetic
     from harness.distributed.world import World
+    from harness.model.normalization import with_normalization
     from harness.report.page import draw_report
     from harness.run.console import LOGGER, start_console
     from harness.run.stop import STOPPED, follow_launcher
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         world.print(world.describe())
         if config.data.demo_images:
             world.run_on_main(draw_demo, Path(config.data.path), config.data.demo_images)
-        outcome = train(config, world)
+        outcome = train(with_normalization(config), world)
         if outcome == "finished":
             world.run_on_main(draw_report, Path(config.run.folder), load(config.data.path))
         world.close()

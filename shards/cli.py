@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.terminal import replace_unprintable
+from shards.terminal import replace_unprintable, user_path
 
 if TYPE_CHECKING:
     from shards.catalogue import Catalogue
@@ -158,7 +158,7 @@ def _output(text: str) -> tuple[Path, tuple[int, int], str]:
     size, _, fit = stored.partition(":")
     if not out:
         raise argparse.ArgumentTypeError(f"another output is OUT=SIZE:FIT, as data/small=280x224:squeeze. Got {text!r}")
-    return Path(out), _size(size), fit or "cover"
+    return user_path(out), _size(size), fit or "cover"
 
 
 def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
@@ -176,17 +176,17 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
 
         pack.epilog = describe_protocols()
     verify = commands.add_parser("verify", help="check every file against its SHA-256")
-    verify.add_argument("out", type=Path, help="packed folder")
+    verify.add_argument("out", type=user_path, help="packed folder")
     verify.set_defaults(run=_verify)
     show = commands.add_parser("show", help="print the class table of each split and draw a contact sheet")
-    show.add_argument("out", type=Path, help="packed folder")
-    show.add_argument("--sheet", type=Path, help="PNG to draw (default: OUT-sheet.png beside the folder)")
+    show.add_argument("out", type=user_path, help="packed folder")
+    show.add_argument("--sheet", type=user_path, help="PNG to draw (default: OUT-sheet.png beside the folder)")
     show.set_defaults(run=_show)
     return parser
 
 
 def _add_demo(command: argparse.ArgumentParser) -> None:
-    command.add_argument("out", type=Path, help="folder to make")
+    command.add_argument("out", type=user_path, help="folder to make")
     command.add_argument("--images", type=int, default=700, help="images to draw (default 700)")
     command.add_argument("--seed", type=int, default=0, help="a different seed draws different lesions (default 0)")
     command.set_defaults(run=_demo)
@@ -194,8 +194,8 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
 
 def _add_pack(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("source", type=Path, help="folder of a public data set, folder with one folder a class, or a table")
-    add("out", type=Path, help="folder to make")
+    add("source", type=user_path, help="folder of a public data set, folder with one folder a class, or a table")
+    add("out", type=user_path, help="folder to make")
     add("--seed", type=int, default=0, help="a different seed gives a different split (default 0)")
     add("--threads", type=int, default=0, help="decoding threads (default: one a core)")
     add(
@@ -213,7 +213,7 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
 def _add_source_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--image-column", default="", help="of a table: paths of the images, from its folder, or their names")
-    add("--image-root", type=Path, help="folder of the images (default: the table's)")
+    add("--image-root", type=user_path, help="folder of the images (default: the table's)")
     add("--label-column", default="", help="of a table: class names")
     add(
         "--label-columns",
@@ -237,7 +237,7 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
     )
     add("--citation", default="", help="how to cite the images (HAM10000 and ISIC 2018 are cited by themselves)")
     add("--license", default="", help="licence of the images (that of HAM10000 and ISIC 2018 is known)")
-    add("--test-source", type=Path, help="folder of the ISIC 2018 test images and their ground truth")
+    add("--test-source", type=user_path, help="folder of the ISIC 2018 test images and their ground truth")
 
 
 def _add_split_options(group: argparse._ArgumentGroup) -> None:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 END_S = 20.0  # for a process to end in good order after an error
@@ -17,6 +18,11 @@ def replace_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):  # a test's or a notebook's stream may have none
             reconfigure(errors="replace")
+
+
+def user_path(text: str) -> Path:
+    """A path of the command line: no shell has expanded the ~ of `--out=~/data`."""
+    return Path(text).expanduser()
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:

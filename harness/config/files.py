@@ -8,7 +8,7 @@ from each other; the command line wins over the file, wherever it stands.
 import difflib
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,6 +39,8 @@ RUNTIME_KEYS = {
     "run.trackers",
     "run.profile",
 }
+
+PATHS = ("data.path", "model.weights", "run.folder", "run.checkpoint_dir")  # where a ~ at the front is the user's home
 
 RENAMED = {  # of version 0.1, and what else has changed with the name
     "data.batch_size": "data.global_batch_size",
@@ -73,14 +75,14 @@ def read_config(arguments: list[str], default: Path = DEFAULT_CONFIG) -> Config:
     """
     try:
         files, rest = _config_first(arguments)
-        files = files or [str(default)]
+        files = [str(Path(file).expanduser()) for file in files] or [str(default)]
         for file in files:
             _refuse_unknown(_keys_of_file(Path(file)), f" in {file}")
         _refuse_unknown(_keys_of_words(rest), "")
         parser = _parser()
         settings = parser.parse_args([*(f"--config={file}" for file in files), *rest])
         read = parser.instantiate(settings)
-        return Config(**{name: getattr(read, name) for name in SECTIONS})
+        return Config(**{name: _checked(name, getattr(read, name)) for name in SECTIONS})
     except (ArgumentError, ValueError, OSError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -137,6 +139,22 @@ def _sentence(error: Exception) -> str:
     kind = re.sub(r"<class '(\w+)'>", r"\1", kind)
     kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind).replace("'", "")
     return f"The '{key}' setting must be {kind}. Got {value} instead."
+
+
+def _checked(name: str, section):
+    """A section whose values all are of their types (the parser lets null pass), and whose paths have no ~ any more.
+
+    Raises:
+        ValueError: naming the first value that is not.
+    """
+    for key, kind in get_type_hints(type(section)).items():
+        value = getattr(section, key)
+        if value is None and not _is_a(value, kind):
+            hint = " Write none for training from scratch." if key == "weights" else ""
+            raise ValueError(f"The '{name}.{key}' setting has no value (null).{hint or ' Name one, or leave the line out.'}")
+        if f"{name}.{key}" in PATHS and value.startswith("~"):
+            section = replace(section, **{key: str(Path(value).expanduser())})
+    return section
 
 
 def _listed(value):

@@ -24,6 +24,10 @@ def _shares(section: str, settings: object, *names: str) -> None:
             _refuse(f"{section}.{name}", "between 0 and 1", getattr(settings, name))
 
 
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which torchvision's weights were trained with
+STD = (0.229, 0.224, 0.225)
+
+
 @dataclass(frozen=True)
 class Data:
     """What is read, and how."""
@@ -85,8 +89,17 @@ class Augment:
     cutmix_prob: float = 0.0
     """probability that two neighbours in the stream exchange a square, whose area is uniform: Beta(1, 1) (Yun et al., 2019)"""
 
+    mean: tuple[float, float, float] | Literal["auto"] = "auto"
+    """mean red, green and blue, from 0 to 1, that is subtracted from every view; auto: the model's own (timm's models say it), or ImageNet's"""
+    std: tuple[float, float, float] | Literal["auto"] = "auto"
+    """standard deviation of red, green and blue that every view is divided by; auto: as for mean"""
+
     def __post_init__(self):
         """Check the ranges."""
+        if not all(0 <= value <= 1 for value in self.normalization[0]):
+            _refuse("augment.mean", "three numbers from 0 to 1 (pixels are divided by 255)", self.mean)
+        if not all(0 < value <= 1 for value in self.normalization[1]):
+            _refuse("augment.std", "three numbers above 0, up to 1 (pixels are divided by 255)", self.std)
         low, high = self.crop_side
         if not 0 < low <= high <= 1:
             _refuse("augment.crop_side", "0 < LOW <= HIGH <= 1", f"{low}, {high}")
@@ -97,6 +110,11 @@ class Augment:
                 f"'augment.mixup_prob' ({self.mixup_prob}) and 'augment.cutmix_prob' ({self.cutmix_prob}) are probabilities "
                 "of the same pairs: their sum must not exceed 1."
             )
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the colours; ImageNet's where the setting is auto still."""
+        return tuple(self.mean) if self.mean != "auto" else MEAN, tuple(self.std) if self.std != "auto" else STD
 
     @property
     def group_size(self) -> int:

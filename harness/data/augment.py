@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from harness.config import Augment
 from harness.data.random import named_uniforms
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which torchvision's weights were trained with
-STD = (0.229, 0.224, 0.225)
 MIXING = 1 << 40  # streams of random numbers for pairs, far from those of epochs
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
 
@@ -78,7 +76,7 @@ def training_view(
         contrast = 1 + _between(draws.contrast, -1, 1) * augment.contrast
         saturation = 1 + _between(draws.saturation, -1, 1) * augment.saturation
         views = _recolour(views, brightness, contrast, saturation)
-    views = _normalise(views)
+    views = _normalise(views, augment)
     if augment.cutout:  # the mean colour is 0 after normalisation
         centres = torch.stack([draws.cutout_x, draws.cutout_y], 1)
         half = torch.full_like(draws.cutout_x, 0.5 * augment.cutout)
@@ -123,7 +121,7 @@ def plain_view(images: torch.Tensor, augment: Augment, size: int) -> torch.Tenso
     n = len(images)
     upright = images.new_ones((n, 2), dtype=torch.float32)
     nothing = images.new_zeros((n, 2), dtype=torch.float32)
-    return _normalise(_warp(images, upright[:, 0], nothing, upright, nothing[:, 0], size, augment))
+    return _normalise(_warp(images, upright[:, 0], nothing, upright, nothing[:, 0], size, augment), augment)
 
 
 def evaluation_views(
@@ -144,7 +142,7 @@ def evaluation_views(
             ones = torch.ones_like(draws.mirrors)
             flips = torch.stack([_sign(draws.mirrors < 0.5), ones], 1)
             angle = _between(draws.angle, -torch.pi, torch.pi)
-            yield _normalise(_warp(images, ones, torch.zeros_like(flips), flips, angle, size, augment))
+            yield _normalise(_warp(images, ones, torch.zeros_like(flips), flips, angle, size, augment), augment)
         return
     plain = plain_view(images, augment, size)
     for turn in turns:
@@ -233,8 +231,8 @@ def _recolour(
     return recoloured.clamp(0, 255).contiguous(memory_format=torch.channels_last)
 
 
-def _normalise(views: torch.Tensor) -> torch.Tensor:
-    mean, std = (_constant(values, views.device)[:, None, None] for values in (MEAN, STD))
+def _normalise(views: torch.Tensor, augment: Augment) -> torch.Tensor:
+    mean, std = (_constant(values, views.device)[:, None, None] for values in augment.normalization)
     return (views / 255 - mean) / std
 
 

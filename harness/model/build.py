@@ -14,6 +14,10 @@ from torch import nn
 
 TIMM = "timm/"  # before the names of timm's models
 IMAGENET = "imagenet1k_"  # before the names of torchvision's weights
+# Without their auxiliary heads, which return more than logits; they bring ImageNet's normalisation to their own themselves.
+OPTIONS = dict.fromkeys(
+    ("inception_v3", "googlenet"), {"aux_logits": False, "transform_input": True, "init_weights": True}
+)
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,11 @@ def build_model(name: str, n_classes: int) -> nn.Module:
     if name.startswith(TIMM):
         return _build_timm(name.removeprefix(TIMM), n_classes)
     known = torchvision.models.list_models(torchvision.models)
-    if name not in known or "inception" in name or name == "googlenet":  # these two return more than logits
+    if name not in known:
         raise ValueError(
             f"The 'model.name' setting must be a torchvision classifier, such as {_near(name, known)}. Got {name!r}."
         )
-    model = torchvision.models.get_model(name, weights=None)
+    model = torchvision.models.get_model(name, weights=None, **OPTIONS.get(name, {}))
     head = find_head(model)
     parent, _, attribute = head.rpartition(".")
     old = model.get_submodule(head)

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from harness.config import Config
-from harness.data.augment import MEAN, STD, plain_view, training_view
+from harness.config import Augment, Config
+from harness.data.augment import plain_view, training_view
 from shards.contact_sheet import draw_sheet, first_of_class
 from shards.image import FORMATS
 from shards.index import Dataset
@@ -89,7 +89,7 @@ def augmented_rows(dataset: Dataset, config: Config, n_views: int = 9) -> list[t
             views = [plain_view(images, config.augment, size)]
             for epoch in range(n_views):
                 views.append(training_view(images, position, epoch, config.run.seed, config.augment, size))
-            rows.append((name, [_visible(view[0]) for view in views]))
+            rows.append((name, [_visible(view[0], config.augment) for view in views]))
     return rows
 
 
@@ -110,7 +110,8 @@ def _thumbnails(reader: SplitReader, keys: set[int]) -> dict[int, Image.Image]:
     return images
 
 
-def _visible(view: torch.Tensor) -> np.ndarray:
+def _visible(view: torch.Tensor, augment: Augment) -> np.ndarray:
     """A normalised view, (3, S, S), as an image, (S, S, 3) uint8."""
-    colours = view * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in augment.normalization)
+    colours = view * std + mean
     return (colours * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+from harness.config.sections import MEAN, STD
 from harness.run.progress import Progress
 from shards.files import sync, write_durably
 from shards.leaks import read_hashes
@@ -38,9 +39,11 @@ SHAPE = {  # of progress.json
         ),
         **{"best": (float, None), "loss": float, "correct": float, "images": float},
     },
-    "provenance": {"model": str, "classes": [str], "dataset": str, "order": str},
+    "provenance": {"model": str, "classes": [str], "dataset": str, "order": str, "mean": [float], "std": [float]},
 }
-ADDED = {"skipped_steps": 0, "micro_batch": 0}  # to progress.json, within the format
+# Added to progress.json within the format, with what held before.
+ADDED = {"skipped_steps": 0, "micro_batch": 0}
+ADDED_PROVENANCE = {"mean": list(MEAN), "std": list(STD)}
 MANIFEST, EMA_FILE = "manifest.json", "ema.safetensors"
 ASIDE = ".old"  # behind the name of a folder that is about to be replaced
 
@@ -50,6 +53,7 @@ class Provenance:
     """What weights were made of: model, classes in order, fingerprint of the dataset, hashes of its training groups.
 
     order: what the order of samples followed from; where it differs, `samples_seen` says nothing.
+    mean, std: of the colours, by which the model's images are normalised.
     """
 
     model: str
@@ -57,6 +61,8 @@ class Provenance:
     dataset: str
     train_groups: np.ndarray  # as from shards.index.group_hashes
     order: str
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
 
 
 @dataclass(frozen=True)
@@ -265,9 +271,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         content = parse_json(path.read_bytes())
         problem = misfit(content, {"format": int})
         if not problem and content["format"] == FORMAT:
-            problem = misfit(content, {"progress": dict})
+            problem = misfit(content, {"progress": dict, "provenance": dict})
         if not problem and content["format"] == FORMAT:
             content["progress"] = ADDED | content["progress"]
+            content["provenance"] = ADDED_PROVENANCE | content["provenance"]
             problem = misfit(content, SHAPE)
     except ValueError as error:
         problem = str(error)
@@ -290,6 +297,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         provenance_json["dataset"],
         groups,
         provenance_json["order"],
+        tuple(provenance_json["mean"]),
+        tuple(provenance_json["std"]),
     )
     return Checkpoint(folder, Progress(**{name: content["progress"][name] for name in SHAPE["progress"]}), provenance)
 

@@ -107,7 +107,10 @@ def provenance(config: Config, dataset: Dataset) -> Provenance:
     data = config.data
     order = f"batches of {data.global_batch_size}, {data.lanes} lanes, blocks of {data.shuffle_block_shards}, seed {config.run.seed}"
     order += ", classes equally often" if config.optim.balance == "sampler" else ""
-    return Provenance(config.model.name, dataset.classes, dataset.fingerprint, load_groups(dataset, "train"), order)
+    groups = load_groups(dataset, "train")
+    return Provenance(
+        config.model.name, dataset.classes, dataset.fingerprint, groups, order, *config.augment.normalization
+    )
 
 
 def check_folder(folder: Path, config: Config, dataset: Dataset) -> list[str]:

@@ -81,6 +81,9 @@ def announce(config: Config, world: World, data: Data, run: Run, progress: Progr
         f"{sum(plan.shard_sizes)} training images, {plan.n_batches} batches of {plan.global_batch} an epoch "
         f"({plan.describe()}); {sum(data.val.shard_sizes)} validation images; dataset {dataset.fingerprint[:12]}"
     )
+    if config.augment.mean != "auto" or config.augment.std != "auto":
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in config.augment.normalization)
+        world.print(f"images are normalised by mean {mean} and standard deviation {std}")
     for warning in dataset.description.warnings:
         world.warn(warning)
     for check in checks:

@@ -8,7 +8,6 @@ import argparse
 import json
 import platform
 import sys
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from harness.distributed.hardware import available_cores
 from launch.bench.loader import bench_compare, bench_loader, bench_resume
 from launch.bench.packing import bench_pack
 from launch.bench.step import bench_augment, bench_evaluate, bench_save, bench_step, bench_train
-from shards.terminal import run_and_exit
+from shards.terminal import run_and_exit, user_path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,11 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     train, save, compare = (commands.choices[name] for name in ("train", "save", "compare"))
     train.add_argument("--batches", type=_positive, default=40, help="most batches of a round (default 40)")
     for command in (pack, save):
-        command.add_argument("--scratch", type=Path, help="folder for temporary files (default: the system's)")
+        command.add_argument("--scratch", type=user_path, help="folder for temporary files (default: the system's)")
     for command in (pack, compare):
-        command.add_argument("--source", type=Path, required=True, help="HAM10000 folder")
+        command.add_argument("--source", type=user_path, required=True, help="HAM10000 folder")
     for command in commands.choices.values():
-        command.add_argument("--json", type=Path, help="write the numbers here, too")
+        command.add_argument("--json", type=user_path, help="write the numbers here, too")
     return parser
 
 

@@ -20,7 +20,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert len(notebook.cells) <= 10
     (settings,) = (cell for cell in notebook.cells if cell.metadata.get("tags") == ["settings"])
     settings.source = settings.source.replace('EXTRA = ""', 'EXTRA = "--run.epochs 2 --eval.views flips"')
-    settings.source = settings.source.replace('RUNS = "runs"', f'RUNS = "{tmp_path / "runs"}"')
+    settings.source = settings.source.replace('RUNS = "runs"', f'RUNS = "{tmp_path / "My Drive" / "runs"}"')
     pip = tmp_path / "bin" / "pip"  # so that the environment that other tests run in stays as it is
     pip.parent.mkdir()
     pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" --dry-run\n')
@@ -32,7 +32,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         for process in psutil.process_iter(["cmdline"]):
             if any(str(tmp_path) in word for word in process.info["cmdline"] or []):
                 process.kill()
-    run = tmp_path / "runs" / "demo"
+    run = tmp_path / "My Drive" / "runs" / "demo"
     assert state(run)["status"] == "finished"
     text = json.dumps(notebook.cells)
     assert "all checks passed" in text

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from harness.config import Augment
+from harness.config.sections import MEAN, STD
 from harness.data.augment import (
-    MEAN,
-    STD,
     evaluation_views,
     mix,
     parse_views,

@@ -176,3 +176,25 @@ def test_a_setting_of_two_types_is_read_back_as_it_was_written(tiny_config, tmp_
     (tmp_path / "config.yaml").write_text(to_yaml(config).replace(f"micro_batch: {value}", "micro_batch: some"))
     with pytest.raises(ValueError, match="micro_batch cannot be some"):
         load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("model: {weights: null}", ["'model.weights' setting has no value (null)", "Write none"]),
+        ("run: {folder: null}", ["'run.folder' setting has no value (null)", "leave the line out"]),
+        ("data: {path: ~}", ["'data.path' setting has no value (null)"]),  # what a bare ~ is in YAML
+    ],
+)
+def test_a_setting_without_a_value_is_named(tmp_path, capsys, line, words):
+    (tmp_path / "null.yaml").write_text(line + "\n")
+    error = refused(["--config", str(tmp_path / "null.yaml")], capsys)
+    assert all(word in error for word in words), error
+
+
+def test_a_tilde_is_the_users_home_in_files_and_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("data: {path: ~/packed}\nmodel: {weights: ~/w.safetensors}\n")
+    config = read_config(["--config=~/mine.yaml", "--run.folder=~/runs/a"], CONFIGS / "demo.yaml")
+    found = config.data.path, config.model.weights, config.run.folder
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("packed", "w.safetensors", "runs/a"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
@@ -54,12 +55,28 @@ def test_the_head_of_each_family_is_replaced(name, head):
             ("swin_t", 32),
             ("vit_b_32", 224),
             ("maxvit_t", 224),
+            ("inception_v3", 80),
+            ("googlenet", 32),
         ),
     ],
 )
 def test_each_family_of_torchvision_trains_a_step_and_evaluates(name, size):
     check_input_size(outline(name, 7), name, size)
     one_step(build_model(name, 7), size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_torchvisions_own_weights_of_models_with_other_heads_give_its_own_logits(name, tmp_path):
+    """Their files hold the auxiliary heads, too, which are left out; what comes out is what torchvision's model says."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name, weights=None, aux_logits=True, transform_input=True, init_weights=True)
+    save_file(theirs.state_dict(), tmp_path / "theirs.safetensors")
+    ours = build_model(name, 1000)
+    assert "unexpected" in load_weights(ours, name, str(tmp_path / "theirs.safetensors"))
+    images = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
 
 
 def one_step(model, size):
@@ -127,7 +144,7 @@ def test_a_model_of_timm_without_timm_says_what_to_install(monkeypatch):
         build_model("timm/resnet18d", 7)
 
 
-@pytest.mark.parametrize("name", ["resnet51", "inception_v3", "fcn_resnet50"])
+@pytest.mark.parametrize("name", ["resnet51", "fcn_resnet50"])
 def test_a_model_that_is_no_classifier_of_ours_is_refused(name):
     with pytest.raises(ValueError, match=r"model\.name"):
         build_model(name, 7)
