@@ -52,6 +52,16 @@ def read_hashes(path: Path) -> np.ndarray:
         return np.fromfile(file, np.uint64)
 
 
+def missing_classes(labels: pd.Series, split: Split) -> list[str]:
+    """What a reader of a score must be told of classes that are trained, and that a split to evaluate has no image of."""
+    trained = set(labels.iloc[split.rows["train"]]) if "train" in split.rows else set()
+    said = []
+    for name, rows in split.rows.items():
+        if missing := sorted(trained - set(labels.iloc[rows])):
+            said.append(f"the {name} split has no image of {', '.join(missing)}: its scores say nothing of that")
+    return said
+
+
 def check_split(images: pd.DataFrame, split: Split) -> None:
     """Refuse a split that loses an image, evaluates classes without training images, or leaks without being marked.
 

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from shards.files import new_folder, sha256, usable_cores, write_durably
 from shards.grouping import Split
 from shards.image import FITS, encode, fit, open_noted
 from shards.index import SHARD_COLUMNS, Shard
-from shards.leaks import check_split, group_hashes
+from shards.leaks import check_split, group_hashes, missing_classes
 from shards.unreadable import all_in_one_error, without
 
 
@@ -98,6 +98,7 @@ def pack_several(
         ValueError: also where `shard_samples` differ between the outputs.
     """
     check_split(catalogue.images, split)
+    split = replace(split, warnings=(*split.warnings, *missing_classes(catalogue.images["label"], split)))
     per_shard = outputs[0][1].shard_samples
     if any(packing.shard_samples != per_shard for _, packing in outputs):
         raise ValueError("Outputs of one pass must have the same 'shard_samples'.")

@@ -343,3 +343,15 @@ def test_what_was_done_to_images_is_counted_and_said(tmp_path, capsys):
     assert dataset.description.source[said] == 3
     assert f"3 images: {said}" in capsys.readouterr().out
     assert verify(tmp_path / "out") == []
+
+
+def test_a_split_without_a_class_that_is_trained_is_packed_with_a_warning(tmp_path, capsys):
+    for split, classes in (("train", "mno"), ("val", "mn"), ("test", "mo")):
+        for number, label in enumerate(classes * 3):
+            save(tmp_path / "root" / split / label / f"{number}.png")
+    dataset = packed(tmp_path / "root", tmp_path / "out")
+    assert dataset.description.warnings[-2:] == [
+        "the val split has no image of o: its scores say nothing of that",
+        "the test split has no image of n: its scores say nothing of that",
+    ]
+    assert "warning: the test split has no image of n" in capsys.readouterr().out
