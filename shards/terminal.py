@@ -47,6 +47,8 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         code = 1
     _flush()
+    if code == 128 + signal.SIGINT:  # Python would end by the signal itself, where Ctrl-C came in an import
+        os._exit(code)
     if code:
         with suppress(OSError, ValueError, RuntimeError):  # a stderr that is no file
             faulthandler.dump_traceback_later(END_S, exit=True)

@@ -151,7 +151,9 @@ def _checked(name: str, section):
         value = getattr(section, key)
         if value is None and not _is_a(value, kind):
             hint = " Write none for training from scratch." if key == "weights" else ""
-            raise ValueError(f"The '{name}.{key}' setting has no value (null).{hint or ' Name one, or leave the line out.'}")
+            raise ValueError(
+                f"The '{name}.{key}' setting has no value (null).{hint or ' Name one, or leave the line out.'}"
+            )
         if f"{name}.{key}" in PATHS and value.startswith("~"):
             section = replace(section, **{key: str(Path(value).expanduser())})
     return section

@@ -39,6 +39,11 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(fit.x)) if fit.fun <= loss(0.0) else 1.0
 
 
+def is_at_edge(temperature: float) -> bool:
+    """Whether `fit_temperature` found no best one within its range: then it calibrates nothing."""
+    return abs(np.log(temperature)) > 0.99 * np.log(MAX_TEMPERATURE)
+
+
 def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Probabilities of logits divided by a temperature: (N, C) to (N, C) float64."""
     logits = np.log(probabilities.astype(np.float64).clip(TINY)) / temperature

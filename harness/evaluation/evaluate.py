@@ -178,6 +178,11 @@ def _results(
         *missing_class_warnings(dataset, provenance),
         *(f"changed during training: {change}" for change in context.changed_settings),
     ]
+    if context.validation is None:
+        warnings.append(
+            "no temperature and no thresholds: the validation split that they are chosen on is not where the run's settings "
+            "have it (data.path)"
+        )
     return Results(
         split=config.eval.split,
         views=config.eval.views,

@@ -15,9 +15,8 @@ from torch import nn
 TIMM = "timm/"  # before the names of timm's models
 IMAGENET = "imagenet1k_"  # before the names of torchvision's weights
 # Without their auxiliary heads, which return more than logits; they bring ImageNet's normalisation to their own themselves.
-OPTIONS = dict.fromkeys(
-    ("inception_v3", "googlenet"), {"aux_logits": False, "transform_input": True, "init_weights": True}
-)
+WITHOUT_AUXILIARY = {"aux_logits": False, "transform_input": True, "init_weights": True}
+OPTIONS = {"inception_v3": WITHOUT_AUXILIARY, "googlenet": WITHOUT_AUXILIARY}
 
 
 @dataclass(frozen=True)

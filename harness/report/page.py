@@ -21,7 +21,7 @@ from harness.report.gallery import AUGMENTED, FOLDER, least_certain, save_galler
 from harness.report.markup import MANY_LINES, STYLE, cell, image, table, text
 from harness.report.plots import curve_classes, draw_confusion, draw_curves, draw_history, draw_reliability
 from harness.report.tensorboard import write_tensorboard
-from harness.report.text import LIMITS, PRIOR_NOTES, efficiency_facts, format_metric, title
+from harness.report.text import LIMITS, PRIOR_NOTES, describe_temperature, efficiency_facts, format_metric, title
 from harness.run.log import read_json_lines
 from shards.index import Dataset
 from shards.shape import misfit
@@ -163,7 +163,7 @@ def _calibration(results: Results, reliability: bytes) -> str:
     note = ""
     if fitted := results.calibration:
         note = (
-            f"<p>Temperature {fitted['temperature']:.2f}, fitted on validation: calibration error "
+            f"<p>Temperature {describe_temperature(fitted['temperature'])}: calibration error "
             f"{results.tta['calibration_error']:.3f} becomes {fitted['calibration_error']:.3f}, log loss "
             f"{results.tta['loss']:.3f} becomes {fitted['loss']:.3f}.</p>"
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from harness.evaluation.metrics import CALIBRATION_BINS as BINS
+from harness.report.fonts import drawable, families
 from harness.report.text import title as words
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 MANY_CLASSES = 30  # beyond them a confusion matrix is a picture without numbers
 MAX_CURVES = 10
-MAX_NAME = 60  # characters of a class's name in a plot
 
 
 def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: str) -> bytes:
@@ -40,7 +40,7 @@ def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: 
         text = f"{counts[row, column]}\n{shares[row, column]:.0%}" if images[row] else "0"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     named = range(0, len(classes), -(-len(classes) // MANY_CLASSES))  # every second, third, ... of many
-    names = [_literal(classes[number]) for number in named]
+    names = [drawable(classes[number]) for number in named]
     axes.set_xticks(named, names, rotation=45, ha="right")
     axes.set_yticks(named, [f"{name} ({n})" for name, n in zip(names, images[named, 0], strict=True)])
     axes.set(xlabel="predicted", ylabel="label (images)", title=title)
@@ -62,9 +62,9 @@ def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
         row = metrics["per_class"][name]
         is_label, probability = rows["label"] == name, rows[f"p_{name}"]
         false_positive_rate, true_positive_rate, _ = roc_curve(is_label, probability)
-        left.plot(false_positive_rate, true_positive_rate, label=f"{_literal(name)} {row['auc']:.3f}")
+        left.plot(false_positive_rate, true_positive_rate, label=f"{drawable(name)} {row['auc']:.3f}")
         precision, recall, _ = precision_recall_curve(is_label, probability)
-        right.step(recall, precision, where="post", label=f"{_literal(name)} {row['average_precision']:.3f}")
+        right.step(recall, precision, where="post", label=f"{drawable(name)} {row['average_precision']:.3f}")
     left.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (area)" + chosen)
     right.set(
@@ -138,12 +138,11 @@ def _figure(
     return figure, list(axes.flat)
 
 
-def _literal(name: str) -> str:
-    """A name as matplotlib draws it unchanged: what stands between two dollars would be a formula. Long ones are cut."""
-    return (name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "...").replace("$", r"\$")
-
-
 def _png(figure: "Figure") -> bytes:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_fontfamily(families())
     buffer = io.BytesIO()
     figure.savefig(buffer)
     return buffer.getvalue()

@@ -40,7 +40,7 @@ def write_tensorboard(
         for label in metrics["per_class"]:
             is_label, probability = (rows["label"] == label).to_numpy(), rows[f"p_{label}"].to_numpy()
             writer.add_pr_curve(f"result/{label}", is_label, probability, step)
-        settings = {key: str(value) for key, value in flat(config).items()}
+        settings = {key: value if isinstance(value, int | float) else str(value) for key, value in flat(config).items()}
         final = {f"final/{name}": value for name, value in defined.items()}
         writer.add_hparams(settings, final, run_name=".", global_step=step)
 

@@ -5,6 +5,7 @@ In: `Results`. Out: lines of text. Invariants: metrics are printed by their name
 
 from statistics import median
 
+from harness.evaluation.calibration import is_at_edge
 from harness.evaluation.results import Results
 
 # The lines below the table of classes. Of the two F1 averages only the macro one: the other is mostly the commonest class's.
@@ -78,7 +79,7 @@ def summary(results: Results) -> str:
         lines.append(f"{PRIOR_TEXT[corrected['target_name']]}: {_named(corrected, PRIOR_METRICS)}")
     if calibration := results.calibration:
         lines.append(
-            f"temperature {calibration['temperature']:.2f}, fitted on validation: calibration error "
+            f"temperature {describe_temperature(calibration['temperature'])}: calibration error "
             f"{tta['calibration_error']:.3f} -> {calibration['calibration_error']:.3f}, loss {tta['loss']:.3f} -> "
             f"{calibration['loss']:.3f}"
         )
@@ -89,6 +90,12 @@ def summary(results: Results) -> str:
             f"validation): {rates}"
         )
     return "\n".join(lines + [f"warning: {warning}" for warning in results.warnings])
+
+
+def describe_temperature(temperature: float) -> str:
+    """A fitted temperature, and where it comes from."""
+    edge = ", at the edge of its range, so that it calibrates little" if is_at_edge(temperature) else ""
+    return f"{temperature:.2f}, fitted on validation{edge}"
 
 
 def _named(metrics: dict, names: tuple[str, ...], separator: str = ", ", with_intervals: bool = True) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from harness.config import load_config
 from launch import preview as show
 from shards import cli
 from shards import pack as packing
@@ -104,6 +105,14 @@ def test_an_outside_set_is_evaluated_whole_and_never_trained_on(finished_run, ti
     metrics = json.loads(next(run.glob("evaluation-test-none-other-*/metrics.json")).read_text(encoding="utf-8"))
     assert metrics["center"]["images"] == len(table)  # also where a lesion has several
     assert metrics["warnings"] == []
+    assert "calibration" in metrics
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace(str(load_config(run / "config.yaml").data.path), "/gone"))
+    done = launch("evaluate", run, "--data", other, "--views", "none", "--out", tmp_path / "without")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "without" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["warnings"][0].startswith("no temperature and no thresholds: the validation split")
+    assert "warning: no temperature" in done.stdout
     refused = launch("train", "--config", tiny, "--data.path", other)
     assert refused.returncode == 1
     assert "has no split 'train'. It has: test" in refused.stderr

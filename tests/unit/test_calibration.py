@@ -13,10 +13,12 @@ from harness.evaluation.calibration import (
     change_prior,
     class_priors,
     fit_temperature,
+    is_at_edge,
     threshold_for,
     with_temperature,
 )
 from harness.evaluation.metrics import compute_metrics
+from harness.report.text import describe_temperature
 
 
 def overconfident(n: int, temperature: float, seed: int = 0):
@@ -117,3 +119,21 @@ def test_changing_the_class_frequencies_is_bayes_rule_and_has_a_way_back():
     flat = change_prior(posterior, Prior(training, equal, "equal"))
     assert flat[:, :3] == pytest.approx(likelihoods[:, :3] / likelihoods[:, :3].sum(1, keepdims=True))
     assert change_prior(flat, Prior(equal, training, "training")) == pytest.approx(posterior)
+
+
+def test_a_temperature_at_the_edge_of_its_range_is_known_for_one():
+    labels = np.arange(400) % 2
+    wrong = np.full((400, 2), 1e-4)
+    wrong[np.arange(400), np.where(np.arange(400) < 200, labels, 1 - labels)] = (
+        1 - 1e-4
+    )  # sure, and right half the time
+    assert is_at_edge(fit_temperature(wrong, labels))
+    right = np.full((400, 2), 0.4)
+    right[np.arange(400), labels] = 0.6  # unsure, and always right
+    assert is_at_edge(fit_temperature(right, labels))
+    assert not is_at_edge(fit_temperature(*overconfident(2000, 3.0)))
+    assert (
+        describe_temperature(20.0)
+        == "20.00, fitted on validation, at the edge of its range, so that it calibrates little"
+    )
+    assert describe_temperature(1.5) == "1.50, fitted on validation"

@@ -321,14 +321,14 @@ def attack(place: Place, files: list[Path], count: settings, readers) -> None:
     attacked()
 
 
-@pytest.mark.parametrize("count", examples(30, 2000))
+@pytest.mark.parametrize("count", examples(30, 700))
 def test_a_dataset_of_others_is_read_or_refused_with_a_sentence(data, count):
     index = [path for path in data.files if path.suffix in (".json", ".npy") or path.name == "shards.csv"]
     tables = [path for path in data.files if path.name.startswith(("train", "val", "test")) and path not in index]
     attack(data, [*index, *index, *tables], count, read_dataset)
 
 
-@pytest.mark.parametrize("count", examples(20, 1000))
+@pytest.mark.parametrize("count", examples(20, 300))
 def test_a_run_of_others_is_read_or_refused_with_a_sentence(run, model, dataset, monkeypatch, tmp_path, count):
     monkeypatch.setattr(lock, "WATCHED_S", 0.02)
     config = load_config(run.folder / "config.yaml")
@@ -336,7 +336,7 @@ def test_a_run_of_others_is_read_or_refused_with_a_sentence(run, model, dataset,
     attack(run, files, count, lambda folder: read_run(folder, model, dataset, config, tmp_path / "local"))
 
 
-@pytest.mark.parametrize("count", examples(3, 200))
+@pytest.mark.parametrize("count", examples(3, 70))
 def test_a_report_of_the_files_of_others_is_drawn_or_refused_and_shows_no_tag_of_theirs(run, count):
     names = ("metrics.json", "predictions.csv", "log.jsonl", "starts.jsonl", "state.json", "config.yaml")
 

@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from harness.evaluation.metrics import compute_metrics
 from harness.evaluation.results import Results
+from harness.report import fonts
+from harness.report.fonts import drawable
 from harness.report.gallery import least_certain, worst_mistakes
 from harness.report.page import draw_report
 from harness.report.plots import draw_confusion, draw_curves
@@ -211,6 +214,22 @@ def test_class_names_are_drawn_as_they_are():
     assert draw_curves(rows, compute_metrics(np.full((4, 4), 0.25), np.arange(4), names)).startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error:Glyph")  # what matplotlib says where it draws an empty box
+def test_names_in_scripts_that_no_font_here_has_are_drawn_as_numbers_and_stay_apart(monkeypatch):
+    names = ("黒色腫", "母斑", "Rücken", "ναίβος")
+    assert [drawable(name) for name in names[2:]] == list(names[2:])
+    monkeypatch.setattr(fonts, "families", lambda: ("DejaVu Sans",))
+    fonts._letters.cache_clear()
+    assert [drawable(name) for name in names[:2]] == [r"\u9ed2\u8272\u816b", r"\u6bcd\u6591"]
+    draw_confusion(np.eye(4, dtype=int).tolist(), names, "four")
+    fonts._letters.cache_clear()
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_names_in_other_scripts_are_drawn_where_a_font_has_them():
+    draw_confusion(np.eye(2, dtype=int).tolist(), ("黒色腫", "שומה"), "two")
+
+
 def test_citation_and_license_of_the_data_are_printed_where_they_are_known(run):
     metrics = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").write_text(json.dumps(metrics | {"citation": "", "license": ""}))
@@ -236,7 +255,11 @@ def test_tensorboard_shows_results_once_with_curves_and_settings(run):
     assert found == pytest.approx(metrics["balanced_accuracy"])
     assert "result/confusion" in events.Tags()["images"]
     assert "result/mel" in events.Tags()["tensors"]
-    assert any("hparams" in tag for tag in events.summary_metadata)
+    (tag,) = (tag for tag in events.summary_metadata if tag.endswith("session_start_info"))
+    content = HParamsPluginData.FromString(events.summary_metadata[tag].plugin_data.content)
+    told = content.session_start_info.hparams
+    assert told["optim.lr"].number_value == pytest.approx(1e-3)
+    assert told["model.name"].string_value == "shufflenet_v2_x0_5"
 
 
 def test_memory_and_use_of_the_gpu_are_told_as_far_as_they_are_known():
