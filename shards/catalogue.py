@@ -120,14 +120,28 @@ def _refuse_names(names: Iterable[str], column: str, source: str) -> None:
 
 
 def unite_copies(images: pd.DataFrame) -> pd.DataFrame:
-    """Images whose files are the same bytes get one group, that of the first of them: copies must not be in two splits."""
+    """Images whose files are the same bytes get one group, that of the first of them: copies must not be in two splits.
+
+    Raises:
+        ValueError: copies with different labels, of which at most one can be right.
+    """
     by_size: dict[int, list[int]] = {}
     for row, path in enumerate(images["path"]):
         by_size.setdefault(Path(path).stat().st_size, []).append(row)
-    groups, first = images["group"].tolist(), {}
+    paths, labels, groups = (images[column].tolist() for column in ("path", "label", "group"))
+    first, conflicts = {}, []
     for size, rows in by_size.items():
         for row in rows if len(rows) > 1 and size else ():
-            groups[row] = groups[first.setdefault((size, sha256(Path(images["path"].iloc[row]))), row)]
+            original = first.setdefault((size, sha256(Path(paths[row]))), row)
+            groups[row] = groups[original]
+            if labels[row] != labels[original]:
+                conflicts.append((original, row))
+    if conflicts:
+        one, other = conflicts[0]
+        raise ValueError(
+            f"{paths[one]} and {paths[other]} are the same file under two labels ({labels[one]} and {labels[other]}); "
+            f"{len(conflicts)} such pair(s). Keep the right one of each."
+        )
     return images.assign(group=groups)
 
 

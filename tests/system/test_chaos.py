@@ -25,7 +25,7 @@ from support.processes import (
 from support.processes import wait_for_step as wait
 
 pytestmark = pytest.mark.chaos
-KILLS = 24
+KILLS = 14
 LONG = ("--run.epochs", "8", "--run.patience", "8")
 
 

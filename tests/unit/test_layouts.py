@@ -355,3 +355,13 @@ def test_a_split_without_a_class_that_is_trained_is_packed_with_a_warning(tmp_pa
         "the test split has no image of n: its scores say nothing of that",
     ]
     assert "warning: the test split has no image of n" in capsys.readouterr().out
+
+
+def test_one_file_under_two_labels_is_refused_by_both_names(tmp_path, capsys):
+    for number in range(4):
+        save(tmp_path / "root" / "mn"[number % 2] / f"{number}.png")
+    shutil.copy(tmp_path / "root/m/0.png", tmp_path / "root/n/copy.png")
+    assert cli.main(["pack", str(tmp_path / "root"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "root/m/0.png and" in error
+    assert "root/n/copy.png are the same file under two labels (m and n)" in error
