@@ -90,18 +90,25 @@ def compare(runs: list[Run], metrics: list[str], prior: str = "own") -> str:
 
 
 def difference(first: list[Run], second: list[Run], prior: str = "own") -> str:
-    """How much greater the mean metrics of the second runs are, on the same images, by paired resampling of groups."""
+    """How much greater the mean metrics of the second runs are, on the same images, by paired resampling of groups.
+
+    Images are told apart by their ids and classes by their names, in whatever order; the groups are those of the first run.
+    """
     results = [one for _, one in (*first, *second)]
-    rows = [read_predictions(folder) for folder, _ in (*first, *second)]
-    same, classes = ["image_id", "group", "label"], results[0].classes
-    if not all(rows[0][same].equals(row[same]) for row in rows) or any(one.classes != classes for one in results):
+    rows = [read_predictions(folder).set_index("image_id") for folder, _ in (*first, *second)]
+    classes, labels = results[0].classes, rows[0]["label"]
+    if odd := next((one for one in results if set(one.classes) != set(classes)), None):
+        other = sorted(set(odd.classes) ^ set(classes))
+        return f"no paired difference: some of them do not know the classes {', '.join(other[:10])}"
+    if not all(labels.sort_index().equals(row["label"].sort_index()) for row in rows):
         return "no paired difference: they were evaluated on different images"
-    labels = np.array([classes.index(name) for name in rows[0]["label"]])
     probabilities = []
     for one, row in zip(results, rows, strict=True):
-        own = row[[f"p_{name}" for name in classes]].to_numpy(float)  # (N, C)
+        own = row.loc[labels.index, [f"p_{name}" for name in one.classes]].to_numpy(float)  # (N, C)
         correction = correction_to(one, prior)
-        probabilities.append(change_prior(own, correction) if correction else own)
+        corrected = change_prior(own, correction) if correction else own
+        probabilities.append(corrected[:, [one.classes.index(name) for name in classes]])
+    labels = np.array([classes.index(name) for name in labels])
     before, after = probabilities[: len(first)], probabilities[len(first) :]
     names = (*SUMMARY_METRICS, *(f"recall of {name}" for name in classes))
     gains = paired_differences(before, after, labels, classes, rows[0]["group"].to_numpy(), names)

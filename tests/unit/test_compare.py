@@ -108,3 +108,36 @@ def test_what_cannot_be_compared_is_said(finished_run, tmp_path, capsys):
     assert "has no metrics.json" in capsys.readouterr().err
     assert main([str(finished_run), "--metrics", "beauty"]) == 1
     assert "Unknown metric beauty" in capsys.readouterr().err
+
+
+def test_classes_and_images_in_another_order_are_the_same_ones(finished_run, better, tmp_path, capsys):
+    assert main([str(finished_run), str(better), "--prior", "equal"]) == 0
+    before = capsys.readouterr().out.partition("minus")[2]
+    metrics = json.loads((better / "metrics.json").read_text())
+    for name in ("model_prior", "target_prior"):
+        metrics["prior_corrected"][name] = metrics["prior_corrected"][name][::-1]
+    for part in (one for one in metrics.values() if isinstance(one, dict) and "per_class" in one):
+        part["per_class"] = dict(reversed(part["per_class"].items()))
+        if "confusion" in part:
+            part["confusion"] = [row[::-1] for row in part["confusion"][::-1]]
+    (better / "metrics.json").write_text(json.dumps(metrics))
+    rows = pd.read_csv(better / "predictions.csv")[::-1]
+    columns = [name for name in rows if name.startswith("p_")]
+    rows = rows[[*(name for name in rows if name not in columns), *columns[::-1]]]
+    rows.to_csv(better / "predictions.csv", index=False)
+    assert main([str(finished_run), str(better), "--prior", "equal"]) == 0
+    assert capsys.readouterr().out.partition("minus")[2] == before
+
+
+def test_other_classes_are_named_and_other_images_said(finished_run, better, capsys):
+    rows = pd.read_csv(better / "predictions.csv")
+    rows.assign(image_id="other" + rows["image_id"]).to_csv(better / "predictions.csv", index=False)
+    assert main([str(finished_run), str(better)]) == 0
+    assert "they were evaluated on different images" in capsys.readouterr().out
+    renamed = {"p_mel": "p_melanoma"}
+    rows = rows.rename(columns=renamed).replace({"label": {"mel": "melanoma"}, "prediction": {"mel": "melanoma"}})
+    rows.to_csv(better / "predictions.csv", index=False)
+    text = (better / "metrics.json").read_text().replace('"mel"', '"melanoma"')
+    (better / "metrics.json").write_text(text)
+    assert main([str(finished_run), str(better)]) == 0
+    assert "some of them do not know the classes mel, melanoma" in capsys.readouterr().out
