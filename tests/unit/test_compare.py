@@ -117,7 +117,8 @@ def test_classes_and_images_in_another_order_are_the_same_ones(finished_run, bet
     for name in ("model_prior", "target_prior"):
         metrics["prior_corrected"][name] = metrics["prior_corrected"][name][::-1]
     for part in (one for one in metrics.values() if isinstance(one, dict) and "per_class" in one):
-        part["per_class"] = dict(reversed(part["per_class"].items()))
+        for found in (part, part["intervals"]):
+            found["per_class"] = dict(reversed(found["per_class"].items()))
         if "confusion" in part:
             part["confusion"] = [row[::-1] for row in part["confusion"][::-1]]
     (better / "metrics.json").write_text(json.dumps(metrics))
