@@ -1,22 +1,18 @@
-"""Evaluate a run's best weights again: `python launch/evaluate.py runs/ham10000 --split test --views dihedral8`.
+"""Evaluate a run's best weights again, or several runs as one: `python launch/evaluate.py runs/ham10000 --split test --views dihedral8`.
 
 Works on any number of processes (`torchrun --nproc-per-node N launch/evaluate.py ...`); the results are the same.
 """
 
 import argparse
-from dataclasses import replace
 
-from harness.config import Config, load_config
-from harness.data.augment import parse_views
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
-from harness.evaluation.evaluate import context_of_run, evaluate, refuse_unknown_classes
-from harness.model.build import build_model
+from harness.evaluation.ensemble import Member
+from harness.evaluation.evaluate import context_of_runs, evaluate, refuse_unknown_classes
+from harness.evaluation.trained import Choices, TrainedRun, load_model, open_together
 from harness.report.page import draw_report
 from harness.report.text import summary
-from harness.run import checkpoint
 from harness.run.console import LOGGER, start_console
-from harness.run.recovery import find_best, refuse_other_copies
 from shards.index import Dataset, load
 from shards.leaks import refuse_trained_groups
 from shards.reader import SplitReader
@@ -30,29 +26,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     start_console()
     try:
-        config = _settings(options)
-        parse_views(config.eval.views)
-        dataset, weights = load(config.data.path), find_best(options.run)
-        mean, std = weights.provenance.mean, weights.provenance.std
-        config = replace(config, augment=replace(config.augment, mean=mean, std=std))
+        runs = open_together([options.run, *options.others], _choices(options))
+        config, context = runs[0].config, context_of_runs(runs)
+        dataset = load(config.data.path)
         reader = SplitReader(dataset, config.eval.split)
-        refuse_unknown_classes(dataset, weights.provenance)
+        provenance = context.weights.provenance
+        refuse_unknown_classes(dataset, provenance)
         if not options.allow_leak:
-            refuse_trained_groups(dataset, config.eval.split, weights.provenance.train_groups)
-        folder = options.out or options.run / _folder_name(config, weights, dataset)
-        if folder.resolve() == options.run.resolve():
+            refuse_trained_groups(dataset, config.eval.split, provenance.train_groups)
+        folder = options.out or options.run / _folder_name(runs, dataset)
+        if folder.resolve() in [run.folder.resolve() for run in runs]:
             raise ValueError(
-                f"--out {folder} is the run's folder, whose results are those of its training. Name another."
+                f"--out {folder} is a run's folder, whose results are those of its training. Name another."
             )
         set_arithmetic(config.run.tf32, config.run.deterministic)
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
-        refuse_other_copies(weights.folder, world)
-        model = build_model(config.model.name, len(weights.provenance.classes))
-        checkpoint.load_model(weights, model)
-        # torch's stubs know no memory_format beside a device, which its documentation has
-        model.to(world.device, memory_format=world.memory_format)  # pyright: ignore[reportCallIssue]
-        results = evaluate(model, reader, config, world, folder, context_of_run(options.run, weights))
+        members = [Member(str(run.folder), load_model(run, world), run.config, run.classes) for run in runs]
+        results = evaluate(members, reader, world, folder, context)
         assert results is not None  # nobody asks this to stop
         world.run_on_main(draw_report, folder, dataset)
         world.print("\n" + summary(results))
@@ -64,25 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> Config:
-    """The run's settings, with those of the command line in their place."""
-    saved = options.run / "config.yaml"
-    if not saved.is_file():
-        raise FileNotFoundError(f"{options.run} holds no run (no config.yaml). Give the --run.folder of a training.")
-    config = load_config(saved)
-    given = {name: getattr(options, name) for name in ("split", "views", "image_size")}
-    given["prior_correction"] = ON_OFF.get(options.prior_correction)
-    return replace(
-        config,
-        eval=replace(config.eval, **{name: value for name, value in given.items() if value is not None}),
-        run=replace(config.run, precision=options.precision or config.run.precision),
-        data=replace(config.data, path=str(options.data or config.data.path)),
-    )
+def _choices(options: argparse.Namespace) -> Choices:
+    prior_correction = ON_OFF.get(options.prior_correction)
+    return Choices(options.split, options.views, options.image_size, prior_correction, options.precision, options.data)
 
 
-def _folder_name(config: Config, weights: checkpoint.Checkpoint, dataset: Dataset) -> str:
-    """Another name for each dataset, split, views and size, so that no result replaces another."""
+def _folder_name(runs: list[TrainedRun], dataset: Dataset) -> str:
+    """Another name for each dataset, split, views, size and number of runs, so that no result replaces another."""
+    config, weights = runs[0].config, runs[0].weights
     words = ["evaluation", config.eval.split, config.eval.views.replace(":", "")]
+    words += [f"ensemble{len(runs)}"] if len(runs) > 1 else []
     if config.eval.image_size:
         words.append(f"{config.eval.image_size}px")
     if dataset.fingerprint != weights.provenance.dataset:
@@ -93,6 +75,15 @@ def _folder_name(config: Config, weights: checkpoint.Checkpoint, dataset: Datase
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Evaluate the best weights of a run.")
     parser.add_argument("run", type=user_path, help="the run's folder")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        nargs="+",
+        type=user_path,
+        default=[],
+        metavar="RUN",
+        help="runs whose probabilities are averaged with those of the first, as an ensemble",
+    )
     parser.add_argument("--split", help="split to evaluate (default: the run's eval.split)")
     parser.add_argument("--views", help="none, flips, dihedral8 or spins:N (default: the run's eval.views)")
     parser.add_argument("--data", type=user_path, help="packed folder (default: the run's data.path)")

@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.colour import to_srgb
 
@@ -76,6 +76,11 @@ def open_noted(data: bytes, name: str, size: tuple[int, int] | None = None) -> t
         turn = _orientation(opened, notes)
         rgb = _to_rgb(pixels, opened, notes)
         return (rgb if turn is None else rgb.transpose(turn)), notes
+    except UnidentifiedImageError as error:  # in whose words the bytes have an address
+        known = ", ".join(readable_formats())
+        raise ValueError(
+            f"Cannot decode the image {name} (it is none of {known}). Download it again or remove its row."
+        ) from error
     except Exception as error:  # Pillow's decoders raise what they like: SyntaxError, struct.error, ...
         raise ValueError(f"Cannot decode the image {name} ({error}). Download it again or remove its row.") from error
 
@@ -180,7 +185,7 @@ def fit(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     if how == "cover":
         (width, height), (w, h) = image.size, size
         scale = max(w / width, h / height)
-        left, top = (width - w / scale) / 2, (height - h / scale) / 2
+        left, top = max(0.0, (width - w / scale) / 2), max(0.0, (height - h / scale) / 2)  # rounding made it -1e-14
         box = (left, top, width - left, height - top)
         return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     raise ValueError(f"The 'fit' of a dataset must be one of {', '.join(FITS)}. Got {how!r} instead.")

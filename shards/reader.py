@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -30,12 +31,59 @@ class Table:
     label: np.ndarray
 
 
+class ImageReader(Protocol):
+    """Images of one size with a key and a label, addressed by (shard number, row). Safe to share between threads."""
+
+    @property
+    def title(self) -> str:
+        """What they are, on a progress bar."""
+        ...
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the labels number."""
+        ...
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Images in each shard."""
+        ...
+
+    def keys(self) -> np.ndarray:
+        """The keys of all images, (N,) int64."""
+        ...
+
+    def read(self, shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
+        """The place of an image among those requested, and its bytes."""
+        ...
+
+    def decode(self, shard: int, row: int, data: bytes, out: np.ndarray) -> None:
+        """Decode an image's bytes into `out`, (H, W, 3) uint8; a ValueError names it."""
+        ...
+
+    def labels_and_keys(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and keys, both (n,) int64."""
+        ...
+
+
 class SplitReader:
     """The samples of one split (or its alias), addressed by (shard number, row). Safe to share between threads."""
 
     def __init__(self, dataset: Dataset, split: str) -> None:
         self.dataset = dataset
+        self.classes, self.height, self.width = dataset.classes, dataset.height, dataset.width
         self.shards = dataset.split(split)
+        self.title = self.shards[0].split
         self.shard_sizes = tuple(shard.samples for shard in self.shards)
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._tables: dict[int, Table] = {}
@@ -48,6 +96,10 @@ class SplitReader:
                 frame = load_table(self.dataset, self.shards[shard])
                 self._tables[shard] = Table(*(frame[name].to_numpy() for name in ("key", "offset", "size", "label")))
             return self._tables[shard]
+
+    def keys(self) -> np.ndarray:
+        """The keys of all samples, (N,) int64; every table is read."""
+        return np.concatenate([self.table(shard).key for shard in range(len(self.shards))])
 
     def read(self, shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
         """Read many images, shard by shard: a lock and a table look-up for each shard, not for each image.

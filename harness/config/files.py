@@ -154,7 +154,7 @@ def _checked(name: str, section):
             raise ValueError(
                 f"The '{name}.{key}' setting has no value (null).{hint or ' Name one, or leave the line out.'}"
             )
-        if f"{name}.{key}" in PATHS and value.startswith("~"):
+        if f"{name}.{key}" in PATHS and isinstance(value, str) and value.startswith("~"):
             section = replace(section, **{key: str(Path(value).expanduser())})
     return section
 

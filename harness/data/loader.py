@@ -1,6 +1,6 @@
 """Batches on the device, decoded by threads ahead of time.
 
-In: a `SplitReader`, positions, and where each position is stored. Out: `Batch`es in the order asked for. Invariants: a
+In: an `ImageReader`, positions, and where each position is stored. Out: `Batch`es in the order asked for. Invariants: a
 whole batch is one task (but for the first ones, which would come late), so threads rarely contend; the number of batches
 in memory is bounded; a sample that cannot be decoded is named and fails the batch (or, where asked, is ignored); leaving
 the loop early, for whatever reason, leaves no thread behind.
@@ -19,7 +19,7 @@ import torch
 
 from harness.data.threads import Buffers, TaskThreads
 from shards.plan import Plan, evaluation_ranges, locate_in_order, rank_slice
-from shards.reader import SplitReader
+from shards.reader import ImageReader
 
 Locate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions (n,) to shards and rows, both (n,)
 
@@ -55,7 +55,7 @@ class LoaderOptions:
 
 
 def training_batches(
-    reader: SplitReader,
+    reader: ImageReader,
     plan: Plan,
     epoch: int,
     first: int,
@@ -83,22 +83,28 @@ def training_batches(
 
 
 def evaluation_batches(
-    reader: SplitReader, batch_size: int, rank: int, world_size: int, options: LoaderOptions
+    reader: ImageReader,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    options: LoaderOptions,
+    bad_keys: list[int] | None = None,
 ) -> Generator[Batch, None, None]:
     """A rank's batches of a split, each of at most `batch_size` samples, in stored order.
 
     Close it (`.close()`) when leaving before its end: that ends its threads.
 
     Raises:
-        ValueError: while iterating, a sample that cannot be decoded, by name: none is left out of an evaluation.
+        ValueError: while iterating, a sample that cannot be decoded, by name: none is left out of an evaluation, whatever the
+            options say. Only where `bad_keys` is a list, its key goes there instead.
     """
     ranges = evaluation_ranges(sum(reader.shard_sizes), batch_size, rank, world_size)
     wanted = (np.arange(start, stop) for start, stop in ranges)
-    return _load(reader, wanted, partial(locate_in_order, reader.shard_sizes), replace(options, bad_keys=None))
+    return _load(reader, wanted, partial(locate_in_order, reader.shard_sizes), replace(options, bad_keys=bad_keys))
 
 
 def _load(
-    reader: SplitReader, wanted: Iterable[np.ndarray], locate: Locate, options: LoaderOptions
+    reader: ImageReader, wanted: Iterable[np.ndarray], locate: Locate, options: LoaderOptions
 ) -> Generator[Batch, None, None]:
     """Batches in order, through three queues; on a GPU the next one is copied while the loop works on this one.
 
@@ -117,7 +123,7 @@ def _load(
         while True:
             while len(decoding) < ahead and (entry := next(numbered, None)) is not None:
                 number, positions = entry
-                shape = (len(positions), reader.dataset.height, reader.dataset.width, 3)
+                shape = (len(positions), reader.height, reader.width, 3)
                 images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if cuda else buffers.take(shape)
                 # All threads share the first batches, so that these come soon: a half of them the second, a third ...
                 parts = min(options.threads // number, len(positions) // 8)
@@ -192,7 +198,7 @@ def _wait_for(batch: _Decoding, bad_keys: list[int] | None) -> tuple[torch.Tenso
 
 
 def _decode(
-    reader: SplitReader, locate: Locate, ignores_bad: bool, positions: np.ndarray, pixels: np.ndarray
+    reader: ImageReader, locate: Locate, ignores_bad: bool, positions: np.ndarray, pixels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read and decode samples into `pixels`, (n, H, W, 3) uint8; their labels, keys, and which are bad, each (n,).
 

@@ -5,19 +5,21 @@ the bytes of both files are the same at any world size; where there is a `metric
 belongs to it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from harness.config import Config, load_config
 from harness.distributed.world import World
 from harness.evaluation.calibration import Prior, class_priors
-from harness.evaluation.predict import never, predict
+from harness.evaluation.ensemble import Member, average, gain_of_ensemble, predict_each
+from harness.evaluation.predict import never
 from harness.evaluation.results import METRICS_FILE, PREDICTIONS_FILE, Predictions, Results, compute_results
+from harness.evaluation.trained import TrainedRun
 from harness.run.checkpoint import Checkpoint, Provenance
 from harness.run.state import changes, writing
 from shards.description import read_description
@@ -43,9 +45,8 @@ class EvalContext:
 
 
 def evaluate(
-    model: nn.Module,
+    members: Sequence[Member],
     reader: SplitReader,
-    config: Config,
     world: World,
     folder: Path,
     context: EvalContext,
@@ -54,7 +55,8 @@ def evaluate(
     """Collective: evaluate a split with test-time augmentation, and write predictions.csv and metrics.json.
 
     Args:
-        model: with the weights of the context, on the world's device. reader: of the split `config.eval.split`.
+        members: the model with the weights of the context, on the world's device; of several, the average is evaluated, and
+            compared with the best of them. reader: of the split that their settings name.
         folder: for the two files. stop: whether this rank was asked to stop.
 
     Returns:
@@ -65,19 +67,24 @@ def evaluate(
         ValueError: the model's probabilities are not finite.
         OSError: the folder cannot be written.
     """
-    classes, on_validation = context.weights.provenance.classes, None
+    config, classes, on_validation = members[0].config, members[0].classes, None
     if context.validation is not None and context.validation.shards != reader.shards:  # nothing is tuned on this split
-        on_validation = predict(model, context.validation, classes, config, world, stop)
+        on_validation = predict_each(members, context.validation, world, stop)
         if on_validation is None:
             return None
-    predictions = predict(model, reader, classes, config, world, stop)
-    if predictions is None:
+    parts = predict_each(members, reader, world, stop)
+    if parts is None:
         return None
+    predictions = average(parts)
 
     def save() -> Results:
         samples = pd.concat([load_table(reader.dataset, shard) for shard in reader.shards])
         samples = samples.sort_values("key", ignore_index=True)
-        results = _results(predictions, on_validation, samples, reader.dataset, config, context)
+        validation = average(on_validation) if on_validation else None
+        results = _results(predictions, validation, samples, reader.dataset, config, context)
+        if len(members) > 1:
+            groups = samples["group"].astype(str).to_numpy()
+            results = replace(results, ensemble=gain_of_ensemble(members, parts, on_validation, classes, groups))
         rows = prediction_rows(predictions, samples, classes)
         with writing(folder / PREDICTIONS_FILE):
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,13 +97,19 @@ def evaluate(
     return world.run_on_main(save)
 
 
-def context_of_run(run: Path, weights: Checkpoint) -> EvalContext:
-    """The context of a run's own weights, from the files of its folder.
+def context_of_runs(runs: Sequence[TrainedRun]) -> EvalContext:
+    """The context of runs' own weights, from the files of their folders; of several, their training groups together.
 
     Raises:
-        ValueError, OSError: its settings or its dataset.json are damaged, of another version, or missing.
+        ValueError, OSError: settings or a dataset.json are damaged, of another version, or missing.
     """
-    return EvalContext(weights, changes(run), priors_of_run(run), validation_of_run(run, weights))
+    first, provenance = runs[0], runs[0].weights.provenance
+    groups = reduce(np.union1d, (run.weights.provenance.train_groups for run in runs))
+    weights = replace(first.weights, provenance=replace(provenance, train_groups=groups))
+    changed = [change for run in runs for change in changes(run.folder)]
+    is_one_dataset = len({run.weights.provenance.dataset for run in runs}) == 1
+    validation = validation_of_run(first.folder, weights) if is_one_dataset else None
+    return EvalContext(weights, changed, priors_of_run(first.folder), validation)
 
 
 def validation_of_run(run: Path, weights: Checkpoint) -> SplitReader | None:
@@ -181,7 +194,7 @@ def _results(
     if context.validation is None:
         warnings.append(
             "no temperature and no thresholds: the validation split that they are chosen on is not where the run's settings "
-            "have it (data.path)"
+            "have it (data.path), or the runs of an ensemble were trained on other data"
         )
     return Results(
         split=config.eval.split,

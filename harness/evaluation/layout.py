@@ -41,6 +41,12 @@ OPTIONAL = {
     "prior_corrected": CORRECTED,
     "calibration": CALIBRATED | _all(CALIBRATION_METRICS, float),
     "operating_points": [POINT | _all(RATES, {"value": NUMBER, "interval": INTERVAL})],
+    "ensemble": {
+        "members": [str],
+        "best": str,
+        "chosen_on": str,
+        "gain": _all(SUMMARY_METRICS, {"gain": NUMBER, "interval": INTERVAL}),
+    },
     "subgroups": {str: {str: SUBGROUP | _all(SUBGROUP_METRICS, NUMBER)}},
 }
 

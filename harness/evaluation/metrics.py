@@ -98,6 +98,13 @@ def bootstrap(
     ]
 
 
+def balanced_accuracy(probabilities: np.ndarray, labels: np.ndarray, n_classes: int) -> float:
+    """The mean recall over the classes that have images: (N, C) probabilities, (N,) labels."""
+    is_right = probabilities.argmax(1) == labels
+    images = np.bincount(labels, minlength=n_classes)
+    return float((np.bincount(labels, is_right, n_classes)[images > 0] / images[images > 0]).mean())
+
+
 def paired_differences(
     before: list[np.ndarray],
     after: list[np.ndarray],

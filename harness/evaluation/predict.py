@@ -1,6 +1,6 @@
 """Predict every sample of a split exactly once, on any number of ranks.
 
-In: a model, a `SplitReader`, settings. Out: `Predictions`, on every rank. Invariants: the split is cut into batches that
+In: a model, an `ImageReader`, settings. Out: `Predictions`, on every rank. Invariants: the split is cut into batches that
 do not depend on the world, and each forward pass has the same number of rows, so every bit of a prediction is the same at
 any world size; a sample that was lost or predicted twice is an error before any metric is computed.
 """
@@ -23,7 +23,7 @@ from harness.distributed.hardware import decode_threads, set_thread_device
 from harness.distributed.world import World
 from harness.evaluation.metrics import compute_metrics
 from harness.evaluation.results import Predictions
-from shards.reader import SplitReader
+from shards.reader import ImageReader
 
 SPLIT_TITLES = {"val": "validation"}  # others are called by their own names
 
@@ -38,11 +38,12 @@ def never() -> bool:
 
 def predict(
     model: nn.Module,
-    reader: SplitReader,
+    reader: ImageReader,
     classes: tuple[str, ...],
     config: Config,
     world: World,
     stop: Callable[[], bool] = never,
+    bad_keys: list[int] | None = None,
 ) -> Predictions | None:
     """Collective: predict the reader's split under `config.eval.views`; each image is decoded once, on one rank.
 
@@ -50,6 +51,8 @@ def predict(
         model: the same on each rank, not wrapped for gradients, on the world's device; left in evaluation mode.
         classes: the C names of the model's outputs; the dataset's are among them, in any order.
         stop: whether this rank was asked to stop; the ranks compare before each batch.
+        bad_keys: list that this rank's keys of images that cannot be decoded are appended to: their rows have the label -1, and
+            mean nothing. None: such an image is an error. An evaluation leaves none out.
 
     Returns:
         predictions of all N samples on every rank, sorted by key; None if a rank was asked to stop.
@@ -60,7 +63,7 @@ def predict(
     model.eval()
     _, _, n_random = parse_views(config.eval.views)
     parts = [_no_samples(len(classes), n_random)]
-    for part in _local_predictions(model, reader, config, world, stop):
+    for part in _local_predictions(model, reader, config, world, stop, bad_keys):
         if part is None:
             return None
         parts.append(part)
@@ -69,20 +72,20 @@ def predict(
     problem = world.run_on_main(find_incomplete, keys, reader)
     if problem:
         raise RuntimeError(problem)
-    model_labels = torch.tensor([classes.index(name) for name in reader.dataset.classes])  # of the dataset's labels
-    columns["labels"] = model_labels[columns["labels"]]
+    model_labels = torch.tensor([classes.index(name) for name in reader.classes])  # of the dataset's labels
+    columns["labels"] = torch.where(columns["labels"] < 0, -1, model_labels[columns["labels"]])
     return Predictions(keys=keys.numpy(), **{name: column.numpy() for name, column in columns.items()})
 
 
 def validate(
-    model: nn.Module, reader: SplitReader, config: Config, world: World, stop: Callable[[], bool] = never
+    model: nn.Module, reader: ImageReader, config: Config, world: World, stop: Callable[[], bool] = never
 ) -> dict | None:
     """Collective: metrics of the center view, computed on rank 0 and known to all, as from `compute_metrics`.
 
     Returns:
         no intervals; None if a rank was asked to stop.
     """
-    classes = reader.dataset.classes
+    classes = reader.classes
     center_only = replace(config, eval=replace(config.eval, views="none"))
     predictions = predict(model, reader, classes, center_only, world, stop)
     if predictions is None:
@@ -90,9 +93,9 @@ def validate(
     return world.run_on_main(compute_metrics, predictions.center_probs, predictions.labels, classes)
 
 
-def find_incomplete(keys: torch.Tensor, reader: SplitReader) -> str | None:
+def find_incomplete(keys: torch.Tensor, reader: ImageReader) -> str | None:
     """What is wrong with the keys that were predicted, (N,) int64; None if they are the split's, each exactly once."""
-    expected = np.sort(np.concatenate([reader.table(shard).key for shard in range(len(reader.shards))]))
+    expected = np.sort(reader.keys())
     if np.array_equal(keys.numpy(), expected):
         return None
     lost, repeated = len(np.setdiff1d(expected, keys)), len(keys) - len(keys.unique())
@@ -103,11 +106,16 @@ def find_incomplete(keys: torch.Tensor, reader: SplitReader) -> str | None:
 
 
 def _local_predictions(
-    model: nn.Module, reader: SplitReader, config: Config, world: World, stop: Callable[[], bool]
+    model: nn.Module,
+    reader: ImageReader,
+    config: Config,
+    world: World,
+    stop: Callable[[], bool],
+    bad_keys: list[int] | None,
 ) -> Iterator[Columns | None]:
     """Collective: this rank's batches of the split in their order; None, as the last, if a rank was asked to stop."""
     options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device)
-    batches = evaluation_batches(reader, config.eval.batch_size, world.rank, world.size, options)
+    batches = evaluation_batches(reader, config.eval.batch_size, world.rank, world.size, options, bad_keys)
     n_images, of_a_round = sum(reader.shard_sizes), config.eval.batch_size * world.size
     running: deque[Future[Columns]] = deque()
     with (
@@ -145,9 +153,9 @@ def _abandoned_on_error(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor
         pool.shutdown(wait=is_done, cancel_futures=not is_done)
 
 
-def _progress_bar(reader: SplitReader, config: Config, world: World) -> tqdm:
+def _progress_bar(reader: ImageReader, config: Config, world: World) -> tqdm:
     """Images done by all ranks, with the time left; on rank 0, and only where there is a terminal to show it on."""
-    split = reader.shards[0].split
+    split = reader.title
     turns, flips, n_random = parse_views(config.eval.views)
     n_views = n_random or len(turns) * len(flips)
     title = SPLIT_TITLES.get(split, split) + (f", {n_views} views" if n_views > 1 else "")

@@ -64,6 +64,7 @@ class Results:
     the average at other class frequencies, with model_prior and target_prior (C shares each) and target_name (`equal` or
     `training`). calibration: temperature fitted on validation, and loss, brier and calibration_error with it.
     operating_points: thresholds chosen on validation, with their rates on this split. subgroups: {column: {value: metrics}}.
+    ensemble: of several runs: members, best (one of them), chosen_on (what it was chosen on), gain over it as in tta_gain.
     """
 
     split: str
@@ -86,6 +87,7 @@ class Results:
     calibration: dict[str, Any] | None = None
     operating_points: list[dict[str, Any]] = field(default_factory=list)
     subgroups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ensemble: dict[str, Any] | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:

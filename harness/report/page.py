@@ -21,7 +21,15 @@ from harness.report.gallery import AUGMENTED, FOLDER, least_certain, save_galler
 from harness.report.markup import MANY_LINES, STYLE, cell, image, table, text
 from harness.report.plots import curve_classes, draw_confusion, draw_curves, draw_history, draw_reliability
 from harness.report.tensorboard import write_tensorboard
-from harness.report.text import LIMITS, PRIOR_NOTES, describe_temperature, efficiency_facts, format_metric, title
+from harness.report.text import (
+    LIMITS,
+    PRIOR_NOTES,
+    describe_ensemble,
+    describe_temperature,
+    efficiency_facts,
+    format_metric,
+    title,
+)
 from harness.run.log import read_json_lines
 from shards.index import Dataset
 from shards.shape import misfit
@@ -90,6 +98,7 @@ def _page(folder: Path, results: Results, rows: pd.DataFrame, plots: dict[str, b
         f"<h1>{heading}</h1>",
         f"<p class=note>{results.tta['images']} images, views: {text(results.views)}. Ranges are 95 % bootstrap intervals, "
         f"resampled by {text(results.group_name)}.</p>",
+        *([f"<p>{text(describe_ensemble(results.ensemble))}.</p>"] if results.ensemble else []),
         *(f"<p class=warning>{text(warning)}</p>" for warning in results.warnings),
         _cards(results.tta),
         "<h2>Classes</h2>" + _class_table(results.tta),

@@ -72,6 +72,8 @@ def summary(results: Results) -> str:
         lines.append(
             f"TTA gain {gain} balanced accuracy over the single center view ({format_metric(center['balanced_accuracy'])})"
         )
+    if found := results.ensemble:
+        lines.append(describe_ensemble(found))
     if results.per_view:
         values = _named(results.per_view, PER_VIEW_METRICS, with_intervals=False)
         lines.append(f"each view as a prediction of its own: {values}")
@@ -90,6 +92,15 @@ def summary(results: Results) -> str:
             f"validation): {rates}"
         )
     return "\n".join(lines + [f"warning: {warning}" for warning in results.warnings])
+
+
+def describe_ensemble(ensemble: dict) -> str:
+    """What several runs are worth beside the best of them, in one line; as `Results.ensemble`."""
+    gain = ensemble["gain"]["balanced_accuracy"]
+    return (
+        f"ensemble of {len(ensemble['members'])} runs: {format_metric(gain['gain'], gain['interval'], '+.3f')} balanced accuracy over "
+        f"the best of them alone ({ensemble['best']}, chosen on {ensemble['chosen_on']})"
+    )
 
 
 def describe_temperature(temperature: float) -> str:

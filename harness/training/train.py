@@ -8,6 +8,7 @@ from harness.config import Config, flat
 from harness.distributed.hardware import available_cores, decode_threads
 from harness.distributed.world import World
 from harness.evaluation.calibration import class_priors
+from harness.evaluation.ensemble import Member
 from harness.evaluation.evaluate import EvalContext, evaluate
 from harness.evaluation.metrics import HIGHER_IS_BETTER
 from harness.evaluation.predict import validate
@@ -157,7 +158,8 @@ def evaluate_best(config: Config, world: World, data: Data, state: TrainState, r
     checkpoint.load_model(best, state.model)
     prior = class_priors(config.optim, data.dataset.description.counts["train"])
     context = EvalContext(best, changes(run.folder), prior, data.val)
-    results = evaluate(state.model, data.test, config, world, run.folder, context, run.stop.asked)
+    member = Member(str(run.folder), state.model, config, data.dataset.classes)
+    results = evaluate([member], data.test, world, run.folder, context, run.stop.asked)
     if results is None:
         return run.stopped(progress)
     scores = {"split": config.eval.split} | {name: results.tta[name] for name in SHOWN}

@@ -75,6 +75,15 @@ def test_fits_do_what_they_are_called():
     assert padded[25].min() == 255
 
 
+def test_every_size_covers_every_other_one():
+    """Where the aspect ratios are equal, rounding put the edge of the crop at -1e-14, which Pillow refuses."""
+    image = gradient(200, 150)
+    for width in range(8, 140):
+        for size in ((width, round(0.75 * width)), (48, 36), (width, 36)):
+            for original in (image.crop((0, 0, width, max(1, round(0.75 * width)))), image.crop((0, 0, width, 69))):
+                assert fit(original, size, "cover").size == size
+
+
 def test_squeeze_equals_the_plain_resize_and_cover_crops_the_centre():
     image = gradient(200, 100)
     squeezed = np.asarray(fit(image, (50, 50), "squeeze")).astype(int)

@@ -221,6 +221,7 @@ def test_memory_stays_flat_over_hundreds_of_batches(dataset):
 INTERRUPTED = """
 import random, signal, torch
 from harness.data.loader import *
+from shards.reader import SplitReader
 from shards.index import load
 reader = SplitReader(load(PATH), 'train')
 plan = Plan(reader.shard_sizes, 4, 0)

@@ -1,0 +1,89 @@
+"""A page of predictions: each image with what the model says of it.
+
+In: rows as `output.output_rows` makes them, the images' files. Out: one HTML file that needs no network. Invariants: what is shown is
+what the model saw, as packing would store it; no text of a file or of a class gets into the page unescaped.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from harness.evaluation.trained import TrainedRun
+from harness.report.markup import STYLE, image, text
+from shards.files import write_atomically
+from shards.inputs import Inputs
+from shards.raw import RawReader
+
+MAX_SHOWN = 200  # images on a page; the output file has all of them
+SIDE = 220  # of a small image, the longer one, in pixels
+N_BARS = 3  # classes of the highest probability
+BARS = """
+.images{grid-template-columns:repeat(auto-fill,minmax(13rem,1fr))}
+.bar{display:grid;grid-template-columns:1fr 3.2rem;gap:.4rem;font-size:.8rem;align-items:center}
+.bar span{overflow-wrap:anywhere;background:linear-gradient(#48a8,#48a8) no-repeat left/var(--share) 100%;padding:0 .3rem;border-radius:.2rem}
+.bar b{text-align:right;font-weight:500}.yes{background:#c80;color:#000;border-radius:.2rem;padding:0 .3rem;font-size:.8rem}
+"""
+
+
+def write_prediction_page(
+    rows: pd.DataFrame, inputs: Inputs, run: TrainedRun, path: Path, heat_maps: dict[int, bytes] | None = None
+) -> None:
+    """Write a page of the first `MAX_SHOWN` images, in their order, and of what could not be read.
+
+    Args:
+        rows: of all images. inputs: their files. heat_maps: place of an image -> a PNG to show beside it.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    reader = RawReader(inputs.paths, inputs.names, run.trained_on, run.classes)
+    figures = [
+        _figure(row, reader, place, (heat_maps or {}).get(place))
+        for place, row in enumerate(rows.head(MAX_SHOWN).to_dict("records"))
+    ]
+    bad = rows.loc[rows["error"] != "", "error"]
+    more = f" The first {MAX_SHOWN} are shown." if len(rows) > MAX_SHOWN else ""
+    heading = text(f"{len(rows)} images by {run.weights.provenance.model}")
+    parts = [
+        f"<h1>{heading}</h1>",
+        f"<p class=note>Run {text(run.folder)}, views: {text(run.config.eval.views)}; classes: {text(', '.join(run.classes))}.{more} The "
+        "percentages are the model's own; they are no diagnosis.</p>",
+        *(f"<p class=warning>{text(problem)}</p>" for problem in bad.head(20)),
+        *([f"<p class=warning>and {len(bad) - 20} more that could not be read</p>"] if len(bad) > 20 else []),
+        f"<div class=images>{''.join(figures)}</div>",
+    ]
+    head = '<meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
+    head += f"<title>{heading}</title><style>{STYLE}{BARS}</style>"
+    page = f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    write_atomically(path, page.encode())
+
+
+def _figure(row: dict, reader: RawReader, place: int, heat_map: bytes | None) -> str:
+    if row["error"]:
+        return f"<figure><figcaption><b>{text(row['image'])}</b><br>could not be read</figcaption></figure>"
+    shares = sorted(((row[name], name.removeprefix("p_")) for name in row if name.startswith("p_")), reverse=True)
+    bars = "".join(
+        f'<div class=bar><span style="--share:{share:.1%}">{text(name)}</span><b>{share:.1%}</b></div>'
+        for share, name in shares[:N_BARS]
+    )
+    marks = "".join(
+        f" <span class=yes>{text(name.removeprefix('is_'))}</span>"
+        for name in row
+        if name.startswith("is_") and row[name] == "true"
+    )
+    shown = image(_small(reader, place), row["image"], "jpeg")
+    if heat_map is not None:
+        shown += image(heat_map, f"where the model looks in {row['image']}", "png")
+    return f"<figure>{shown}<figcaption>{text(Path(row['image']).name)}{marks}{bars}</figcaption></figure>"
+
+
+def _small(reader: RawReader, place: int) -> bytes:
+    _, data = next(reader.read(np.zeros(1, np.int64), np.array([place])))
+    with Image.open(io.BytesIO(reader.stored(data, str(place)))) as stored:
+        stored.thumbnail((SIDE, SIDE))
+        buffer = io.BytesIO()
+        stored.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()

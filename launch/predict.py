@@ -1,0 +1,160 @@
+"""Predict images: `python launch/predict.py runs/ham10000 photos/ --out predictions.csv`.
+
+Images are prepared as packing prepares them, and predicted as an evaluation predicts them. Works on any number of processes
+(`torchrun --nproc-per-node N launch/predict.py ...`); the output is the same.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from harness.distributed.hardware import set_arithmetic
+from harness.distributed.world import World
+from harness.evaluation.ensemble import Member, average, predict_each
+from harness.evaluation.evaluate import priors_of_run
+from harness.evaluation.output import check_output, output_rows, write_rows
+from harness.evaluation.results import Predictions, read_results
+from harness.evaluation.trained import Choices, TrainedRun, load_model, open_together
+from harness.report.prediction_page import write_prediction_page
+from harness.run.console import LOGGER, start_console
+from shards.index import load, load_table
+from shards.inputs import Inputs, find_inputs
+from shards.raw import RawReader
+from shards.reader import SplitReader
+from shards.terminal import run_and_exit, user_path
+
+SOME_UNREADABLE = 3  # the exit code where images could not be read, and all others were predicted
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; the exit code is 0, 3 if images could not be read (the others are predicted), or 1 after an error."""
+    options = _parser().parse_args(arguments)
+    start_console()
+    try:
+        check_output(options.out, options.overwrite)
+        runs = open_together([options.run, *options.others], _choices(options))
+        results = read_results(options.run) if (options.run / "metrics.json").is_file() else None
+        fitted = results.calibration if results and len(runs) == 1 else None
+        if options.temperature and not fitted:
+            raise ValueError(
+                f"{options.run} has no temperature of its own (or several runs are averaged). Leave out --temperature."
+            )
+        config = runs[0].config
+        set_arithmetic(config.run.tf32, config.run.deterministic)
+        world = World(config.run.precision, config.run.channels_last)
+        world.print(world.describe())
+        inputs = (
+            None
+            if _is_packed(options.inputs)
+            else find_inputs(options.inputs, options.image_column, options.image_root)
+        )
+        members = [Member(str(run.folder), load_model(run, world), run.config, run.classes) for run in runs]
+        began = time.perf_counter()
+        names, predictions, problems = _predict(members, runs, inputs, options, world)
+        seconds = time.perf_counter() - began
+        points = results.operating_points if results and len(runs) == 1 else []
+        temperature = fitted["temperature"] if fitted and options.temperature else None
+        prior = priors_of_run(options.run) if options.prior_correction else None
+        rows = output_rows(names, predictions, runs[0].classes, problems, points, temperature, prior)
+        world.run_on_main(_write, rows, inputs, runs[0], options)
+        world.print(f"{len(names)} images in {seconds:.1f} s, {len(names) / seconds:.0f} images/s: {options.out}")
+        for problem in problems.values():
+            world.warn(problem)
+        if problems:
+            world.print(f"{len(problems)} of {len(names)} images could not be read: the column `error` says why")
+        world.close()
+    except (ValueError, OSError, MemoryError) as error:
+        LOGGER.error(str(error))
+        return 1
+    return SOME_UNREADABLE if problems else 0
+
+
+def _predict(
+    members: list[Member], runs: list[TrainedRun], inputs: Inputs | None, options: argparse.Namespace, world: World
+) -> tuple[list[str], Predictions, dict[int, str]]:
+    """Collective: names of the images, what is predicted of them, and why some could not be read, by place."""
+    if inputs is None:
+        dataset = load(Path(options.inputs[0]))
+        reader = SplitReader(dataset, options.split or runs[0].config.eval.split)
+        parts = predict_each(members, reader, world)
+        assert parts is not None  # nobody asks this to stop
+        samples = pd.concat([load_table(dataset, shard) for shard in reader.shards]).sort_values("key")
+        return samples["image_id"].tolist(), average(parts), {}
+    raw = RawReader(inputs.paths, inputs.names, runs[0].trained_on, runs[0].classes)
+    parts = predict_each(members, raw, world, bad_keys=[])
+    assert parts is not None
+    found: dict[int, str] = {}
+    for problems in world.all_gather_objects(raw.problems):
+        found |= problems
+    return inputs.names, average(parts), dict(sorted((found | inputs.missing).items()))
+
+
+def _write(rows: pd.DataFrame, inputs: Inputs | None, run: TrainedRun, options: argparse.Namespace) -> None:
+    write_rows(rows, options.out)
+    if options.page and inputs is not None:
+        write_prediction_page(rows, inputs, run, options.page)
+
+
+def _is_packed(words: list[str]) -> bool:
+    """Whether packed shards are meant.
+
+    Raises:
+        ValueError: beside other inputs.
+    """
+    packed = [word for word in words if (Path(word).expanduser() / "dataset.json").is_file()]
+    if packed and len(words) > 1:
+        raise ValueError(f"{packed[0]} is a packed dataset. Give it alone, and other inputs in another call.")
+    return bool(packed)
+
+
+def _choices(options: argparse.Namespace) -> Choices:
+    return Choices(views=options.views, image_size=options.image_size, precision=options.precision)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/predict.py", description="Predict images with the best weights of a run."
+    )
+    add = parser.add_argument
+    add("run", type=user_path, help="the run's folder")
+    add("inputs", nargs="+", help="images, folders, patterns in quotes, a table, or a folder of packed shards")
+    add("--out", type=user_path, required=True, help="file to write: .csv, .jsonl or .parquet")
+    add("--overwrite", action="store_true", help="replace --out and --page where they exist")
+    add(
+        "--with",
+        dest="others",
+        nargs="+",
+        type=user_path,
+        default=[],
+        metavar="RUN",
+        help="runs to average with the first",
+    )
+    add("--views", help="none, flips, dihedral8 or spins:N (default: the run's eval.views)")
+    add(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the model's input (default: the run's eval.image_size)",
+    )
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the run's)")
+    add(
+        "--temperature",
+        action="store_true",
+        help="calibrate probabilities by the temperature that the run fitted on validation",
+    )
+    add(
+        "--prior-correction",
+        action="store_true",
+        help="give probabilities at the other class frequencies, as eval.prior_correction",
+    )
+    add("--split", help="of packed shards (default: the run's eval.split)")
+    add("--image-column", default="", help="of a table: paths or names of images")
+    add("--image-root", type=user_path, help="of a table: the folder of its images (default: the table's)")
+    add("--page", type=user_path, help="HTML page to draw, with the images")
+    return parser
+
+
+if __name__ == "__main__":
+    run_and_exit(main)
