@@ -4,12 +4,16 @@ Works on any number of processes (`torchrun --nproc-per-node N launch/evaluate.p
 """
 
 import argparse
+from pathlib import Path
 
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
 from harness.evaluation.ensemble import Member
 from harness.evaluation.evaluate import context_of_runs, evaluate, refuse_unknown_classes
+from harness.evaluation.results import read_predictions
 from harness.evaluation.trained import Choices, TrainedRun, load_model, open_together
+from harness.report.gallery import save_heat_maps
+from harness.report.heat_maps import check_heat_maps
 from harness.report.page import draw_report
 from harness.report.text import summary
 from harness.run.console import LOGGER, start_console
@@ -43,9 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
         members = [Member(str(run.folder), load_model(run, world), run.config, run.classes) for run in runs]
+        if options.explain:
+            check_heat_maps(members[0].model, config.model.name, config.eval.image_size or config.data.image_size)
         results = evaluate(members, reader, world, folder, context)
         assert results is not None  # nobody asks this to stop
         world.run_on_main(draw_report, folder, dataset)
+        if options.explain:
+            world.run_on_main(_explain, folder, dataset, members[0], config.eval.split)
         world.print("\n" + summary(results))
         world.print(f"results: {folder}")
         world.close()
@@ -53,6 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         LOGGER.error(str(error))
         return 1
     return 0
+
+
+def _explain(folder: Path, dataset: Dataset, member: Member, split: str) -> None:
+    save_heat_maps(folder, split, read_predictions(folder), dataset, member.model, member.classes, member.config)
+    draw_report(folder)  # again, with them
 
 
 def _choices(options: argparse.Namespace) -> Choices:
@@ -99,6 +112,11 @@ def _parser() -> argparse.ArgumentParser:
         help="also report metrics at other class frequencies (default: the run's eval.prior_correction)",
     )
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the run's)")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="show in the report where the model looks in its worst mistakes (Grad-CAM; of several runs, the first)",
+    )
     parser.add_argument("--allow-leak", action="store_true", help="evaluate on training groups too; the results say so")
     parser.add_argument(
         "--out", type=user_path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-SIZEpx][-DATASET])"

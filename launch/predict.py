@@ -17,7 +17,8 @@ from harness.evaluation.evaluate import priors_of_run
 from harness.evaluation.output import check_output, output_rows, write_rows
 from harness.evaluation.results import Predictions, read_results
 from harness.evaluation.trained import Choices, TrainedRun, load_model, open_together
-from harness.report.prediction_page import write_prediction_page
+from harness.report.heat_maps import check_heat_maps
+from harness.report.prediction_page import draw_maps, write_prediction_page
 from harness.run.console import LOGGER, start_console
 from shards.index import load, load_table
 from shards.inputs import Inputs, find_inputs
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     start_console()
     try:
         check_output(options.out, options.overwrite)
+        _check_page(options)
         runs = open_together([options.run, *options.others], _choices(options))
         results = read_results(options.run) if (options.run / "metrics.json").is_file() else None
         fitted = results.calibration if results and len(runs) == 1 else None
@@ -51,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
             else find_inputs(options.inputs, options.image_column, options.image_root)
         )
         members = [Member(str(run.folder), load_model(run, world), run.config, run.classes) for run in runs]
+        if options.explain:
+            check_heat_maps(members[0].model, config.model.name, config.eval.image_size or config.data.image_size)
         began = time.perf_counter()
         names, predictions, problems = _predict(members, runs, inputs, options, world)
         seconds = time.perf_counter() - began
@@ -58,7 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
         temperature = fitted["temperature"] if fitted and options.temperature else None
         prior = priors_of_run(options.run) if options.prior_correction else None
         rows = output_rows(names, predictions, runs[0].classes, problems, points, temperature, prior)
-        world.run_on_main(_write, rows, inputs, runs[0], options)
+        world.run_on_main(write_rows, rows, options.out)
+        if options.page and inputs is not None:
+            maps = world.run_on_main(draw_maps, rows, inputs, runs[0], members[0].model) if options.explain else {}
+            world.run_on_main(write_prediction_page, rows, inputs, runs[0], options.page, maps)
         world.print(f"{len(names)} images in {seconds:.1f} s, {len(names) / seconds:.0f} images/s: {options.out}")
         for problem in problems.values():
             world.warn(problem)
@@ -91,10 +98,21 @@ def _predict(
     return inputs.names, average(parts), dict(sorted((found | inputs.missing).items()))
 
 
-def _write(rows: pd.DataFrame, inputs: Inputs | None, run: TrainedRun, options: argparse.Namespace) -> None:
-    write_rows(rows, options.out)
-    if options.page and inputs is not None:
-        write_prediction_page(rows, inputs, run, options.page)
+def _check_page(options: argparse.Namespace) -> None:
+    """Refuse a page that cannot be drawn, before anything is computed."""
+    page = options.page
+    if options.explain and page is None:
+        raise ValueError("--explain draws heat maps on a page. Give --page FILE.html, too.")
+    if page is None:
+        return
+    if _is_packed(options.inputs):
+        raise ValueError(
+            "--page shows images as people have them. For packed shards, launch/evaluate.py draws a report."
+        )
+    if page.exists() and not options.overwrite:
+        raise FileExistsError(f"{page} exists. Give --overwrite to replace it, or another --page.")
+    if not page.parent.is_dir():
+        raise FileNotFoundError(f"The folder {page.parent} of --page does not exist. Make it, or name another.")
 
 
 def _is_packed(words: list[str]) -> bool:
@@ -153,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-column", default="", help="of a table: paths or names of images")
     add("--image-root", type=user_path, help="of a table: the folder of its images (default: the table's)")
     add("--page", type=user_path, help="HTML page to draw, with the images")
+    add(
+        "--explain",
+        action="store_true",
+        help="show on the page where the model looks (Grad-CAM; of several runs, the first)",
+    )
     return parser
 
 

@@ -13,9 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch import nn
 
 from harness.config import Augment, Config
 from harness.data.augment import plain_view, training_view
+from harness.report.heat_maps import draw_heat_maps
+from harness.report.markup import image as html_image
+from harness.report.markup import text
 from shards.contact_sheet import draw_sheet, first_of_class
 from shards.image import FORMATS
 from shards.index import Dataset
@@ -54,6 +58,60 @@ def thumbnail_path(folder: Path, key: int) -> Path:
     return folder / FOLDER / f"{key:08d}.jpg"
 
 
+def heat_map_path(folder: Path, key: int) -> Path:
+    """Where the heat map of a sample lies in a folder of results, if one was drawn."""
+    return folder / FOLDER / f"{key:08d}-heat.jpg"
+
+
+def save_heat_maps(
+    folder: Path,
+    split: str,
+    rows: pd.DataFrame,
+    dataset: Dataset,
+    model: nn.Module,
+    classes: tuple[str, ...],
+    config: Config,
+) -> None:
+    """Draw where a model looks in the images of the gallery, for the class that it predicted; `draw_report` then shows them.
+
+    Args:
+        rows: of predictions.csv, of that split. model: that predicted them, on its device; classes: of its outputs. config: its
+            settings, by which the images become views.
+    """
+    keys, size = _chosen(rows), config.eval.image_size or config.data.image_size
+    wanted = rows[rows["key"].isin(keys)]
+    stored = _stored_images(SplitReader(dataset, split), keys)
+    device, known = next(model.parameters()).device, [key for key in wanted["key"] if key in stored]
+    if not known:
+        return
+    images = torch.from_numpy(np.stack([stored[key] for key in known])).permute(0, 3, 1, 2).to(device)
+    labels = [classes.index(name) for name in wanted.set_index("key").loc[known, "prediction"]]
+    drawn = draw_heat_maps(model, plain_view(images, config.augment, size), labels, config.augment)
+    for key, data in zip(known, drawn, strict=True):
+        heat_map_path(folder, key).write_bytes(data)
+
+
+def gallery_html(folder: Path, rows: pd.DataFrame) -> str:
+    """The worst mistakes and the least certain predictions, where their images could be made, with heat maps where there are."""
+    parts = []
+    for heading, chosen in (("Worst mistakes", worst_mistakes(rows)), ("Least certain", least_certain(rows))):
+        figures = []
+        for row in chosen.to_dict("records"):
+            path, heat_map = (of_key(folder, int(row["key"])) for of_key in (thumbnail_path, heat_map_path))
+            if not path.is_file():
+                continue
+            label, predicted = row["label"], row["prediction"]
+            truth = "right" if predicted == label else f"is {label} {row['p_' + label]:.2f}"
+            caption = text(f"{predicted} {row['p_' + predicted]:.2f}, {truth}")
+            shown = html_image(path.read_bytes(), str(row["image_id"]), "jpeg")
+            if heat_map.is_file():
+                shown += html_image(heat_map.read_bytes(), f"where the model looks for {predicted}", "jpeg")
+            figures.append(f"<figure>{shown}<figcaption>{caption}<br>{text(row['image_id'])}</figcaption></figure>")
+        if figures:
+            parts.append(f"<h2>{heading}</h2><div class=images>{''.join(figures)}</div>")
+    return "".join(parts)
+
+
 def save_gallery(folder: Path, split: str, rows: pd.DataFrame, dataset: Dataset, config: Config | None = None) -> None:
     """Replace `images/` of a folder of results: small images of the predictions, and a sheet of training views.
 
@@ -63,8 +121,7 @@ def save_gallery(folder: Path, split: str, rows: pd.DataFrame, dataset: Dataset,
     """
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     (folder / FOLDER).mkdir()
-    keys = {int(key) for kind in (worst_mistakes(rows), least_certain(rows)) for key in kind["key"]}
-    for key, image in _thumbnails(SplitReader(dataset, split), keys).items():
+    for key, image in _thumbnails(SplitReader(dataset, split), _chosen(rows)).items():
         image.save(thumbnail_path(folder, key), quality=85)
     if config is not None:
         title = f"the center view, then training views, {config.data.image_size} px"
@@ -91,6 +148,25 @@ def augmented_rows(dataset: Dataset, config: Config, n_views: int = 9) -> list[t
                 views.append(training_view(images, position, epoch, config.run.seed, config.augment, size))
             rows.append((name, [_visible(view[0], config.augment) for view in views]))
     return rows
+
+
+def _chosen(rows: pd.DataFrame) -> set[int]:
+    """Keys of the images of the gallery."""
+    return {int(key) for kind in (worst_mistakes(rows), least_certain(rows)) for key in kind["key"]}
+
+
+def _stored_images(reader: SplitReader, keys: set[int]) -> dict[int, np.ndarray]:
+    """Stored images by key, (H, W, 3) uint8 each, of those that can be read."""
+    images = {}
+    for shard in range(len(reader.shards)):
+        with suppress(OSError, ValueError):  # the shard is gone, or damaged
+            places = np.flatnonzero(np.isin(reader.table(shard).key, sorted(keys)))
+            for number, data in reader.read(np.full(len(places), shard), places):
+                pixels = np.empty((reader.height, reader.width, 3), np.uint8)
+                with suppress(ValueError):
+                    reader.decode(shard, int(places[number]), data, pixels)
+                    images[int(reader.table(shard).key[places[number]])] = pixels
+    return images
 
 
 def _thumbnails(reader: SplitReader, keys: set[int]) -> dict[int, Image.Image]:

@@ -17,7 +17,7 @@ from harness.evaluation.layout import RATES
 from harness.evaluation.metrics import CLASS_METRICS, SUMMARY_METRICS
 from harness.evaluation.results import Results, read_predictions, read_results
 from harness.evaluation.subgroups import MIN_SUBGROUP, SUBGROUP_METRICS
-from harness.report.gallery import AUGMENTED, FOLDER, least_certain, save_gallery, thumbnail_path, worst_mistakes
+from harness.report.gallery import AUGMENTED, FOLDER, gallery_html, save_gallery
 from harness.report.markup import MANY_LINES, STYLE, cell, image, table, text
 from harness.report.plots import curve_classes, draw_confusion, draw_curves, draw_history, draw_reliability
 from harness.report.tensorboard import write_tensorboard
@@ -108,7 +108,7 @@ def _page(folder: Path, results: Results, rows: pd.DataFrame, plots: dict[str, b
         _calibration(results, plots["reliability"]),
         _operating_points(results),
         _subgroups(results),
-        _gallery(folder, rows),
+        gallery_html(folder, rows),
         _training(folder, epochs, val),
         "<h2>Provenance</h2>" + _provenance(folder, results, epochs),
         "<h2>Use and limits</h2>" + _limits(results),
@@ -219,25 +219,6 @@ def _subgroups(results: Results) -> str:
         "that a row has.</p>"
     )
     return "<h2>Subgroup performance</h2>" + note + "".join(tables)
-
-
-def _gallery(folder: Path, rows: pd.DataFrame) -> str:
-    """The worst mistakes and the least certain predictions, where their images could be made."""
-    parts = []
-    for heading, chosen in (("Worst mistakes", worst_mistakes(rows)), ("Least certain", least_certain(rows))):
-        figures = []
-        for row in chosen.to_dict("records"):
-            path = thumbnail_path(folder, int(row["key"]))
-            if not path.is_file():
-                continue
-            label, predicted = row["label"], row["prediction"]
-            truth = "right" if predicted == label else f"is {label} {row['p_' + label]:.2f}"
-            caption = text(f"{predicted} {row['p_' + predicted]:.2f}, {truth}")
-            thumbnail = image(path.read_bytes(), str(row["image_id"]), "jpeg")
-            figures.append(f"<figure>{thumbnail}<figcaption>{caption}<br>{text(row['image_id'])}</figcaption></figure>")
-        if figures:
-            parts.append(f"<h2>{heading}</h2><div class=images>{''.join(figures)}</div>")
-    return "".join(parts)
 
 
 def _training(folder: Path, epochs: list[dict], val: list[dict]) -> str:

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
+from torch import nn
 
+from harness.data.augment import plain_view
 from harness.evaluation.trained import TrainedRun
+from harness.report.heat_maps import draw_heat_maps
 from harness.report.markup import STYLE, image, text
 from shards.files import write_atomically
 from shards.inputs import Inputs
@@ -20,10 +24,12 @@ from shards.raw import RawReader
 MAX_SHOWN = 200  # images on a page; the output file has all of them
 SIDE = 220  # of a small image, the longer one, in pixels
 N_BARS = 3  # classes of the highest probability
+MARKED = "Orange: at or above the threshold for those classes, which the run chose on its validation split."
 BARS = """
 .images{grid-template-columns:repeat(auto-fill,minmax(13rem,1fr))}
 .bar{display:grid;grid-template-columns:1fr 3.2rem;gap:.4rem;font-size:.8rem;align-items:center}
 .bar span{overflow-wrap:anywhere;background:linear-gradient(#48a8,#48a8) no-repeat left/var(--share) 100%;padding:0 .3rem;border-radius:.2rem}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:.2rem}.pair img{aspect-ratio:1;object-fit:cover}
 .bar b{text-align:right;font-weight:500}.yes{background:#c80;color:#000;border-radius:.2rem;padding:0 .3rem;font-size:.8rem}
 """
 
@@ -34,7 +40,7 @@ def write_prediction_page(
     """Write a page of the first `MAX_SHOWN` images, in their order, and of what could not be read.
 
     Args:
-        rows: of all images. inputs: their files. heat_maps: place of an image -> a PNG to show beside it.
+        rows: of all images. inputs: their files. heat_maps: place of an image -> a JPEG to show beside it.
 
     Raises:
         OSError: the page cannot be written.
@@ -51,6 +57,7 @@ def write_prediction_page(
         f"<h1>{heading}</h1>",
         f"<p class=note>Run {text(run.folder)}, views: {text(run.config.eval.views)}; classes: {text(', '.join(run.classes))}.{more} The "
         "percentages are the model's own; they are no diagnosis.</p>",
+        *([f"<p class=note>{MARKED}</p>"] if any(name.startswith("is_") for name in rows) else []),
         *(f"<p class=warning>{text(problem)}</p>" for problem in bad.head(20)),
         *([f"<p class=warning>and {len(bad) - 20} more that could not be read</p>"] if len(bad) > 20 else []),
         f"<div class=images>{''.join(figures)}</div>",
@@ -59,6 +66,27 @@ def write_prediction_page(
     head += f"<title>{heading}</title><style>{STYLE}{BARS}</style>"
     page = f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
     write_atomically(path, page.encode())
+
+
+def draw_maps(rows: pd.DataFrame, inputs: Inputs, run: TrainedRun, model: nn.Module) -> dict[int, bytes]:
+    """Heat maps of the images of the page, for the class that is predicted: place -> JPEG.
+
+    Args:
+        rows: of all images. model: of the run, on its device.
+    """
+    reader = RawReader(inputs.paths, inputs.names, run.trained_on, run.classes)
+    shown = rows.head(MAX_SHOWN)
+    places = shown.index[shown["error"] == ""].to_numpy()
+    if not len(places):
+        return {}
+    pixels = np.empty((len(places), reader.height, reader.width, 3), np.uint8)
+    for number, data in reader.read(np.zeros(len(places), np.int64), places):
+        reader.decode(0, int(places[number]), data, pixels[number])
+    config, device = run.config, next(model.parameters()).device
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+    views = plain_view(images, config.augment, config.eval.image_size or config.data.image_size)
+    labels = [run.classes.index(name) for name in shown.loc[places, "prediction"]]
+    return dict(zip(places.tolist(), draw_heat_maps(model, views, labels, config.augment), strict=True))
 
 
 def _figure(row: dict, reader: RawReader, place: int, heat_map: bytes | None) -> str:
@@ -75,8 +103,9 @@ def _figure(row: dict, reader: RawReader, place: int, heat_map: bytes | None) ->
         if name.startswith("is_") and row[name] == "true"
     )
     shown = image(_small(reader, place), row["image"], "jpeg")
-    if heat_map is not None:
-        shown += image(heat_map, f"where the model looks in {row['image']}", "png")
+    if heat_map is not None:  # of the central square, which the photo is cut to beside it
+        beside = image(heat_map, f"where the model looks in {row['image']}", "jpeg")
+        shown = f"<div class=pair>{shown}{beside}</div>"
     return f"<figure>{shown}<figcaption>{text(Path(row['image']).name)}{marks}{bars}</figcaption></figure>"
 
 

@@ -246,3 +246,41 @@ def test_runs_of_other_classes_or_another_preparation_are_no_ensemble(finished_r
         (progress.parent / "manifest.json").write_text(json.dumps(manifest))
     assert main([str(finished_run), *words, "--with", str(other)]) == 1
     assert "know other classes (mel, melanoma" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # .ci/run installs grad-cam for these
+def test_heat_maps_stand_beside_the_images_and_in_the_report(finished_run, source, tmp_path):
+    pytest.importorskip("pytorch_grad_cam")
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    settings = (run / "config.yaml").read_text().replace("image_size: 32", "image_size: 64")
+    (run / "config.yaml").write_text(settings)
+    files = sorted(source.rglob("*.jpg"))[:5]
+    predicted(run, *files, "--page", tmp_path / "p.html", "--explain", out=tmp_path / "p.csv")
+    assert (tmp_path / "p.html").read_text().count("where the model looks in") == 5
+    done = launch("evaluate", run, "--views", "none", "--explain", "--out", tmp_path / "result")
+    assert done.returncode == 0, done.stderr
+    maps = list((tmp_path / "result" / "images").glob("*-heat.jpg"))
+    assert len(maps) >= 5
+    with Image.open(maps[0]) as heat_map:
+        assert np.ptp(np.asarray(heat_map)) > 100
+    assert "where the model looks for" in (tmp_path / "result" / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_drawn_is_said_first(finished_run, packed, tmp_path, capsys):
+    from launch.predict import main
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "old.html").write_text("mine")
+    words = [str(finished_run), str(tmp_path / "a.png"), "--out", str(tmp_path / "p.csv")]
+    for more, said in (
+        (["--explain"], "Give --page FILE.html"),
+        (["--page", str(tmp_path / "old.html")], "old.html exists"),
+        (["--page", str(tmp_path / "no" / "p.html")], "does not exist"),
+    ):
+        assert main([*words, *more]) == 1
+        assert said in capsys.readouterr().err
+    assert (
+        main([str(finished_run), str(packed), "--out", str(tmp_path / "p.csv"), "--page", str(tmp_path / "p.html")])
+        == 1
+    )
+    assert "launch/evaluate.py draws a report" in capsys.readouterr().err
