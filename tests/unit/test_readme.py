@@ -50,7 +50,12 @@ FAULTS = {
     "a process sees another copy of the run folder": "ranks::another_copy_of_the_checkpoint",
     "an evaluation loses or repeats a sample": "ranks::lost_or_doubled",
 }
-README, HARNESS, CHANGELOG = ROOT / "README.md", ROOT / "harness" / "README.md", ROOT / "CHANGELOG.md"
+CONTRIBUTING, README, HARNESS, CHANGELOG = (
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "README.md",
+    ROOT / "harness" / "README.md",
+    ROOT / "CHANGELOG.md",
+)
 IGNORED = {"data", "runs", "build"}  # of the .gitignore; and folders with a dot before their name
 DOCUMENTS = sorted(
     path
@@ -138,8 +143,10 @@ def test_every_file_that_a_document_names_exists(path):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_tree_of_the_readme_has_every_python_file():
-    (tree,) = re.findall(r"^```\n(shards/ .*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def test_the_tree_has_every_python_file():
+    (tree,) = re.findall(
+        r"^```\n(shards/ .*?)^```$", CONTRIBUTING.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     named, top, folder = [], "", ""
     for line in tree.splitlines():
         if found := re.match(r"(\w+/)", line):
