@@ -14,11 +14,12 @@ from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
 from harness.evaluation.ensemble import Member, average, predict_each
 from harness.evaluation.evaluate import priors_of_run
+from harness.evaluation.nearest import training_split
 from harness.evaluation.output import check_output, output_rows, write_rows
 from harness.evaluation.results import Predictions, read_results
 from harness.evaluation.trained import Choices, TrainedRun, load_model, open_together
 from harness.report.heat_maps import check_heat_maps
-from harness.report.prediction_page import draw_maps, write_prediction_page
+from harness.report.prediction_page import draw_maps, draw_nearest, write_prediction_page
 from harness.run.console import LOGGER, start_console
 from shards.index import load, load_table
 from shards.inputs import Inputs, find_inputs
@@ -55,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         members = [Member(str(run.folder), load_model(run, world), run.config, run.classes) for run in runs]
         if options.explain:
             check_heat_maps(members[0].model, config.model.name, config.eval.image_size or config.data.image_size)
+        if options.nearest:
+            training_split(config.data.path, runs[0].weights.provenance.dataset)  # refused before anything is computed
         began = time.perf_counter()
         names, predictions, problems = _predict(members, runs, inputs, options, world)
         seconds = time.perf_counter() - began
@@ -65,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
         world.run_on_main(write_rows, rows, options.out)
         if options.page and inputs is not None:
             maps = world.run_on_main(draw_maps, rows, inputs, runs[0], members[0].model) if options.explain else {}
-            world.run_on_main(write_prediction_page, rows, inputs, runs[0], options.page, maps)
+            seen = (rows, inputs, runs[0], members[0].model, world, options.nearest)
+            nearest = world.run_on_main(draw_nearest, *seen) if options.nearest else {}
+            world.run_on_main(write_prediction_page, rows, inputs, runs[0], options.page, maps, nearest)
         world.print(f"{len(names)} images in {seconds:.1f} s, {len(names) / seconds:.0f} images/s: {options.out}")
         for problem in problems.values():
             world.warn(problem)
@@ -101,8 +106,8 @@ def _predict(
 def _check_page(options: argparse.Namespace) -> None:
     """Refuse a page that cannot be drawn, before anything is computed."""
     page = options.page
-    if options.explain and page is None:
-        raise ValueError("--explain draws heat maps on a page. Give --page FILE.html, too.")
+    if (options.explain or options.nearest) and page is None:
+        raise ValueError("--explain and --nearest draw on a page. Give --page FILE.html, too.")
     if page is None:
         return
     if _is_packed(options.inputs):
@@ -128,7 +133,7 @@ def _is_packed(words: list[str]) -> bool:
 
 
 def _choices(options: argparse.Namespace) -> Choices:
-    return Choices(views=options.views, image_size=options.image_size, precision=options.precision)
+    return Choices(views=options.views, image_size=options.image_size, precision=options.precision, data=options.data)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,6 +181,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show on the page where the model looks (Grad-CAM; of several runs, the first)",
     )
+    add(
+        "--nearest",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show on the page the N training images most like each (of several runs, by the first); their features are kept in RUN",
+    )
+    add("--data", type=user_path, help="packed training data, for --nearest (default: the run's data.path)")
     return parser
 
 

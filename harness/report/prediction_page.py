@@ -5,6 +5,7 @@ what the model saw, as packing would store it; no text of a file or of a class g
 """
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,18 @@ from PIL import Image
 from torch import nn
 
 from harness.data.augment import plain_view
+from harness.distributed.world import World
+from harness.evaluation.nearest import Neighbour, find_nearest, training_features, training_split
 from harness.evaluation.trained import TrainedRun
 from harness.report.heat_maps import draw_heat_maps
 from harness.report.markup import STYLE, image, text
 from shards.files import write_atomically
+from shards.image import FORMATS
+from shards.index import load_table
 from shards.inputs import Inputs
+from shards.plan import locate_in_order
 from shards.raw import RawReader
+from shards.reader import SplitReader
 
 MAX_SHOWN = 200  # images on a page; the output file has all of them
 SIDE = 220  # of a small image, the longer one, in pixels
@@ -30,24 +37,39 @@ BARS = """
 .bar{display:grid;grid-template-columns:1fr 3.2rem;gap:.4rem;font-size:.8rem;align-items:center}
 .bar span{overflow-wrap:anywhere;background:linear-gradient(#48a8,#48a8) no-repeat left/var(--share) 100%;padding:0 .3rem;border-radius:.2rem}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:.2rem}.pair img{aspect-ratio:1;object-fit:cover}
+.alike{display:grid;grid-template-columns:repeat(3,1fr);gap:.2rem;margin-top:.4rem;font-size:.7rem}
 .bar b{text-align:right;font-weight:500}.yes{background:#c80;color:#000;border-radius:.2rem;padding:0 .3rem;font-size:.8rem}
 """
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A small JPEG and the words below it."""
+
+    jpeg: bytes
+    caption: str
+
+
 def write_prediction_page(
-    rows: pd.DataFrame, inputs: Inputs, run: TrainedRun, path: Path, heat_maps: dict[int, bytes] | None = None
+    rows: pd.DataFrame,
+    inputs: Inputs,
+    run: TrainedRun,
+    path: Path,
+    heat_maps: dict[int, bytes] | None = None,
+    nearest: dict[int, list[Shown]] | None = None,
 ) -> None:
     """Write a page of the first `MAX_SHOWN` images, in their order, and of what could not be read.
 
     Args:
-        rows: of all images. inputs: their files. heat_maps: place of an image -> a JPEG to show beside it.
+        rows: of all images. inputs: their files. heat_maps: place of an image -> a JPEG to show beside it. nearest: place -> training
+            images to show below it.
 
     Raises:
         OSError: the page cannot be written.
     """
     reader = RawReader(inputs.paths, inputs.names, run.trained_on, run.classes)
     figures = [
-        _figure(row, reader, place, (heat_maps or {}).get(place))
+        _figure(row, reader, place, (heat_maps or {}).get(place), (nearest or {}).get(place, []))
         for place, row in enumerate(rows.head(MAX_SHOWN).to_dict("records"))
     ]
     bad = rows.loc[rows["error"] != "", "error"]
@@ -89,7 +111,46 @@ def draw_maps(rows: pd.DataFrame, inputs: Inputs, run: TrainedRun, model: nn.Mod
     return dict(zip(places.tolist(), draw_heat_maps(model, views, labels, config.augment), strict=True))
 
 
-def _figure(row: dict, reader: RawReader, place: int, heat_map: bytes | None) -> str:
+def draw_nearest(
+    rows: pd.DataFrame, inputs: Inputs, run: TrainedRun, model: nn.Module, world: World, most: int
+) -> dict[int, list[Shown]]:
+    """The training images most like each image of the page: place -> the nearest first, with class, id and cosine similarity.
+
+    Args:
+        rows: of all images. model: of the run, on the world's device. most: training images for each.
+
+    Raises:
+        FileNotFoundError, ValueError: the data that the run was trained on are not where its settings have them.
+        OSError: the run's folder cannot be written, where their features are kept.
+    """
+    train = training_split(run.config.data.path, run.weights.provenance.dataset)
+    shown = rows.head(MAX_SHOWN)
+    places = shown.index[shown["error"] == ""].tolist()
+    if not places:
+        return {}
+    reader = RawReader(
+        [inputs.paths[p] for p in places], [inputs.names[p] for p in places], run.trained_on, run.classes
+    )
+    known = training_features(model, train, run.folder / f"features-{run.weights.folder.name}.npy", run.config, world)
+    found = find_nearest(model, reader, known, run.config, world, most)
+    tables: dict[int, pd.DataFrame] = {}
+    return {
+        place: [_training_image(train, one, tables) for one in near] for place, near in zip(places, found, strict=True)
+    }
+
+
+def _training_image(train: SplitReader, one: Neighbour, tables: dict[int, pd.DataFrame]) -> Shown:
+    shards, rows = locate_in_order(train.shard_sizes, np.array([one.place]))
+    _, data = next(train.read(shards, rows))
+    shard = int(shards[0])
+    if shard not in tables:
+        tables[shard] = load_table(train.dataset, train.shards[shard])
+    sample = tables[shard].iloc[int(rows[0])]
+    label = train.classes[int(sample["label"])]
+    return Shown(_thumbnail(data, SIDE // 2), f"{label}, {one.similarity:.2f}, {sample['image_id']}")
+
+
+def _figure(row: dict, reader: RawReader, place: int, heat_map: bytes | None, nearest: list[Shown]) -> str:
     if row["error"]:
         return f"<figure><figcaption><b>{text(row['image'])}</b><br>could not be read</figcaption></figure>"
     shares = sorted(((row[name], name.removeprefix("p_")) for name in row if name.startswith("p_")), reverse=True)
@@ -106,13 +167,22 @@ def _figure(row: dict, reader: RawReader, place: int, heat_map: bytes | None) ->
     if heat_map is not None:  # of the central square, which the photo is cut to beside it
         beside = image(heat_map, f"where the model looks in {row['image']}", "jpeg")
         shown = f"<div class=pair>{shown}{beside}</div>"
+    if nearest:
+        alike = "".join(
+            f"<figure>{image(one.jpeg, one.caption, 'jpeg')}{text(one.caption)}</figure>" for one in nearest
+        )
+        bars += f"<div class=alike>{alike}</div>"
     return f"<figure>{shown}<figcaption>{text(Path(row['image']).name)}{marks}{bars}</figcaption></figure>"
 
 
 def _small(reader: RawReader, place: int) -> bytes:
     _, data = next(reader.read(np.zeros(1, np.int64), np.array([place])))
-    with Image.open(io.BytesIO(reader.stored(data, str(place)))) as stored:
-        stored.thumbnail((SIDE, SIDE))
+    return _thumbnail(reader.stored(data, str(place)), SIDE)
+
+
+def _thumbnail(data: bytes, side: int) -> bytes:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as stored:
+        stored.thumbnail((side, side))
         buffer = io.BytesIO()
-        stored.save(buffer, "JPEG", quality=85)
+        stored.convert("RGB").save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

@@ -1,6 +1,7 @@
 """Images as people have them are predicted as an evaluation predicts them, in the order given, and none is lost in silence."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from harness.evaluation.results import read_predictions
 from shards import cli
+from shards.index import load_table
 from shards.inputs import find_inputs
 from support.processes import launch
 
@@ -284,3 +286,45 @@ def test_a_page_that_cannot_be_drawn_is_said_first(finished_run, packed, tmp_pat
         == 1
     )
     assert "launch/evaluate.py draws a report" in capsys.readouterr().err
+
+
+def test_the_most_similar_training_images_stand_below_an_image(finished_run, source, dataset, tmp_path):
+    tables = [load_table(dataset, shard) for shard in dataset.split("train")]
+    ids = pd.concat(tables)["image_id"].tolist()
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    words = (*originals(source, ids[3:6]), "--page", tmp_path / "p.html", "--nearest", "2", "--overwrite")
+    predicted(run, *words, out=tmp_path / "p.csv")
+    page = (tmp_path / "p.html").read_text()
+    nearest = re.findall(r"<div class=alike>.*?</div>", page)
+    assert len(nearest) == 3
+    for found in nearest:
+        told = re.findall(r">(\S+), (\S+), (\S+?)</figure>", found)
+        assert len(told) == 2
+        assert {name for _, _, name in told} <= set(ids)
+        assert float(told[0][1]) >= float(told[1][1])
+    (features,) = run.glob("features-best-*.npy")
+    made = features.read_bytes()
+    features.write_bytes(made[:500])  # a file that a full disk cut off is made anew
+    predicted(run, *words, out=tmp_path / "p.csv")
+    assert features.read_bytes() == made
+    assert (tmp_path / "p.html").read_text() == page
+
+
+def test_nearest_images_need_the_data_of_the_training(finished_run, source, tmp_path, capsys):
+    from launch.predict import main
+
+    assert cli.main(["pack", str(source), str(tmp_path / "other"), "--size", "40x30"]) == 0
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    words = [
+        str(finished_run),
+        str(tmp_path / "a.png"),
+        "--out",
+        str(tmp_path / "p.csv"),
+        "--page",
+        str(tmp_path / "p.html"),
+    ]
+    assert main([*words, "--nearest", "2", "--data", str(tmp_path / "other")]) == 1
+    assert "Give that as --data" in capsys.readouterr().err
+    assert main([*words, "--nearest", "2", "--data", str(tmp_path / "gone")]) == 1
+    assert "No packed dataset" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()

@@ -1,0 +1,111 @@
+"""Which training images are most like another, as a model sees them: cosine similarity of what its last layer is given.
+
+In: a model, its training split, images. Out: places of training images with their similarity. Invariants: the features of the
+training split are computed once for each set of weights and kept in a file; one that does not fit is made anew.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from harness.config import Config
+from harness.data.augment import plain_view
+from harness.data.loader import LoaderOptions, evaluation_batches
+from harness.distributed.hardware import decode_threads
+from harness.distributed.world import World
+from harness.model.build import find_head
+from shards.files import write_durably
+from shards.index import load
+from shards.reader import ImageReader, SplitReader
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training image that is like another: its place in the split, and the cosine of the angle between their features, -1 to 1."""
+
+    place: int
+    similarity: float
+
+
+def training_split(data: Path | str, fingerprint: str) -> SplitReader:
+    """The training split that a run was trained on.
+
+    Raises:
+        FileNotFoundError: no packed dataset there.
+        ValueError: it is another one.
+    """
+    dataset = load(data)
+    if dataset.fingerprint != fingerprint:
+        raise ValueError(
+            f"{data} is the dataset {dataset.fingerprint[:12]}, and the run was trained on {fingerprint[:12]}. Give that as --data."
+        )
+    return SplitReader(dataset, "train")
+
+
+def find_nearest(
+    model: nn.Module, reader: ImageReader, known: np.ndarray, config: Config, world: World, most: int
+) -> list[list[Neighbour]]:
+    """The training images most like each image of a reader, the nearest first. On one rank.
+
+    Args:
+        model: of the run, on the world's device. known: (N, F) features of its training images, as from `training_features`.
+        most: neighbours of each.
+    """
+    wanted = np.concatenate(list(_features(model, reader, config, world)))  # (n, F)
+    similar = wanted @ known.T  # (n, N)
+    nearest = np.argsort(-similar, axis=1, kind="stable")[:, :most]
+    return [
+        [Neighbour(int(place), float(row[place])) for place in found]
+        for row, found in zip(similar, nearest, strict=True)
+    ]
+
+
+def training_features(model: nn.Module, train: SplitReader, path: Path, config: Config, world: World) -> np.ndarray:
+    """Features of unit length of all training images, in stored order: (N, F) float32, to half precision; kept in a file.
+
+    Args:
+        path: of these weights' features; where it fits the split, it is read.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with suppress(OSError, ValueError, EOFError):
+        kept = np.load(path, allow_pickle=False)
+        if kept.dtype == np.float16 and kept.ndim == 2 and len(kept) == sum(train.shard_sizes):
+            return kept.astype(np.float32)
+    features = np.concatenate(list(_features(model, train, config, world))).astype(np.float16)
+    buffer = io.BytesIO()
+    np.save(buffer, features)
+    write_durably(path, buffer.getvalue())
+    return features.astype(np.float32)
+
+
+def _features(model: nn.Module, reader: ImageReader, config: Config, world: World) -> Iterator[np.ndarray]:
+    """Batches of features of unit length of all images of a reader, (b, F) float32, in order."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_submodule(find_head(model)).register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0])
+    )
+    options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device)
+    size = config.eval.image_size or config.data.image_size
+    batches = evaluation_batches(reader, config.eval.batch_size, 0, 1, options)
+    try:
+        with closing(batches), torch.inference_mode():
+            for batch in batches:
+                seen.clear()
+                world.works()
+                model.eval()(
+                    plain_view(batch.images, config.augment, size).contiguous(memory_format=world.memory_format)
+                )
+                features = (
+                    seen[0].flatten(1) if seen[0].ndim < 4 else seen[0].mean((2, 3))
+                )  # SqueezeNet's head is a convolution
+                yield nn.functional.normalize(features.float(), dim=1).cpu().numpy()
+    finally:
+        hook.remove()
