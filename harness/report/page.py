@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from harness.config import Config, flat, load_config
+from harness.config import load_config
 from harness.evaluation.calibration import with_temperature
 from harness.evaluation.layout import RATES
 from harness.evaluation.metrics import CLASS_METRICS, SUMMARY_METRICS
@@ -20,19 +20,16 @@ from harness.evaluation.subgroups import MIN_SUBGROUP, SUBGROUP_METRICS
 from harness.report.gallery import AUGMENTED, FOLDER, gallery_html, save_gallery
 from harness.report.markup import MANY_LINES, STYLE, cell, image, table, text
 from harness.report.plots import curve_classes, draw_confusion, draw_curves, draw_history, draw_reliability
+from harness.report.provenance import json_lines, limits_html, provenance_html
 from harness.report.tensorboard import write_tensorboard
 from harness.report.text import (
-    LIMITS,
     PRIOR_NOTES,
     describe_ensemble,
     describe_temperature,
-    efficiency_facts,
     format_metric,
     title,
 )
-from harness.run.log import read_json_lines
 from shards.index import Dataset
-from shards.shape import misfit
 
 CARDS = ("balanced_accuracy", "macro_f1", "accuracy", "macro_auc", "loss", "calibration_error")
 
@@ -44,7 +41,6 @@ EPOCH = {  # a line of log.jsonl
     "waited": float,
 }
 VALIDATION = dict.fromkeys(("loss", "accuracy", "balanced_accuracy", "macro_f1"), (float, None))
-START = {"step": int, "world": str, "versions": {str: str}}  # a line of starts.jsonl
 
 
 def draw_report(folder: Path, dataset: Dataset | None = None) -> None:
@@ -90,8 +86,8 @@ def write_page(folder: Path, results: Results, rows: pd.DataFrame) -> dict[str, 
 def _page(folder: Path, results: Results, rows: pd.DataFrame, plots: dict[str, bytes]) -> str:
     """The whole page, as one HTML text."""
     epochs, val = (
-        _json_lines(folder / "log.jsonl", "epoch", EPOCH),
-        _json_lines(folder / "log.jsonl", "val", VALIDATION),
+        json_lines(folder / "log.jsonl", "epoch", EPOCH),
+        json_lines(folder / "log.jsonl", "val", VALIDATION),
     )
     heading = text(f"{results.model}, {results.split} split")
     parts = [
@@ -110,8 +106,8 @@ def _page(folder: Path, results: Results, rows: pd.DataFrame, plots: dict[str, b
         _subgroups(results),
         gallery_html(folder, rows),
         _training(folder, epochs, val),
-        "<h2>Provenance</h2>" + _provenance(folder, results, epochs),
-        "<h2>Use and limits</h2>" + _limits(results),
+        "<h2>Provenance</h2>" + provenance_html(folder, results, epochs),
+        "<h2>Use and limits</h2>" + limits_html(results),
     ]
     head = '<meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
     head += f"<title>{heading}</title><style>{STYLE}</style>"
@@ -228,45 +224,3 @@ def _training(folder: Path, epochs: list[dict], val: list[dict]) -> str:
     if (sheet := folder / FOLDER / AUGMENTED).is_file():
         parts.append("<h2>Augmented training images</h2>" + image(sheet.read_bytes(), "augmented images", "jpeg"))
     return "".join(parts)
-
-
-def _provenance(folder: Path, results: Results, epochs: list[dict]) -> str:
-    facts = {
-        "dataset": f"{results.dataset[:12]}, split protocol {results.protocol['name']}",
-        "trained on": results.trained_on[:12],
-        "best epoch": results.best_epoch,
-    }
-    if epochs:
-        facts["images/s"] = f"{np.median([entry['images_per_s'] for entry in epochs]):.0f} (median over epochs)"
-        facts["waiting for data"] = f"{np.mean([entry['waited'] for entry in epochs]):.1%} of the training time"
-        facts |= efficiency_facts(epochs)
-    if starts := _json_lines(folder / "starts.jsonl", None, START):
-        facts["starts"] = f"{len(starts)} ({', '.join('step ' + str(start['step']) for start in starts[:8])})"
-        facts["ran on"] = starts[-1]["world"]
-        facts["versions"] = ", ".join(f"{name} {number}" for name, number in starts[-1]["versions"].items())
-    if (folder / "config.yaml").is_file():
-        default, settings = flat(Config()), flat(load_config(folder / "config.yaml"))
-        facts["settings that differ from the defaults"] = ", ".join(
-            f"{key} {_setting(value)}" for key, value in settings.items() if value != default[key]
-        )
-    return "<dl>" + "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items()) + "</dl>"
-
-
-def _limits(results: Results) -> str:
-    data = " ".join(
-        f"{name}: {value.rstrip('.')}."
-        for name, value in (("Data", results.citation), ("License of the data", results.license))
-        if value
-    )
-    return f"<p>{LIMITS}</p>" + (f"<p>{text(data)}</p>" if data else "")
-
-
-def _setting(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _json_lines(path: Path, kind: str | None, shape: dict) -> list[dict]:
-    """The lines of a file that have a shape, of one kind of entry if it has several; what is damaged is left out."""
-    return [
-        entry for entry in read_json_lines(path) if kind in (None, entry.get("kind")) and misfit(entry, shape) is None
-    ]
