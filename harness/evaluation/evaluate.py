@@ -20,7 +20,7 @@ from harness.evaluation.ensemble import Member, average, gain_of_ensemble, predi
 from harness.evaluation.predict import never
 from harness.evaluation.results import METRICS_FILE, PREDICTIONS_FILE, Predictions, Results, compute_results
 from harness.evaluation.trained import TrainedRun
-from harness.run.checkpoint import Checkpoint, Provenance
+from harness.run.provenance import Checkpoint, Provenance
 from harness.run.state import changes, writing
 from shards.description import read_description
 from shards.files import write_atomically

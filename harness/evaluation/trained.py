@@ -15,6 +15,7 @@ from harness.data.augment import parse_views
 from harness.distributed.world import World
 from harness.model.build import build_model
 from harness.run import checkpoint
+from harness.run.provenance import Checkpoint
 from harness.run.recovery import find_best, refuse_other_copies
 from shards.description import Description, read_description
 
@@ -41,7 +42,7 @@ class TrainedRun:
 
     folder: Path
     config: Config
-    weights: checkpoint.Checkpoint
+    weights: Checkpoint
     trained_on: Description
 
     @property

@@ -6,13 +6,11 @@ nothing is deleted or loses its name before what replaces it is safe; a damaged 
 
 import hashlib
 import io
-import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,58 +18,13 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from harness.config.sections import MEAN, STD
 from harness.run.progress import Progress
+from harness.run.provenance import GROUPS_FILE, PROGRESS_FILE, Checkpoint, Provenance, as_json, progress_json
 from shards.files import sync, write_durably
-from shards.leaks import read_hashes
 from shards.shape import misfit, parse_json
 
-FORMAT = 2
-SHAPE = {  # of progress.json
-    "format": int,
-    "progress": {
-        **dict.fromkeys(
-            (
-                *("epoch", "samples_seen", "step", "best_step", "best_epoch", "epochs_without_improvement"),
-                *("skipped_steps", "micro_batch"),
-            ),
-            int,
-        ),
-        **{"best": (float, None), "loss": float, "correct": float, "images": float},
-    },
-    "provenance": {"model": str, "classes": [str], "dataset": str, "order": str, "mean": [float], "std": [float]},
-}
-# Added to progress.json within the format, with what held before.
-ADDED = {"skipped_steps": 0, "micro_batch": 0}
-ADDED_PROVENANCE = {"mean": list(MEAN), "std": list(STD)}
 MANIFEST, EMA_FILE = "manifest.json", "ema.safetensors"
 ASIDE = ".old"  # behind the name of a folder that is about to be replaced
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What weights were made of: model, classes in order, fingerprint of the dataset, hashes of its training groups.
-
-    order: what the order of samples followed from; where it differs, `samples_seen` says nothing.
-    mean, std: of the colours, by which the model's images are normalised.
-    """
-
-    model: str
-    classes: tuple[str, ...]
-    dataset: str
-    train_groups: np.ndarray  # as from shards.index.group_hashes
-    order: str
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A valid checkpoint on disk: its folder, how far it is, and where it comes from."""
-
-    folder: Path
-    progress: Progress
-    provenance: Provenance
 
 
 def save_step(
@@ -250,63 +203,14 @@ def _files(
         yield "optimizer.pt", buffer.getbuffer()
     buffer = io.BytesIO()
     np.save(buffer, provenance.train_groups)
-    yield "train-groups.npy", buffer.getbuffer()
-    provenance_json = {name: value for name, value in asdict(provenance).items() if name != "train_groups"}
-    yield "progress.json", as_json({"format": FORMAT, "progress": asdict(progress), "provenance": provenance_json})
-
-
-def as_json(content: dict) -> bytes:
-    """A small file of a checkpoint."""
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint whose files are whole.
-
-    Raises:
-        ValueError: it has the format of another version, or says what no checkpoint says.
-    """
-    path = folder / "progress.json"
-    try:
-        content = parse_json(path.read_bytes())
-        problem = misfit(content, {"format": int})
-        if not problem and content["format"] == FORMAT:
-            problem = misfit(content, {"progress": dict, "provenance": dict})
-        if not problem and content["format"] == FORMAT:
-            content["progress"] = ADDED | content["progress"]
-            content["provenance"] = ADDED_PROVENANCE | content["provenance"]
-            problem = misfit(content, SHAPE)
-    except ValueError as error:
-        problem = str(error)
-    if problem:
-        raise ValueError(f"{path} is damaged ({problem}). Restore a copy of {folder}.")
-    if content["format"] > FORMAT:
-        raise ValueError(
-            f"{folder} has format {content['format']}; this version reads up to {FORMAT}. Update dermharness."
-        )
-    if content["format"] < FORMAT:
-        raise ValueError(
-            f"{folder} has format {content['format']}, of version 0.1 of the harness, whose runs are not continued. Name "
-            f"another --run.folder; to train on from these weights, give --model.weights {folder / 'model.safetensors'}."
-        )
-    provenance_json = content["provenance"]
-    groups = read_hashes(folder / "train-groups.npy")
-    provenance = Provenance(
-        provenance_json["model"],
-        tuple(provenance_json["classes"]),
-        provenance_json["dataset"],
-        groups,
-        provenance_json["order"],
-        tuple(provenance_json["mean"]),
-        tuple(provenance_json["std"]),
-    )
-    return Checkpoint(folder, Progress(**{name: content["progress"][name] for name in SHAPE["progress"]}), provenance)
+    yield GROUPS_FILE, buffer.getbuffer()
+    yield PROGRESS_FILE, progress_json(progress, provenance)
 
 
 def _best_step(folder: Path) -> int:
     """The step of the best weights that a checkpoint names; -1 if it is too damaged to name any."""
     try:
-        return int(parse_json((folder / "progress.json").read_bytes())["progress"]["best_step"])
+        return int(parse_json((folder / PROGRESS_FILE).read_bytes())["progress"]["best_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from harness.config import Config, differences, flat, load_config, to_yaml
 from harness.distributed.world import World
-from harness.run.checkpoint import Checkpoint, Provenance
 from harness.run.console import LOGGER, console_log
 from harness.run.lock import RunLock
 from harness.run.log import Log
 from harness.run.mirror import CheckpointMirror
 from harness.run.profile import StepProfiler
 from harness.run.progress import Progress
+from harness.run.provenance import Checkpoint, Provenance
 from harness.run.recovery import latest_valid, repair_best
 from harness.run.state import CHANGES, changes, failure_noted, is_finished, write_state
 from harness.run.stop import StopRequest

@@ -11,8 +11,9 @@ import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from harness.run.checkpoint import ASIDE, Checkpoint, put_in_place, temporary_of
+from harness.run.checkpoint import ASIDE, put_in_place, temporary_of
 from harness.run.console import LOGGER
+from harness.run.provenance import Checkpoint
 from harness.run.recovery import find_corruption, latest_valid
 from shards.files import write_atomically
 

@@ -13,19 +13,17 @@ from harness.run.checkpoint import (
     ASIDE,
     EMA_FILE,
     MANIFEST,
-    Checkpoint,
-    as_json,
     latest_first,
     put_in_place,
-    read_checkpoint,
     temporary_of,
 )
 from harness.run.console import LOGGER
 from harness.run.progress import Progress
+from harness.run.provenance import GROUPS_FILE, PROGRESS_FILE, Checkpoint, as_json, read_checkpoint
 from shards.files import sha256, sync, write_durably
 from shards.shape import parse_json
 
-FILES = {"progress.json", "model.safetensors", "train-groups.npy", "optimizer.pt", EMA_FILE}  # beside the manifest
+FILES = {PROGRESS_FILE, "model.safetensors", GROUPS_FILE, "optimizer.pt", EMA_FILE}  # beside the manifest
 
 
 def latest_valid(run: Path, quiet: bool = False) -> Checkpoint | None:

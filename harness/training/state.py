@@ -17,6 +17,7 @@ from harness.model.optim import EMA, build_optimizer
 from harness.run import checkpoint, recovery
 from harness.run.folder import Run
 from harness.run.progress import Progress
+from harness.run.provenance import Checkpoint, Provenance
 from harness.run.state import write_state
 from shards.index import Dataset, load
 from shards.plan import Plan
@@ -146,7 +147,7 @@ def assert_finite_weights(model: nn.Module, progress: Progress) -> None:
             )
 
 
-def _continued(start: checkpoint.Checkpoint, now: checkpoint.Provenance, world: World) -> Progress:
+def _continued(start: Checkpoint, now: Provenance, world: World) -> Progress:
     """How far a run is, from its checkpoint; in another order of samples, the epoch that was begun starts over."""
     if start.provenance.order == now.order or not start.progress.samples_seen:
         return start.progress

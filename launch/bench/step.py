@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from harness.evaluation.predict import predict
-from harness.run.checkpoint import Provenance, save_step
+from harness.run.checkpoint import save_step
 from harness.run.progress import Progress
+from harness.run.provenance import Provenance
 from launch.bench.setup import Trial, seconds_of
 from shards.index import load
 from shards.reader import SplitReader

@@ -12,8 +12,9 @@ from torch import nn
 
 from harness.run import checkpoint, recovery
 from harness.run.progress import Progress
+from harness.run.provenance import Provenance
 
-ORIGIN = checkpoint.Provenance("m", ("a", "b"), "d", np.array([3, 7], dtype=np.uint64), "o")
+ORIGIN = Provenance("m", ("a", "b"), "d", np.array([3, 7], dtype=np.uint64), "o")
 
 
 class Killed(BaseException):
@@ -256,9 +257,9 @@ def test_a_whole_checkpoint_that_a_crash_left_under_another_name_is_used(tmp_pat
 
 
 def test_a_newer_format_says_to_update(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    monkeypatch.setattr("harness.run.provenance.FORMAT", 99)
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    monkeypatch.setattr("harness.run.provenance.FORMAT", 1)
     with pytest.raises(ValueError, match=r"format 99.*Update"):
         recovery.latest_valid(tmp_path)
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from harness.run import checkpoint, recovery
-from harness.run.checkpoint import Provenance
 from harness.run.mirror import CheckpointMirror, _mirror
 from harness.run.progress import Progress
+from harness.run.provenance import Provenance
 from support.processes import assert_equal_weights, launch, state, weights
 
 ORIGIN = Provenance("m", ("a", "b"), "d", np.array([1], dtype=np.uint64), "o")

@@ -14,6 +14,8 @@ from harness.model.normalization import with_normalization
 from harness.report.gallery import augmented_rows
 from harness.run import checkpoint
 from harness.run.folder import provenance
+from harness.run.progress import Progress
+from harness.run.provenance import read_checkpoint
 from support.images import smooth_images
 
 HALF = (0.5, 0.5, 0.5)
@@ -84,13 +86,13 @@ def test_a_checkpoint_says_how_and_one_of_before_means_imagenets(tiny_config, da
     origin = provenance(config, dataset)
     assert (origin.mean, origin.std) == (HALF, STD)
     model = torch.nn.Linear(2, 2)
-    checkpoint.save_best(tmp_path, checkpoint.Progress(), origin, model)
+    checkpoint.save_best(tmp_path, Progress(), origin, model)
     folder = next((tmp_path / "checkpoints").iterdir())
-    assert checkpoint.read_checkpoint(folder).provenance.mean == HALF
+    assert read_checkpoint(folder).provenance.mean == HALF
     content = json.loads((folder / "progress.json").read_text())
     del content["provenance"]["mean"], content["provenance"]["std"]
     (folder / "progress.json").write_text(json.dumps(content))
-    assert checkpoint.read_checkpoint(folder).provenance.mean == MEAN
+    assert read_checkpoint(folder).provenance.mean == MEAN
 
 
 def test_a_page_shows_the_same_colours_whatever_the_normalisation(tiny_config, dataset):
