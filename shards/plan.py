@@ -8,7 +8,7 @@ is a block's, not the dataset's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -54,12 +54,12 @@ class Plan:
                 f"{self.global_batch} from {self.lanes} lane(s). Lower data.global_batch_size."
             )
 
-    @property
+    @cached_property
     def lane_length(self) -> int:
         """Positions of the stream in one lane."""
         return sum(self.shard_sizes) // self.lanes
 
-    @property
+    @cached_property
     def n_batches(self) -> int:
         """Full batches in one epoch."""
         return self.lane_length // (self.global_batch // self.lanes)
@@ -86,30 +86,37 @@ class Plan:
         batch, within = np.divmod(np.asarray(positions, dtype=np.int64), self.global_batch)
         lane, place = np.divmod(within, self.global_batch // self.lanes)
         place = batch * (self.global_batch // self.lanes) + place  # within the lane
-        order, starts = _shards_of_epoch(self, epoch)
+        of_epoch = self.of_epoch(epoch)
+        order, starts = of_epoch.order, of_epoch.starts
         stream = np.empty_like(place)
         for number in np.unique(lane):
             here = lane == number
-            stream[here] = self._shuffled(epoch, int(number), place[here])
+            stream[here] = self._shuffled(of_epoch, int(number), place[here])
         which = np.searchsorted(starts, stream, side="right") - 1
         return order[which], stream - starts[which]
 
-    def _shuffled(self, epoch: int, lane: int, places: np.ndarray) -> np.ndarray:
+    def of_epoch(self, epoch: int) -> "Epoch":
+        """What is made once for an epoch; the last two are kept, since the next one begins while this one ends."""
+        known = self._epochs
+        if epoch not in known:
+            for old in list(known)[:-1]:
+                known.pop(old, None)
+            known[epoch] = Epoch(self, epoch)
+        return known[epoch]
+
+    @cached_property
+    def _epochs(self) -> dict[int, "Epoch"]:
+        return {}
+
+    def _shuffled(self, of_epoch: "Epoch", lane: int, places: np.ndarray) -> np.ndarray:
         """Places in a lane -> places in the stream of permuted shards, shuffled within blocks."""
-        first, last = lane * self.lane_length, (lane + 1) * self.lane_length
-        _, starts = _shards_of_epoch(self, epoch)
-        edges = starts[(starts > first) & (starts < last)]  # where shards begin inside the lane
-        if self.shuffle_block_shards == 0:
-            edges = edges[:0]
-        edges = np.concatenate(
-            [[first], edges[self.shuffle_block_shards - 1 :: self.shuffle_block_shards or 1], [last]]
-        )
-        stream = places + first
+        edges = of_epoch.block_edges(lane)
+        stream = places + lane * self.lane_length
         block = np.searchsorted(edges, stream, side="right") - 1
         for number in np.unique(block):
             here = block == number
             low, high = int(edges[number]), int(edges[number + 1])
-            stream[here] = low + _block_order(self, epoch, lane, int(number), low, high)[stream[here] - low]
+            stream[here] = low + of_epoch.block_order(lane, int(number), low, high)[stream[here] - low]
         return stream
 
     def permute_block(self, epoch: int, low: int, high: int, rng: np.random.Generator) -> np.ndarray:
@@ -119,13 +126,48 @@ class Plan:
         """
         if self.labels is None:
             return rng.permutation(high - low)
-        order, starts = _shards_of_epoch(self, epoch)
+        order, starts = self.of_epoch(epoch).order, self.of_epoch(epoch).starts
         ends = starts + np.asarray(self.shard_sizes, dtype=np.int64)[order]
         parts = [
             self.labels(int(order[n]))[max(low - starts[n], 0) : high - starts[n]]
             for n in np.flatnonzero((starts < high) & (ends > low))
         ]
         return _balanced_order(np.concatenate(parts), rng)
+
+
+class Epoch:
+    """What the look-ups of one epoch share: it is made once, so that a batch costs the same however many shards there are.
+
+    order: (shards,) int64, shard numbers in the order of the stream. starts: (shards,) int64, where each begins in it.
+    """
+
+    def __init__(self, plan: Plan, epoch: int) -> None:
+        """Permute the shards."""
+        self._plan, self._number = plan, epoch
+        self.order = _philox(plan.seed, epoch, 0, 0).permutation(len(plan.shard_sizes))
+        sizes = np.asarray(plan.shard_sizes, dtype=np.int64)[self.order]
+        self.starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        self._edges: dict[int, np.ndarray] = {}
+        self._blocks: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+
+    def block_edges(self, lane: int) -> np.ndarray:
+        """Where the blocks of a lane begin in the stream, and where the last one ends: (blocks + 1,) int64."""
+        if lane not in self._edges:
+            length, shards = self._plan.lane_length, self._plan.shuffle_block_shards
+            first, last = lane * length, (lane + 1) * length
+            inside = slice(*np.searchsorted(self.starts, [first + 1, last]))  # shards that begin inside the lane
+            edges = self.starts[inside][shards - 1 :: shards] if shards else self.starts[:0]
+            self._edges[lane] = np.concatenate([[first], edges, [last]])
+        return self._edges[lane]
+
+    def block_order(self, lane: int, block: int, low: int, high: int) -> np.ndarray:
+        """The shuffled order of one block; each lane remembers its last two, so memory does not grow with the dataset."""
+        number, order = self._blocks.get((lane, block % 2), (None, None))
+        if number != block or order is None:
+            rng = _philox(self._plan.seed, self._number, lane + 1, block)
+            order = self._plan.permute_block(self._number, low, high, rng)
+            self._blocks[lane, block % 2] = (block, order)
+        return order
 
 
 def rank_slice(batch_size: int, rank: int, world_size: int, group_size: int = 1) -> tuple[int, int]:
@@ -167,29 +209,6 @@ def locate_in_order(shard_sizes: tuple[int, ...], positions: np.ndarray) -> tupl
     starts = np.concatenate([[0], np.cumsum(shard_sizes)[:-1]])
     which = np.searchsorted(starts, positions, side="right") - 1
     return which, positions - starts[which]
-
-
-@lru_cache(maxsize=4)
-def _shards_of_epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The epoch's order of shards, and where each begins in the stream."""
-    order = _philox(plan.seed, epoch, 0, 0).permutation(len(plan.shard_sizes))
-    sizes = np.asarray(plan.shard_sizes, dtype=np.int64)[order]
-    return order, np.concatenate([[0], np.cumsum(sizes)[:-1]])
-
-
-def _block_order(plan: Plan, epoch: int, lane: int, block: int, low: int, high: int) -> np.ndarray:
-    """The shuffled order of one block; each lane remembers its last two, so memory does not grow with the dataset."""
-    remembered = _recent_blocks(plan, epoch)
-    number, order = remembered.get((lane, block % 2), (None, None))
-    if number != block:
-        order = plan.permute_block(epoch, low, high, _philox(plan.seed, epoch, lane + 1, block))
-        remembered[lane, block % 2] = (block, order)
-    return order
-
-
-@lru_cache(maxsize=2)
-def _recent_blocks(plan: Plan, epoch: int) -> dict:
-    return {}
 
 
 def _balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

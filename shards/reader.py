@@ -1,7 +1,7 @@
 """Read stored images by shard, offset and size, from many threads.
 
 In: a `Dataset` and shard numbers of one split. Out: the JPEG's bytes and the rows of the shard's table. Invariants:
-tables are read when their shard is first used, and the number of open files is bounded.
+tables are read when their shard is first used; the rows of tables in memory and the number of open files are bounded.
 """
 
 import os
@@ -18,6 +18,7 @@ from shards.image import decode_into
 from shards.index import Dataset, load_table
 
 OPEN_FILES = 64
+TABLE_ROWS = 8_000_000  # of all tables that are kept: 256 MB
 HAS_PREAD = hasattr(os, "pread")  # not on Windows
 
 
@@ -86,16 +87,26 @@ class SplitReader:
         self.title = self.shards[0].split
         self.shard_sizes = tuple(shard.samples for shard in self.shards)
         self._files: OrderedDict[int, _File] = OrderedDict()
-        self._tables: dict[int, Table] = {}
+        self._tables: OrderedDict[int, Table] = OrderedDict()
+        self._rows_kept = 0
         self._lock = threading.Lock()
 
     def table(self, shard: int) -> Table:
         """Keys, offsets, sizes and labels of one shard."""
         with self._lock:
+            if (known := self._tables.get(shard)) is not None:
+                self._tables.move_to_end(shard)
+                return known
+        # Outside the lock: others read meanwhile. Two threads that read the same one at the same time cost a little more.
+        frame = load_table(self.dataset, self.shards[shard], numbers_only=True)
+        loaded = Table(*(frame[name].to_numpy() for name in ("key", "offset", "size", "label")))
+        with self._lock:
             if shard not in self._tables:
-                frame = load_table(self.dataset, self.shards[shard])
-                self._tables[shard] = Table(*(frame[name].to_numpy() for name in ("key", "offset", "size", "label")))
-            return self._tables[shard]
+                self._tables[shard] = loaded
+                self._rows_kept += len(loaded.key)
+            while self._rows_kept > TABLE_ROWS and len(self._tables) > 1:
+                self._rows_kept -= len(self._tables.popitem(last=False)[1].key)
+        return loaded
 
     def keys(self) -> np.ndarray:
         """The keys of all samples, (N,) int64; every table is read."""

@@ -222,7 +222,7 @@ INTERRUPTED = """
 import random, signal, torch
 from harness.data.loader import *
 from shards.reader import SplitReader
-from shards.index import load
+from shards.index import load, load_table
 reader = SplitReader(load(PATH), 'train')
 plan = Plan(reader.shard_sizes, 4, 0)
 signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C does
@@ -244,3 +244,18 @@ def test_a_loop_that_is_interrupted_ends_at_once_wherever_it_is(packed):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout == "300 ended\n", done.stderr
     assert done.stderr == ""
+
+
+def test_the_rows_of_tables_in_memory_are_bounded_and_read_again(dataset, monkeypatch):
+    reader, plain = SplitReader(dataset, "train"), SplitReader(dataset, "train")
+    assert len(reader.shards) > 4
+    monkeypatch.setattr("shards.reader.TABLE_ROWS", 25)  # two shards of ten, and a bit
+    for _ in range(2):
+        for shard in (0, 1, 2, 3, 0, 1):
+            for name in ("key", "offset", "size", "label"):
+                found = getattr(reader.table(shard), name)
+                assert found.dtype == np.int64
+                assert np.array_equal(found, load_table(dataset, reader.shards[shard])[name])
+            assert len(reader._tables) <= 2
+            assert reader._rows_kept == sum(len(table.key) for table in reader._tables.values()) <= 25
+    assert np.array_equal(reader.keys(), plain.keys())

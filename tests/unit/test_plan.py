@@ -8,7 +8,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shards import plan as plan_module
 from shards.plan import Plan, evaluation_ranges, largest_share, locate_in_order, rank_slice
 
 
@@ -185,7 +184,7 @@ def test_a_balanced_epoch_draws_classes_equally_often_and_their_samples_too(draw
 
 def stream_order(plan, epoch) -> list[int]:
     """Shards in the order of an epoch's stream."""
-    return plan_module._shards_of_epoch(plan, epoch)[0].tolist()
+    return plan.of_epoch(epoch).order.tolist()
 
 
 @given(balanced_plans(), st.integers(0, 3), st.sampled_from([1, 2, 3]), st.randoms())
@@ -220,3 +219,23 @@ def test_orders_do_not_change_from_release_to_release():
         plan = Plan(sizes, 6, seed=2**33, lanes=2, shuffle_block_shards=2, labels=lookup)
         digest = hashlib.sha256(np.array([stream(plan, epoch) for epoch in range(3)], dtype="<i8").tobytes())
         assert digest.hexdigest()[:16] == expected
+
+
+def test_looking_up_a_batch_scans_neither_shards_nor_lanes_again():
+    """What grows with the number of shards is made once an epoch, and two epochs are kept."""
+    plan = Plan(tuple([10] * 400), 64, 0, lanes=8, shuffle_block_shards=4)
+    positions = np.arange(640, 704)
+    first = plan.locate(5, positions)
+    of_epoch = plan.of_epoch(5)
+    assert [edges.tolist() for edges in (of_epoch.block_edges(lane) for lane in range(2))] == [
+        [0, *range(40, 500, 40), 500],
+        [500, *range(540, 1000, 40), 1000],
+    ]
+    again = plan.locate(5, positions)
+    assert plan.of_epoch(5) is of_epoch
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    for epoch in range(6, 9):
+        plan.locate(epoch, positions)
+    assert list(plan._epochs) == [7, 8]
+    fresh = Plan(tuple([10] * 400), 64, 0, lanes=8, shuffle_block_shards=4)
+    assert all(np.array_equal(a, b) for a, b in zip(fresh.locate(7, positions), plan.locate(7, positions), strict=True))
