@@ -180,7 +180,8 @@ def fit(image: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     if how == "cover":
         (width, height), (w, h) = image.size, size
         scale = max(w / width, h / height)
-        left, top = (width - w / scale) / 2, (height - h / scale) / 2
+        # Where the whole side is used, rounding may find a box that starts a little before 0, which Pillow refuses.
+        left, top = max(0.0, (width - w / scale) / 2), max(0.0, (height - h / scale) / 2)
         box = (left, top, width - left, height - top)
         return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     raise ValueError(f"The 'fit' of a dataset must be one of {', '.join(FITS)}. Got {how!r} instead.")

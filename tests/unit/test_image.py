@@ -75,6 +75,11 @@ def test_fits_do_what_they_are_called():
     assert padded[25].min() == 255
 
 
+@pytest.mark.parametrize(("found", "stored"), [((168, 158), (40, 42)), ((127, 58), (74, 23)), ((185, 14), (35, 34))])
+def test_cover_fits_sizes_whose_crop_rounds_to_a_little_below_0(found, stored):
+    assert fit(gradient(*found), stored, "cover").size == stored
+
+
 def test_squeeze_equals_the_plain_resize_and_cover_crops_the_centre():
     image = gradient(200, 100)
     squeezed = np.asarray(fit(image, (50, 50), "squeeze")).astype(int)
