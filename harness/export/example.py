@@ -26,7 +26,8 @@ for path in sys.argv[1:]:
     print(path, max(named, key=named.get), json.dumps(named))
     for point in points:  # positive: one class, or several joined by +
         score = sum(named[name] for name in point["positive"].split("+"))
-        print(f"  {point['positive']}: {score:.4f}, {'at least' if score >= point['threshold'] else 'below'} {point['threshold']}")
+        verdict = "at least" if score >= point["threshold"] else "below"
+        print(f"  {point['positive']}: {score:.4f}, {verdict} {point['threshold']}")
 ```
 
 Transparency is laid on black, as in training. Colour profiles are not applied: convert images that have one to sRGB first.

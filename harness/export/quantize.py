@@ -64,7 +64,9 @@ def describe(path: Path, words: dict[str, str]) -> None:
     quantised.graph.sort()
     quantised.metadata_props.clear()
     quantised.metadata_props.update(words)
-    sorted_again = onnx_ir.serde.serialize_model(quantised).SerializeToString()  # before its file is replaced: it is mapped
+    sorted_again = onnx_ir.serde.serialize_model(
+        quantised
+    ).SerializeToString()  # before its file is replaced: it is mapped
     write_atomically(path, sorted_again)
     onnx.checker.check_model(str(path), full_check=True)
 

@@ -25,7 +25,7 @@ def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 
 def resized(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
-    levels = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    levels = torch.tensor(pixels).permute(2, 0, 1)[None].float()
     return fit_levels(levels, size, how)[0].permute(1, 2, 0).numpy()
 
 
@@ -40,7 +40,9 @@ def without_gap(monkeypatch):
     monkeypatch.setattr(Image.Image, "resize", resize)
 
 
-@pytest.mark.skipif(int(features.version("pil").split(".")[0]) < 13, reason="before 13, Pillow always resizes rows first")
+@pytest.mark.skipif(
+    int(features.version("pil").split(".")[0]) < 13, reason="before 13, Pillow always resizes rows first"
+)
 @pytest.mark.usefixtures("without_gap")
 @pytest.mark.parametrize("how", FITS)
 def test_the_resize_is_pillows_within_one_level_for_any_sizes(how):
@@ -78,7 +80,9 @@ def test_an_unknown_fit_is_refused():
 
 
 @pytest.mark.parametrize("fill", ["image", "black"])
-@pytest.mark.parametrize(("stored", "size"), [((48, 36), 32), ((48, 36), 64), ((36, 48), 15), ((37, 37), 16), ((96, 64), 16)])
+@pytest.mark.parametrize(
+    ("stored", "size"), [((48, 36), 32), ((48, 36), 64), ((36, 48), 15), ((37, 37), 16), ((96, 64), 16)]
+)
 def test_the_view_of_stored_images_is_the_loaders_plain_view(stored, size, fill):
     augment = Augment(crop_side=(1.0, 1.0), fill=fill, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
     images = torch.from_numpy(np.stack([noise(*stored, seed) for seed in range(3)]))
