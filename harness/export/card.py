@@ -4,6 +4,7 @@ In: a trained run and what was measured of the file. Out: the text. Invariants: 
 from the run's own files; the metrics are those of what the file computes, the center view.
 """
 
+import json
 from dataclasses import dataclass
 
 import yaml
@@ -58,6 +59,7 @@ def model_card(trained: Trained, words: dict[str, str], kind: str, files: list[W
         _data(trained),
         "## Results",
         _results(trained),
+        *_thresholds(words),
         "## Files",
         _files(files),
         "## Use",
@@ -165,6 +167,19 @@ def _results(trained: Trained) -> str:
         cells = [format_metric(row[name], intervals["per_class"][label][name], ".2f") for name in CLASS_COLUMNS]
         table.append(f"| {label} | {row['images']} | {' | '.join(cells)} |")
     return "\n\n".join([head, "\n".join(["| metric | value |", "|---|---|", *rows]), "\n".join(table)])
+
+
+def _thresholds(words: dict[str, str]) -> list[str]:
+    """The section of thresholds; none where there are none."""
+    points = json.loads(words["thresholds"])
+    if not points:
+        return []
+    head = (
+        "Thresholds for the probabilities of the file, chosen on the validation split; their rates on another split were not "
+        "measured. A quantised file has its own, in its metadata."
+    )
+    rows = [f"| {point['positive']} | {point['wanted_sensitivity']} | {point['threshold']} |" for point in points]
+    return [head, "\n".join(["| positive | wanted sensitivity | threshold |", "|---|---|---|", *rows])]
 
 
 def _files(files: list[Written]) -> str:

@@ -213,6 +213,8 @@ def test_the_model_card_has_the_values_of_the_run(onnx, trained):
     for name in trained.classes:
         assert f"| {name} | {center['per_class'][name]['images']} |" in card
     assert trained.dataset.fingerprint in card
+    for point in trained.results.operating_points:
+        assert f"| {point['positive']} | {point['wanted_sensitivity']} | 0." in card
 
 
 def test_the_model_card_of_other_data_says_nothing_of_ham10000(trained):
