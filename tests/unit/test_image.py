@@ -84,6 +84,11 @@ def test_every_size_covers_every_other_one():
                 assert fit(original, size, "cover").size == size
 
 
+@pytest.mark.parametrize(("found", "stored"), [((168, 158), (40, 42)), ((127, 58), (74, 23)), ((185, 14), (35, 34))])
+def test_cover_fits_sizes_whose_crop_rounds_to_a_little_below_0(found, stored):
+    assert fit(gradient(*found), stored, "cover").size == stored
+
+
 def test_squeeze_equals_the_plain_resize_and_cover_crops_the_centre():
     image = gradient(200, 100)
     squeezed = np.asarray(fit(image, (50, 50), "squeeze")).astype(int)

@@ -9,7 +9,7 @@ import pytest
 from support.processes import ROOT
 
 # A room may import itself and what stands right of it; rooms in one pair of braces do not import each other.
-LAW = "launch -> training -> report -> evaluation -> {model, run, data} -> {config, distributed} -> shards"
+LAW = "launch -> {training, export} -> report -> evaluation -> {model, run, data} -> {config, distributed} -> shards"
 FLOORS = [floor.strip(" {}").split(", ") for floor in LAW.split("->")]
 ROOMS = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FILES = [

@@ -63,7 +63,7 @@ DOCUMENTS = sorted(
     if not any(part in IGNORED or part.startswith(".") for part in path.relative_to(ROOT).parts[:1])
 )
 SETTING = re.compile(r"(?<![\w./])(?:data|augment|model|optim|run|eval)\.[a-z_]+\b(?!\.)")
-NO_SETTING = (".py", ".sh", ".json", ".jsonl", ".safetensors")
+NO_SETTING = (".py", ".sh", ".json", ".jsonl", ".safetensors", ".onnx", ".pt2")
 
 
 def name_of(path: Path) -> str:
