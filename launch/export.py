@@ -10,6 +10,8 @@ from harness.export.formats import FILES
 from harness.run.console import LOGGER, start_console
 from shards.terminal import run_and_exit, user_path
 
+FIRST_OPSET = 18  # that torch.onnx writes
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Export; the exit code is 0, or 1 after an error."""
@@ -40,6 +42,10 @@ def _wanted(options: argparse.Namespace) -> Export:
             raise ValueError(
                 f"--{name} is of ONNX, and --format is {options.format}. Leave it out, or take --format onnx."
             )
+    if options.opset is not None and options.opset < FIRST_OPSET:
+        raise ValueError(
+            f"--opset must be {FIRST_OPSET} or more: torch.onnx writes none below. Got {options.opset} instead."
+        )
     preprocessing = "none" if options.format == "safetensors" else options.preprocessing or "inside"
     return Export(options.format, preprocessing, options.int8, options.opset, options.temperature == "run")
 

@@ -6,7 +6,7 @@ nothing is known here of any dataset in particular; weights, results and dataset
 
 import json
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
@@ -121,7 +121,14 @@ def metadata(trained: Trained, preprocessing: str, thresholds: list[dict]) -> di
         "citation": description.citation,
         "dataset": trained.weights.provenance.dataset,
         "weights_sha256": trained.weights_sha256,
-        "harness_version": version("dermharness"),
+        "harness_version": _own_version(),
     }
     assert all(isinstance(word, str) for word in words.values())
     return words
+
+
+def _own_version() -> str:
+    try:
+        return version("dermharness")
+    except PackageNotFoundError:  # run from its folder, by PYTHONPATH
+        return "not installed"

@@ -313,6 +313,7 @@ def test_a_missing_package_is_named_with_what_to_install(decided_run, tmp_path, 
     [
         (["--format", "torch", "--int8"], "--int8 is of ONNX"),
         (["--format", "torch", "--opset", "18"], "--opset is of ONNX"),
+        (["--format", "onnx", "--opset", "7"], "--opset must be 18 or more"),
         (["--format", "safetensors", "--preprocessing", "inside"], "leave out --preprocessing"),
     ],
 )
