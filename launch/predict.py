@@ -13,7 +13,7 @@ import pandas as pd
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
 from harness.evaluation.ensemble import Member, average, predict_each
-from harness.evaluation.evaluate import priors_of_run
+from harness.evaluation.evaluate import priors_of_run, refuse_unknown_classes
 from harness.evaluation.nearest import training_split
 from harness.evaluation.output import check_output, output_rows, write_rows
 from harness.evaluation.results import Predictions, read_results
@@ -88,7 +88,8 @@ def _predict(
 ) -> tuple[list[str], Predictions, dict[int, str]]:
     """Collective: names of the images, what is predicted of them, and why some could not be read, by place."""
     if inputs is None:
-        dataset = load(Path(options.inputs[0]))
+        dataset = load(user_path(options.inputs[0]))
+        refuse_unknown_classes(dataset, runs[0].weights.provenance)
         reader = SplitReader(dataset, options.split or runs[0].config.eval.split)
         parts = predict_each(members, reader, world)
         assert parts is not None  # nobody asks this to stop

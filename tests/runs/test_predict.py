@@ -268,6 +268,18 @@ def test_heat_maps_stand_beside_the_images_and_in_the_report(finished_run, sourc
     assert "where the model looks for" in (tmp_path / "result" / "report.html").read_text()
 
 
+def test_packed_shards_of_classes_that_the_model_does_not_know_are_refused(finished_run, tmp_path, capsys):
+    from launch.predict import main
+
+    for number in range(24):
+        path = tmp_path / "root" / ("mel", "wart")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(path)
+    assert cli.main(["pack", str(tmp_path / "root"), str(tmp_path / "other"), "--size", "48x36"]) == 0
+    assert main([str(finished_run), str(tmp_path / "other"), "--out", str(tmp_path / "p.csv")]) == 1
+    assert "classes that the model does not know: wart" in capsys.readouterr().err
+
+
 def test_a_page_that_cannot_be_drawn_is_said_first(finished_run, packed, tmp_path, capsys):
     from launch.predict import main
 
