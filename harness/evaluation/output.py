@@ -70,7 +70,7 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise FileNotFoundError(f"The folder {path.parent} of --out does not exist. Make it, or name another.")
     if path.suffix.lower() == ".parquet":
         try:
-            import pyarrow  # noqa: F401 - pandas needs it
+            import pyarrow  # noqa: F401 - pandas needs it  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(f"{path.name} needs pyarrow: pip install pyarrow. Or write a .csv.") from error
 
