@@ -207,8 +207,9 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
             if (width, height) == size:
-                # Fast DCT and upsampling: 12 % more images a second, at most a few grey levels off.
-                simplejpeg.decode_jpeg(data, buffer=out, fastdct=True, fastupsample=True)
+                # Fast upsampling of colours takes 8 % less time and has no bias. The fast DCT would take another 3 %, and lowers
+                # red and blue by more than one level on average: another decoder's images would not be those of training.
+                simplejpeg.decode_jpeg(data, buffer=out, fastupsample=True)
                 return
         except Exception as error:  # whatever the bytes are, the sample is named
             raise ValueError(str(error)) from error

@@ -53,7 +53,7 @@ def measured() -> dict:
 
 
 def test_the_decoder_gives_the_same_bytes():
-    # libjpeg-turbo's fast integer DCT and merged upsampling are bit-exact on all its processors: its own tests compare MD5s.
+    # libjpeg-turbo's accurate integer DCT and merged upsampling are bit-exact on all its processors: its own tests compare MD5s.
     assert measured()["decoded"] == json.loads(GOLDEN.read_text(encoding="utf-8"))["decoded"]
 
 

@@ -80,8 +80,17 @@ def assert_threads_end(before: int) -> None:
         time.sleep(0.001)
 
 
+def settled_threads() -> int:
+    """How many threads there are, once those of a test before have ended."""
+    count = -1
+    while count != (now := _thread._count()):
+        count = now
+        time.sleep(0.1)
+    return count
+
+
 def test_leaving_early_leaves_no_thread_behind(dataset):
-    reader, before = SplitReader(dataset, "train"), _thread._count()
+    reader, before = SplitReader(dataset, "train"), settled_threads()
     for _ in training_batches(reader, plan_of(reader, 4), 0, 0, 0, 1, OPTIONS):
         assert _thread._count() == before + OPTIONS.threads
         break
@@ -113,7 +122,7 @@ def not_even_an_image(data, offset, size):
 @pytest.mark.parametrize("spoil", [zero_the_middle, not_even_an_image])
 def test_a_damaged_sample_fails_its_batch_with_key_shard_and_offset(packed, tmp_path, spoil):
     dataset, key, shard, offset = spoiled(packed, tmp_path, spoil)
-    before = _thread._count()
+    before = settled_threads()
     with pytest.raises(ValueError, match="damaged after packing") as caught:
         batches(dataset)
     for word in (key, shard, f"byte {offset}", "shards verify"):
