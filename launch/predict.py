@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{options.run} has no temperature of its own (or several runs are averaged). Leave out --temperature."
             )
         config = runs[0].config
+        size = config.eval.image_size or config.data.image_size
         set_arithmetic(config.run.tf32, config.run.deterministic)
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
@@ -55,13 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
         )
         members = [Member(str(run.folder), load_model(run, world), run.config, run.classes) for run in runs]
         if options.explain:
-            check_heat_maps(members[0].model, config.model.name, config.eval.image_size or config.data.image_size)
+            check_heat_maps(members[0].model, config.model.name, size)
         if options.nearest:
             training_split(config.data.path, runs[0].weights.provenance.dataset)  # refused before anything is computed
         began = time.perf_counter()
         names, predictions, problems = _predict(members, runs, inputs, options, world)
         seconds = time.perf_counter() - began
         points = results.operating_points if results and len(runs) == 1 else []
+        if results and points and (results.views, results.image_size) != (config.eval.views, size):
+            world.warn(
+                f"the thresholds (is_...) were chosen for the views {results.views} at {results.image_size} pixels, and these are "
+                f"{config.eval.views} at {size}"
+            )
         temperature = fitted["temperature"] if fitted and options.temperature else None
         prior = priors_of_run(options.run) if options.prior_correction else None
         rows = output_rows(names, predictions, runs[0].classes, problems, points, temperature, prior)

@@ -85,6 +85,7 @@ def test_any_number_of_processes_writes_the_same_bytes_and_names_what_cannot_be_
     for out, number in zip(outs, (1, ranks), strict=True):
         done = predicted(finished_run, photos, "--views", "dihedral8", out=out, ranks=number, code=3)
         assert "3 of 20 images could not be read" in done.stdout, done.stdout
+        assert "the thresholds (is_...) were chosen for the views flips at 32 pixels" in done.stdout
     assert outs[0].read_bytes() == outs[1].read_bytes()
     rows = read(outs[0])
     assert rows["image"].tolist() == sorted(rows["image"])
