@@ -37,7 +37,9 @@ def read_source(path: Path, columns: Columns) -> Catalogue:
     names_columns = columns != Columns(image_root=columns.image_root)
     if path.is_file() or is_table(path):
         return _read_ham10000_or_table(path, columns, path.parent)
-    if not path.is_dir() or any((path / name).is_file() for name in METADATA):
+    if not path.is_dir():
+        return read_ham10000(path)  # which says that there is none
+    if any((path / name).is_file() for name in METADATA):
         if names_columns:
             raise ValueError(f"Options for columns go with a table. Give the table itself: {path / METADATA[0]}")
         return read_ham10000(path)

@@ -137,7 +137,7 @@ def check_gpu_of_rank() -> None:
 
 
 def start_accelerator(precision: str, cuda: bool) -> Accelerator:
-    """Accelerate, with what its environment and settings file may not change; what they ask for in vain is logged.
+    """Accelerate, with what its environment and settings file may not change.
 
     Raises:
         ValueError: they ask for another parallelism than DistributedDataParallel's.
@@ -145,19 +145,21 @@ def start_accelerator(precision: str, cuda: bool) -> Accelerator:
     """
     file = _file_of_launcher()
     refuse_other_parallelism(os.environ, file)
-    in_vain = overridden(os.environ)
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     accelerator = _join(precision, cuda)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(_not_data_parallel(accelerator.distributed_type.value, file))
-    if accelerator.is_main_process:
-        if in_vain:
-            LOGGER.warning(
-                f"without effect, though `accelerate launch` was asked for it ({file}): {', '.join(in_vain)}"
-            )
-        if torch.cuda.is_available() and not cuda:
-            LOGGER.warning(f"the GPU is not used, since `accelerate launch` was asked for the CPU ({file})")
     return accelerator
+
+
+def asked_in_vain(environment: Mapping[str, str], cuda: bool) -> list[str]:
+    """What `accelerate launch` was asked for and that has no effect, in sentences. cuda: whether a GPU is used."""
+    file, said = _file_of_launcher(), []
+    if names := overridden(environment):
+        said.append(f"without effect, though `accelerate launch` was asked for it ({file}): {', '.join(names)}")
+    if torch.cuda.is_available() and not cuda:
+        said.append(f"the GPU is not used, since `accelerate launch` was asked for the CPU ({file})")
+    return said
 
 
 def _join(precision: str, cuda: bool) -> Accelerator:

@@ -7,6 +7,7 @@ Ctrl-C ends it; nothing listens where ranks do not need it.
 import ctypes
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+from accelerate.utils import broadcast_object_list
 from torch import distributed
 from torch.distributed import (
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
@@ -90,6 +92,20 @@ def serve_store(host: str, wait: timedelta) -> TCPStore:
         return TCPStore(host, port, **options)
     except NotImplementedError:  # torch 2.7: its libuv takes no socket that is open already
         return TCPStore(host, port, **options, use_libuv=False)
+
+
+def open_store(serves: bool) -> PrefixStore:
+    """Collective: the key-value store by which ranks watch each other; the rank that `serves` it is rank 0.
+
+    Its names begin with a number that nobody can guess, sent through the process group: no stray process ends a run.
+    """
+    host, wait = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
+    store = serve_store(host, wait) if serves else None
+    port, secret = broadcast_object_list([store.port, secrets.token_hex(16)] if store else [0, ""])
+    named = PrefixStore(secret, store or TCPStore(host, port, is_master=False, timeout=wait))
+    if serves:
+        named.set("turn", "0")
+    return named
 
 
 def pin_process_group() -> None:

@@ -6,28 +6,27 @@ called by all ranks at the same point, or all of them wait for ever.
 
 import logging
 import os
-import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
-from torch.distributed import (
-    PrefixStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
-    TCPStore,  # pyright: ignore[reportPrivateImportUsage] - its documented place
-)
 
 from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision, describe_arithmetic
 from harness.distributed.heartbeat import Heartbeat
-from harness.distributed.launcher import check_gpu_of_rank, launched_precision, start_accelerator, uses_cuda
-from harness.distributed.rendezvous import meet, pin_process_group, serve_store
+from harness.distributed.launcher import (
+    asked_in_vain,
+    check_gpu_of_rank,
+    launched_precision,
+    start_accelerator,
+    uses_cuda,
+)
+from harness.distributed.rendezvous import meet, open_store, pin_process_group
 from harness.distributed.trackers import start_trackers
 
-BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 LOGGER = logging.getLogger("dermharness")
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,6 +52,7 @@ class World:
             check_gpu_of_rank()
         precision = launched_precision(precision, os.environ)
         self.precision, self.precision_reason = choose_precision(precision, torch.device("cuda" if cuda else "cpu"))
+        in_vain = asked_in_vain(os.environ, cuda)  # before some of it is taken out of the environment
         with meet():
             self._accelerator = start_accelerator(self.precision, cuda)
         if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
@@ -69,6 +69,8 @@ class World:
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else self._accelerator.device
         self.memory_format = choose_memory_format(channels_last, self.device)
         self.is_main = self.rank == 0
+        for sentence in in_vain:
+            self.warn(sentence)
         self.host_pid = f"{socket.gethostname()}, process {os.getpid()}"
         self._has_trained, self._turns = False, 0  # works of rank 0 that the others waited for
         self.heartbeat: Heartbeat | None = None
@@ -91,18 +93,9 @@ class World:
         self._accelerator.log(numbers, step=step)
 
     def _start_heartbeat(self) -> Heartbeat:
-        """Collective: rank 0 serves a small store, in which every rank says that it lives.
-
-        Its names begin with a number that nobody can guess, sent through the process group: no stray process ends a run.
-        """
-        host, wait = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
-        store = serve_store(host, wait) if self.is_main else None
-        port, secret = broadcast_object_list([store.port, secrets.token_hex(16)] if store else [0, ""])
-        store = store or TCPStore(host, port, is_master=False, timeout=wait)
-        if self.is_main:
-            PrefixStore(secret, store).set("turn", "0")
+        """Collective: say to the others that this rank lives, and look whether they do."""
         watched = range(self.size) if self.is_main else [0]
-        heartbeat = Heartbeat(PrefixStore(secret, store), self.rank, watched, self.host_pid)
+        heartbeat = Heartbeat(open_store(self.is_main), self.rank, watched, self.host_pid)
         self.any_rank(False)  # everyone has said who it is
         heartbeat.start()
         return heartbeat
@@ -253,51 +246,15 @@ class World:
             self.heartbeat.is_long = False
         return cast(torch.Tensor, reduce(values.to(self.device), reduction="sum"))
 
-    def all_gather_rows(
-        self, keys: torch.Tensor, columns: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Collective: the rows of all ranks, sorted by key, whatever number each rank has.
-
-        Args:
-            keys: (n,) int64, not negative; n differs from rank to rank.
-            columns: (n, ...) each, of any type; every rank has the same names, in the same order.
-
-        Returns:
-            (N,) keys and (N, ...) columns of the same names and types, on every rank, on the CPU.
-        """
-        if self.size > 1:
-            self.passes("all_gather_rows")
-            counts = _gathered(torch.tensor([len(keys)], device=self.device))
-            n_missing = int(counts.max()) - len(keys)
-            keys = _gathered(torch.cat([keys.to(self.device), keys.new_full((n_missing,), -1).to(self.device)]))
-            is_row = keys >= 0
-            keys = keys[is_row]
-            padded = {
-                name: torch.cat([column, column.new_zeros((n_missing, *column.shape[1:]))]).to(self.device)
-                for name, column in columns.items()
-            }
-            columns = {name: _gathered(column)[is_row] for name, column in padded.items()}
-        order = torch.argsort(keys, stable=True)
-        return keys[order].cpu(), {name: column[order].cpu() for name, column in columns.items()}
+    def all_gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Collective: tensors of one shape, on the world's device, of all ranks, one after the other."""
+        return cast(torch.Tensor, gather(values))
 
     def any_rank(self, flag: bool) -> bool:
         """Collective: whether the flag is set on any rank. (Device sync.)"""
         if self.size == 1:
             return flag
         return bool(self.all_reduce_sum(torch.tensor([float(flag)])).item())
-
-    def average_batch_statistics(self, model: torch.nn.Module) -> None:
-        """Collective: running means and variances of batch normalisation become the mean over ranks, on every rank.
-
-        Each rank keeps its own of the images that it sees, so that what is validated would else be one rank's share of the data.
-        """
-        norms = [module for module in model.modules() if isinstance(module, BATCH_NORM)]
-        of_norms = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
-        statistics = [tensor for tensor in of_norms if tensor is not None]
-        if self.size == 1 or not statistics:
-            return
-        sums = self.all_reduce_sum(torch.cat(statistics)) / self.size
-        torch._foreach_copy_(statistics, list(sums.split([len(tensor) for tensor in statistics])))  # pyright: ignore[reportPrivateImportUsage] - one kernel
 
     def close(self) -> None:
         """Collective: leave the world in good order."""
@@ -306,8 +263,3 @@ class World:
             self._accelerator.wait_for_everyone()  # rank 0 serves what the others watch by: it leaves when they are done
             pin_process_group()
         self._accelerator.end_training()
-
-
-def _gathered(values: torch.Tensor) -> torch.Tensor:
-    """Collective: tensors of one shape, of all ranks, one after the other."""
-    return cast(torch.Tensor, gather(values))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from harness.config import Config
 from harness.data.augment import evaluation_views, parse_views, plain_view
 from harness.data.loader import Batch, LoaderOptions, evaluation_batches
+from harness.distributed.collectives import all_gather_rows
 from harness.distributed.hardware import decode_threads, set_thread_device
 from harness.distributed.world import World
 from harness.evaluation.metrics import compute_metrics
@@ -68,7 +69,7 @@ def predict(
             return None
         parts.append(part)
     local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    keys, columns = world.all_gather_rows(local.pop("keys"), local)
+    keys, columns = all_gather_rows(world, local.pop("keys"), local)
     problem = world.run_on_main(find_incomplete, keys, reader)
     if problem:
         raise RuntimeError(problem)

@@ -13,6 +13,7 @@ import torch
 from harness.config import Config
 from harness.data.loader import Batch, LoaderOptions, training_batches
 from harness.data.random import stream_checksum
+from harness.distributed.collectives import all_gather_rows, average_batch_statistics
 from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
 from harness.model.optim import lr_at
@@ -127,7 +128,7 @@ def train_epoch(
                 progress = replace(progress, micro_batch=micro_batch)
                 world.print(f"optim.micro_batch auto: {micro_batch} images of a process at a time fit into memory")
             progress, stop, save = synchronise(config, world, data, run, progress, meter, lr)
-            world.average_batch_statistics(state.model)  # at these steps alone, so that a resume changes no rounding
+            average_batch_statistics(world, state.model)  # at these steps alone, so that a resume changes no rounding
             if (stop or save) and not is_last:
                 save_checkpoint(config, world, state, run, progress)
                 meter.saved = time.perf_counter()
@@ -189,7 +190,7 @@ def _describe_nan_loss(world: World, data: Data, progress: Progress, meter: Mete
     ]
     keys = torch.cat([keys for keys, _ in bad])
     steps = torch.cat([torch.full((len(keys),), float(step), device=keys.device) for keys, step in bad])
-    keys, columns = world.all_gather_rows(keys, {"step": steps})
+    keys, columns = all_gather_rows(world, keys, {"step": steps})
     steps = columns["step"]
     step = int(steps.min()) if len(steps) else progress.step + meter.steps
     here = keys[steps == step].tolist()
