@@ -4,19 +4,17 @@ Works on any number of processes (`torchrun --nproc-per-node N launch/evaluate.p
 """
 
 import argparse
-from pathlib import Path
 
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
 from harness.evaluation.ensemble import Member
 from harness.evaluation.evaluate import context_of_runs, evaluate, refuse_unknown_classes
-from harness.evaluation.results import read_predictions
 from harness.evaluation.trained import Choices, TrainedRun, load_model, open_together
-from harness.report.gallery import save_heat_maps
 from harness.report.heat_maps import check_heat_maps
 from harness.report.page import draw_report
 from harness.report.text import summary
 from harness.run.console import LOGGER, start_console
+from launch.options import add_run_options
 from shards.index import Dataset, load
 from shards.leaks import refuse_trained_groups
 from shards.reader import SplitReader
@@ -51,9 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_heat_maps(members[0].model, config.model.name, config.eval.image_size or config.data.image_size)
         results = evaluate(members, reader, world, folder, context)
         assert results is not None  # nobody asks this to stop
-        world.run_on_main(draw_report, folder, dataset)
-        if options.explain:
-            world.run_on_main(_explain, folder, dataset, members[0], config.eval.split)
+        world.run_on_main(draw_report, folder, dataset, members[0] if options.explain else None)
         world.print("\n" + summary(results))
         world.print(f"results: {folder}")
         world.close()
@@ -61,11 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
         LOGGER.error(str(error))
         return 1
     return 0
-
-
-def _explain(folder: Path, dataset: Dataset, member: Member, split: str) -> None:
-    save_heat_maps(folder, split, read_predictions(folder), dataset, member.model, member.classes, member.config)
-    draw_report(folder)  # again, with them
 
 
 def _choices(options: argparse.Namespace) -> Choices:
@@ -87,31 +78,14 @@ def _folder_name(runs: list[TrainedRun], dataset: Dataset) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Evaluate the best weights of a run.")
-    parser.add_argument("run", type=user_path, help="the run's folder")
-    parser.add_argument(
-        "--with",
-        dest="others",
-        nargs="+",
-        type=user_path,
-        default=[],
-        metavar="RUN",
-        help="runs whose probabilities are averaged with those of the first, as an ensemble",
-    )
+    add_run_options(parser)
     parser.add_argument("--split", help="split to evaluate (default: the run's eval.split)")
-    parser.add_argument("--views", help="none, flips, dihedral8 or spins:N (default: the run's eval.views)")
     parser.add_argument("--data", type=user_path, help="packed folder (default: the run's data.path)")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the model's input (default: the run's eval.image_size)",
-    )
     parser.add_argument(
         "--prior-correction",
         choices=tuple(ON_OFF),
         help="also report metrics at other class frequencies (default: the run's eval.prior_correction)",
     )
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the run's)")
     parser.add_argument(
         "--explain",
         action="store_true",

@@ -21,6 +21,7 @@ from harness.evaluation.trained import Choices, TrainedRun, load_model, open_tog
 from harness.report.heat_maps import check_heat_maps
 from harness.report.prediction_page import draw_maps, draw_nearest, write_prediction_page
 from harness.run.console import LOGGER, start_console
+from launch.options import add_run_options
 from shards.index import load, load_table
 from shards.inputs import Inputs, find_inputs
 from shards.raw import RawReader
@@ -147,28 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/predict.py", description="Predict images with the best weights of a run."
     )
+    add_run_options(parser)
     add = parser.add_argument
-    add("run", type=user_path, help="the run's folder")
     add("inputs", nargs="+", help="images, folders, patterns in quotes, a table, or a folder of packed shards")
     add("--out", type=user_path, required=True, help="file to write: .csv, .jsonl or .parquet")
     add("--overwrite", action="store_true", help="replace --out and --page where they exist")
-    add(
-        "--with",
-        dest="others",
-        nargs="+",
-        type=user_path,
-        default=[],
-        metavar="RUN",
-        help="runs to average with the first",
-    )
-    add("--views", help="none, flips, dihedral8 or spins:N (default: the run's eval.views)")
-    add(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the model's input (default: the run's eval.image_size)",
-    )
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the run's)")
     add(
         "--temperature",
         action="store_true",

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from torch import nn
 
 from harness.config import Augment, Config
 from harness.data.augment import plain_view, training_view
+from harness.evaluation.ensemble import Member
 from harness.report.heat_maps import draw_heat_maps
 from harness.report.markup import image as html_image
 from harness.report.markup import text
@@ -63,21 +63,13 @@ def heat_map_path(folder: Path, key: int) -> Path:
     return folder / FOLDER / f"{key:08d}-heat.jpg"
 
 
-def save_heat_maps(
-    folder: Path,
-    split: str,
-    rows: pd.DataFrame,
-    dataset: Dataset,
-    model: nn.Module,
-    classes: tuple[str, ...],
-    config: Config,
-) -> None:
-    """Draw where a model looks in the images of the gallery, for the class that it predicted; `draw_report` then shows them.
+def save_heat_maps(folder: Path, split: str, rows: pd.DataFrame, dataset: Dataset, member: Member) -> None:
+    """Draw where a model looks in the images of the gallery, for the class that was predicted.
 
     Args:
-        rows: of predictions.csv, of that split. model: that predicted them, on its device; classes: of its outputs. config: its
-            settings, by which the images become views.
+        rows: of predictions.csv, of that split. member: the model, on its device, with the settings by which images become views.
     """
+    model, config = member.model, member.config
     keys, size = _chosen(rows), config.eval.image_size or config.data.image_size
     wanted = rows[rows["key"].isin(keys)]
     stored = _stored_images(SplitReader(dataset, split), keys)
@@ -85,7 +77,7 @@ def save_heat_maps(
     if not known:
         return
     images = torch.from_numpy(np.stack([stored[key] for key in known])).permute(0, 3, 1, 2).to(device)
-    labels = [classes.index(name) for name in wanted.set_index("key").loc[known, "prediction"]]
+    labels = [member.classes.index(name) for name in wanted.set_index("key").loc[known, "prediction"]]
     drawn = draw_heat_maps(model, plain_view(images, config.augment, size), labels, config.augment)
     for key, data in zip(known, drawn, strict=True):
         heat_map_path(folder, key).write_bytes(data)

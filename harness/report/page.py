@@ -13,11 +13,12 @@ import pandas as pd
 
 from harness.config import load_config
 from harness.evaluation.calibration import with_temperature
+from harness.evaluation.ensemble import Member
 from harness.evaluation.layout import RATES
 from harness.evaluation.metrics import CLASS_METRICS, SUMMARY_METRICS
 from harness.evaluation.results import Results, read_predictions, read_results
 from harness.evaluation.subgroups import MIN_SUBGROUP, SUBGROUP_METRICS
-from harness.report.gallery import AUGMENTED, FOLDER, gallery_html, save_gallery
+from harness.report.gallery import AUGMENTED, FOLDER, gallery_html, save_gallery, save_heat_maps
 from harness.report.markup import MANY_LINES, STYLE, cell, image, table, text
 from harness.report.plots import curve_classes, draw_confusion, draw_curves, draw_history, draw_reliability
 from harness.report.provenance import json_lines, limits_html, provenance_html
@@ -43,11 +44,12 @@ EPOCH = {  # a line of log.jsonl
 VALIDATION = dict.fromkeys(("loss", "accuracy", "balanced_accuracy", "macro_f1"), (float, None))
 
 
-def draw_report(folder: Path, dataset: Dataset | None = None) -> None:
+def draw_report(folder: Path, dataset: Dataset | None = None, explained: Member | None = None) -> None:
     """Draw all of the report of a finished run, or of a result of `launch/evaluate.py`; it can be drawn again at any time.
 
     Args:
         dataset: the one that was evaluated, for `images/`. Without it, or with another, the images that are there stay.
+        explained: a model that took part, for heat maps beside these images.
 
     Raises:
         FileNotFoundError, ValueError: no results, or of another format, or settings of another version.
@@ -62,6 +64,8 @@ def draw_report(folder: Path, dataset: Dataset | None = None) -> None:
         )
     if dataset is not None and dataset.fingerprint == results.dataset:
         save_gallery(folder, results.split, rows, dataset, config)
+        if explained is not None:
+            save_heat_maps(folder, results.split, rows, dataset, explained)
     plots = write_page(folder, results, rows)
     if config is not None and "tensorboard" in config.run.trackers:
         write_tensorboard(folder, results, rows, config, plots)
