@@ -1,9 +1,11 @@
 """Words on a terminal, whatever its encoding, and how a command ends."""
 
+import atexit
 import faulthandler
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,6 +33,9 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
     After an error, a process that has not ended within `END_S` (a thread waits for a disk or a GPU that is gone) says where each
     thread stands and ends all the same: on a cluster it would hold its GPU until the time limit. Ctrl-C ends it at once, since
     what a command writes is whole or not there at any moment.
+
+    The interpreter is not taken down: up to Python 3.13 a thread of C++ that asks for it meanwhile (one of torch's process group,
+    to let go of a tensor) aborts the process. What Python does before that is done, as multiprocessing does it for its processes.
     """
     try:
         code = main()
@@ -47,12 +52,13 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         code = 1
     _flush()
-    if code == 128 + signal.SIGINT:  # Python would end by the signal itself, where Ctrl-C came in an import
-        os._exit(code)
     if code:
         with suppress(OSError, ValueError, RuntimeError):  # a stderr that is no file
             faulthandler.dump_traceback_later(END_S, exit=True)
-    sys.exit(code)
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - waits for the threads that are not daemons
+    atexit._run_exitfuncs()
+    _flush()
+    os._exit(code)
 
 
 def _flush() -> None:

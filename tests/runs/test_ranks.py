@@ -228,7 +228,7 @@ def test_a_loss_that_is_no_number_names_its_cause_whichever_rank_is_first(tiny, 
 
 
 def test_ranks_leave_whatever_the_groups_own_threads_are_at():
-    """Without the pin, torch 2.7 hangs here within a second."""
+    """Without the pin, torch 2.7 hangs here within a second; if the interpreter were taken down, torch would abort (code -6)."""
     shared = environment(MASTER_PORT=free_port(), PYTHONPATH=str(ROOT))
     program = [str(ROOT / "tests" / "support" / "leaving.py")]
     done = fork(program, [shared | {"RANK": rank} for rank in "01"], 30, ROOT)
