@@ -3,14 +3,18 @@
 In: the number of samples of each shard. Out: for positions of an epoch's stream, the shard and the row.
 Invariants: the order is a function of (shard sizes, labels where classes are balanced, seed, epoch, lanes,
 shuffle_block_shards) and of nothing else; ranks, threads and resuming only choose which positions they look up. Memory
-is a block's, not the dataset's.
+is a block's, not the dataset's, and that of LARGE_BLOCK samples at most: the order of a larger block is computed by position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+
+from shards.permutation import FeistelPermutation
+
+LARGE_BLOCK = 2**22  # samples; above it the order of a block is computed, up to it drawn as a table of 4 bytes a sample
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Plan:
         positions, so that they are augmented in another way).
 
     Raises:
-        ValueError: lanes that do not divide the batch, or a batch larger than the split.
+        ValueError: lanes that do not divide the batch, a batch larger than the split, or labels over too large a block.
     """
 
     shard_sizes: tuple[int, ...]
@@ -53,6 +57,12 @@ class Plan:
                 f"The training split has {sum(self.shard_sizes)} images, too few for one batch of 'data.global_batch_size' "
                 f"{self.global_batch} from {self.lanes} lane(s). Lower data.global_batch_size."
             )
+        if self.labels is not None and self.largest_block > LARGE_BLOCK:
+            fits = max(1, LARGE_BLOCK // max(self.shard_sizes))
+            raise ValueError(
+                f"'optim.balance' sampler needs the labels of a whole block in memory, of {LARGE_BLOCK} images at most. A block may have "
+                f"{self.largest_block} here. Set data.shuffle_block_shards to {fits} or less, or optim.balance to weights or none."
+            )
 
     @cached_property
     def lane_length(self) -> int:
@@ -63,6 +73,11 @@ class Plan:
     def n_batches(self) -> int:
         """Full batches in one epoch."""
         return self.lane_length // (self.global_batch // self.lanes)
+
+    @cached_property
+    def largest_block(self) -> int:
+        """Samples that a block has at most."""
+        return largest_block(self.shard_sizes, self.lanes, self.shuffle_block_shards)
 
     @property
     def n_left_out(self) -> int:
@@ -116,23 +131,29 @@ class Plan:
         for number in np.unique(block):
             here = block == number
             low, high = int(edges[number]), int(edges[number + 1])
-            stream[here] = low + of_epoch.block_order(lane, int(number), low, high)[stream[here] - low]
+            order = of_epoch.block_order(lane, int(number), low, high)
+            stream[here] = np.add(order[stream[here] - low], low, dtype=np.int64)
         return stream
 
-    def permute_block(self, epoch: int, low: int, high: int, rng: np.random.Generator) -> np.ndarray:
+    def permute_block(
+        self, epoch: int, low: int, high: int, rng: np.random.Generator
+    ) -> np.ndarray | FeistelPermutation:
         """The order of the places [low, high) of the stream of permuted shards, counted from low: (high - low,).
 
-        Without labels a permutation; with them some places are repeated and others missing.
+        Without labels a permutation, which is computed place by place where it is of more than LARGE_BLOCK; with them some
+        places are repeated and others missing.
         """
+        if self.labels is None and high - low > LARGE_BLOCK:
+            return FeistelPermutation(high - low, rng)
         if self.labels is None:
-            return rng.permutation(high - low)
+            return rng.permutation(high - low).astype(np.int32)
         order, starts = self.of_epoch(epoch).order, self.of_epoch(epoch).starts
         ends = starts + np.asarray(self.shard_sizes, dtype=np.int64)[order]
         parts = [
             self.labels(int(order[n]))[max(low - starts[n], 0) : high - starts[n]]
             for n in np.flatnonzero((starts < high) & (ends > low))
         ]
-        return _balanced_order(np.concatenate(parts), rng)
+        return _balanced_order(np.concatenate(parts), rng).astype(np.int32)
 
 
 class Epoch:
@@ -148,7 +169,7 @@ class Epoch:
         sizes = np.asarray(plan.shard_sizes, dtype=np.int64)[self.order]
         self.starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._edges: dict[int, np.ndarray] = {}
-        self._blocks: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+        self._blocks: dict[tuple[int, int], tuple[int, np.ndarray | FeistelPermutation]] = {}
 
     def block_edges(self, lane: int) -> np.ndarray:
         """Where the blocks of a lane begin in the stream, and where the last one ends: (blocks + 1,) int64."""
@@ -160,7 +181,7 @@ class Epoch:
             self._edges[lane] = np.concatenate([[first], edges, [last]])
         return self._edges[lane]
 
-    def block_order(self, lane: int, block: int, low: int, high: int) -> np.ndarray:
+    def block_order(self, lane: int, block: int, low: int, high: int) -> np.ndarray | FeistelPermutation:
         """The shuffled order of one block; each lane remembers its last two, so memory does not grow with the dataset."""
         number, order = self._blocks.get((lane, block % 2), (None, None))
         if number != block or order is None:
@@ -168,6 +189,12 @@ class Epoch:
             order = self._plan.permute_block(self._number, low, high, rng)
             self._blocks[lane, block % 2] = (block, order)
         return order
+
+
+def largest_block(shard_sizes: Sequence[int], lanes: int, shuffle_block_shards: int) -> int:
+    """Samples that a block of a plan has at most; of more than LARGE_BLOCK, the order is another than up to there."""
+    lane_length = sum(shard_sizes) // lanes
+    return min(lane_length, shuffle_block_shards * max(shard_sizes)) if shuffle_block_shards else lane_length
 
 
 def rank_slice(batch_size: int, rank: int, world_size: int, group_size: int = 1) -> tuple[int, int]:

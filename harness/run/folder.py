@@ -25,6 +25,7 @@ from harness.run.stop import StopRequest
 from shards.files import write_atomically
 from shards.index import Dataset
 from shards.leaks import load_groups
+from shards.plan import LARGE_BLOCK, largest_block
 from shards.shape import misfit, parse_json
 
 
@@ -107,6 +108,9 @@ def provenance(config: Config, dataset: Dataset) -> Provenance:
     data = config.data
     order = f"batches of {data.global_batch_size}, {data.lanes} lanes, blocks of {data.shuffle_block_shards}, seed {config.run.seed}"
     order += ", classes equally often" if config.optim.balance == "sampler" else ""
+    sizes = [shard.samples for shard in dataset.split("train")]
+    if largest_block(sizes, data.lanes, data.shuffle_block_shards) > LARGE_BLOCK:
+        order += ", large blocks by a Feistel network"  # up to version 0.1 by a table, too
     groups = load_groups(dataset, "train")
     return Provenance(
         config.model.name, dataset.classes, dataset.fingerprint, groups, order, *config.augment.normalization
