@@ -71,13 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
             )
         temperature = fitted["temperature"] if fitted and options.temperature else None
         prior = priors_of_run(options.run) if options.prior_correction else None
-        rows = output_rows(names, predictions, runs[0].classes, problems, points, temperature, prior)
-        world.run_on_main(write_rows, rows, options.out)
-        if options.page and inputs is not None:
-            maps = world.run_on_main(draw_maps, rows, inputs, runs[0], members[0].model) if options.explain else {}
-            seen = (rows, inputs, runs[0], members[0].model, world, options.nearest)
-            nearest = world.run_on_main(draw_nearest, *seen) if options.nearest else {}
-            world.run_on_main(write_prediction_page, rows, inputs, runs[0], options.page, maps, nearest)
+
+        def write() -> None:
+            rows = output_rows(names, predictions, runs[0].classes, problems, points, temperature, prior)
+            write_rows(rows, options.out)
+            if options.page and inputs is not None:
+                model = members[0].model
+                maps = draw_maps(rows, inputs, runs[0], model) if options.explain else {}
+                seen = (rows, inputs, runs[0], model, world, options.nearest)
+                nearest = draw_nearest(*seen) if options.nearest else {}
+                write_prediction_page(rows, inputs, runs[0], options.page, maps, nearest)
+
+        world.run_on_main(write)  # which has the predictions
         world.print(f"{len(names)} images in {seconds:.1f} s, {len(names) / seconds:.0f} images/s: {options.out}")
         for problem in problems.values():
             world.warn(problem)
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _predict(
     members: list[Member], runs: list[TrainedRun], inputs: Inputs | None, options: argparse.Namespace, world: World
 ) -> tuple[list[str], Predictions, dict[int, str]]:
-    """Collective: names of the images, what is predicted of them, and why some could not be read, by place."""
+    """Collective: names of the images, what is predicted of them (on rank 0), and why some could not be read, by place."""
     if inputs is None:
         dataset = load(user_path(options.inputs[0]))
         refuse_unknown_classes(dataset, runs[0].weights.provenance)

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
+from torch import distributed
 
 from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision, describe_arithmetic
 from harness.distributed.heartbeat import Heartbeat
@@ -249,6 +250,14 @@ class World:
     def all_gather(self, values: torch.Tensor) -> torch.Tensor:
         """Collective: tensors of one shape, on the world's device, of all ranks, one after the other."""
         return cast(torch.Tensor, gather(values))
+
+    def gather_on_main(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Collective: tensors of one shape, on the world's device, of all ranks, by rank: on rank 0, and none on the others."""
+        if self.size == 1:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.size)] if self.is_main else None
+        distributed.gather(values, parts, dst=0)
+        return parts or []
 
     def any_rank(self, flag: bool) -> bool:
         """Collective: whether the flag is set on any rank. (Device sync.)"""

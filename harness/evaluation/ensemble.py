@@ -38,8 +38,8 @@ def predict_each(
 ) -> list[Predictions] | None:
     """Collective: what each model predicts of all images, with the classes in the first one's order; None if asked to stop.
 
-    Args, Raises:
-        as `predict`.
+    Args, Returns, Raises:
+        as `predict`: rank 0 has the rows.
     """
     found = []
     for member in members:

@@ -1,6 +1,6 @@
 """Predict every sample of a split exactly once, on any number of ranks.
 
-In: a model, an `ImageReader`, settings. Out: `Predictions`, on every rank. Invariants: the split is cut into batches that
+In: a model, an `ImageReader`, settings. Out: `Predictions`, on rank 0. Invariants: the split is cut into batches that
 do not depend on the world, and each forward pass has the same number of rows, so every bit of a prediction is the same at
 any world size; a sample that was lost or predicted twice is an error before any metric is computed.
 """
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from harness.config import Config
 from harness.data.augment import evaluation_views, parse_views, plain_view
 from harness.data.loader import Batch, LoaderOptions, evaluation_batches
-from harness.distributed.collectives import all_gather_rows
+from harness.distributed.collectives import gather_rows
 from harness.distributed.hardware import decode_threads, set_thread_device
 from harness.distributed.world import World
 from harness.evaluation.metrics import compute_metrics
@@ -56,7 +56,8 @@ def predict(
             mean nothing. None: such an image is an error. An evaluation leaves none out.
 
     Returns:
-        predictions of all N samples on every rank, sorted by key; None if a rank was asked to stop.
+        predictions of all N samples, sorted by key, on rank 0, and of none on the others: what follows from them is computed by
+        `world.run_on_main`. None, on every rank, if one was asked to stop.
 
     Raises:
         RuntimeError: a sample was lost or predicted twice.
@@ -69,7 +70,7 @@ def predict(
             return None
         parts.append(part)
     local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    keys, columns = all_gather_rows(world, local.pop("keys"), local)
+    keys, columns = gather_rows(world, local.pop("keys"), local)
     problem = world.run_on_main(find_incomplete, keys, reader)
     if problem:
         raise RuntimeError(problem)

@@ -33,7 +33,7 @@ METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.csv"
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a whole split: N samples sorted by key, C classes of the model, V views.
+    """Predictions of a whole split: N samples sorted by key, C classes of the model, V views. On rank 0; N is 0 on the others.
 
     keys: (N,) int64. labels: (N,) int64, numbers of the model's classes. center_probs: (N, C) probabilities of the center
     view. tta_probs: (N, C) probabilities, averaged over the views. tta_std: (N,) standard deviation over the views of the

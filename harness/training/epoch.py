@@ -13,7 +13,7 @@ import torch
 from harness.config import Config
 from harness.data.loader import Batch, LoaderOptions, training_batches
 from harness.data.random import stream_checksum
-from harness.distributed.collectives import all_gather_rows, average_batch_statistics
+from harness.distributed.collectives import average_batch_statistics, gather_rows
 from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
 from harness.model.optim import lr_at
@@ -190,13 +190,17 @@ def _describe_nan_loss(world: World, data: Data, progress: Progress, meter: Mete
     ]
     keys = torch.cat([keys for keys, _ in bad])
     steps = torch.cat([torch.full((len(keys),), float(step), device=keys.device) for keys, step in bad])
-    keys, columns = all_gather_rows(world, keys, {"step": steps})
-    steps = columns["step"]
-    step = int(steps.min()) if len(steps) else progress.step + meter.steps
+    keys, columns = gather_rows(world, keys, {"step": steps})
+    return world.run_on_main(_nan_loss, keys, columns["step"], progress.step + meter.steps, data.plan.global_batch, lr)
+
+
+def _nan_loss(keys: torch.Tensor, steps: torch.Tensor, last_step: int, batch: int, lr: float) -> str:
+    """What to say of a loss that is NaN or Inf; keys, steps: (n,), of the samples with such a loss."""
+    step = int(steps.min()) if len(steps) else last_step
     here = keys[steps == step].tolist()
     shown = ", ".join(f"{key:08d}" for key in here[:5]) + (f" and {len(here) - 5} more" if len(here) > 5 else "")
     return (
-        f"Loss became NaN or Inf at step {step}; samples {shown} of the batch of {data.plan.global_batch}. No checkpoint was "
+        f"Loss became NaN or Inf at step {step}; samples {shown} of the batch of {batch}. No checkpoint was "
         f"saved since. Lower optim.lr (now {lr:.1e}); --run.on_changed_settings accept continues from the latest checkpoint "
         "with the new rate."
     )

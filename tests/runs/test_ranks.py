@@ -227,6 +227,16 @@ def test_a_loss_that_is_no_number_names_its_cause_whichever_rank_is_first(tiny, 
     assert "FloatingPointError" in state["error"]
 
 
+def test_rows_of_uneven_number_come_to_rank_0_alone_bit_by_bit_in_pieces_of_any_size(tmp_path):
+    shared = environment(MASTER_ADDR="localhost", MASTER_PORT=free_port(), PYTHONPATH=str(ROOT), WORLD_SIZE="3")
+    program = [str(ROOT / "tests" / "support" / "gathering.py"), str(tmp_path / "out")]
+    done = fork(program, [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "012"], 60, ROOT)
+    assert done.returncode == 0, done.stderr
+    first, *others = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in range(3))
+    assert first == [[list(range(-1, 41)), True]] * 3
+    assert others == [[[[], True]] * 3] * 2
+
+
 def test_ranks_leave_whatever_the_groups_own_threads_are_at():
     """Without the pin, torch 2.7 hangs here within a second; if the interpreter were taken down, torch would abort (code -6)."""
     shared = environment(MASTER_PORT=free_port(), PYTHONPATH=str(ROOT))
