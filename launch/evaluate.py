@@ -34,8 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
         reader = SplitReader(dataset, config.eval.split)
         provenance = context.weights.provenance
         refuse_unknown_classes(dataset, provenance)
-        if not options.allow_leak:
-            refuse_trained_groups(dataset, config.eval.split, provenance.train_groups)
         folder = options.out or options.run / _folder_name(runs, dataset)
         if folder.resolve() in [run.folder.resolve() for run in runs]:
             raise ValueError(
@@ -44,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         set_arithmetic(config.run.tf32, config.run.deterministic)
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
+        if not options.allow_leak:
+            world.run_on_main(refuse_trained_groups, dataset, config.eval.split, context.train_groups)
         members = [Member(str(run.folder), load_model(run, world), run.config, run.classes) for run in runs]
         if options.explain:
             check_heat_maps(members[0].model, config.model.name, config.eval.image_size or config.data.image_size)

@@ -7,7 +7,6 @@ belongs to it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from harness.run.provenance import Checkpoint, Provenance
 from harness.run.state import changes, writing
 from shards.description import read_description
 from shards.files import write_atomically
+from shards.groups import Groups
 from shards.index import Dataset, load, load_table
 from shards.leaks import leak_warnings
 from shards.reader import SplitReader
@@ -36,12 +36,14 @@ class EvalContext:
     weights: where they are from. changed_settings: settings that changed in the middle of their training.
     prior: class frequencies that the model's probabilities assume, and those that they are corrected to.
     validation: the split that the temperature and the thresholds are chosen on; None for neither.
+    train_groups: that the weights were trained on, of each dataset that they come from.
     """
 
     weights: Checkpoint
     changed_settings: list[str]
     prior: Prior
     validation: SplitReader | None
+    train_groups: tuple[Groups, ...]
 
 
 def evaluate(
@@ -103,13 +105,11 @@ def context_of_runs(runs: Sequence[TrainedRun]) -> EvalContext:
     Raises:
         ValueError, OSError: settings or a dataset.json are damaged, of another version, or missing.
     """
-    first, provenance = runs[0], runs[0].weights.provenance
-    groups = reduce(np.union1d, (run.weights.provenance.train_groups for run in runs))
-    weights = replace(first.weights, provenance=replace(provenance, train_groups=groups))
+    first, weights = runs[0], runs[0].weights
+    groups = {run.weights.provenance.dataset: run.weights.provenance.train_groups for run in runs}
     changed = [change for run in runs for change in changes(run.folder)]
-    is_one_dataset = len({run.weights.provenance.dataset for run in runs}) == 1
-    validation = validation_of_run(first.folder, weights) if is_one_dataset else None
-    return EvalContext(weights, changed, priors_of_run(first.folder), validation)
+    validation = validation_of_run(first.folder, weights) if len(groups) == 1 else None
+    return EvalContext(weights, changed, priors_of_run(first.folder), validation, tuple(groups.values()))
 
 
 def validation_of_run(run: Path, weights: Checkpoint) -> SplitReader | None:
@@ -187,7 +187,7 @@ def _results(
     description, provenance = dataset.description, context.weights.provenance
     warnings = [
         *description.warnings,
-        *leak_warnings(dataset, config.eval.split, provenance.train_groups),
+        *leak_warnings(dataset, config.eval.split, context.train_groups),
         *missing_class_warnings(dataset, provenance),
         *(f"changed during training: {change}" for change in context.changed_settings),
     ]

@@ -19,8 +19,18 @@ from safetensors.torch import load, save
 from torch import nn
 
 from harness.run.progress import Progress
-from harness.run.provenance import GROUPS_FILE, PROGRESS_FILE, Checkpoint, Provenance, as_json, progress_json
+from harness.run.provenance import (
+    GROUPS_FILE,
+    GROUPS_NAMED,
+    PROGRESS_FILE,
+    Checkpoint,
+    Provenance,
+    as_json,
+    groups_json,
+    progress_json,
+)
 from shards.files import sync, write_durably
+from shards.groups import GroupFile
 from shards.shape import misfit, parse_json
 
 MANIFEST, EMA_FILE = "manifest.json", "ema.safetensors"
@@ -201,9 +211,12 @@ def _files(
         buffer = io.BytesIO()
         torch.save(state, buffer)
         yield "optimizer.pt", buffer.getbuffer()
-    buffer = io.BytesIO()
-    np.save(buffer, provenance.train_groups)
-    yield GROUPS_FILE, buffer.getbuffer()
+    if isinstance(provenance.train_groups, GroupFile):
+        yield GROUPS_NAMED, groups_json(provenance.train_groups)
+    else:
+        buffer = io.BytesIO()
+        np.save(buffer, provenance.train_groups)
+        yield GROUPS_FILE, buffer.getbuffer()
     yield PROGRESS_FILE, progress_json(progress, provenance)
 
 

@@ -23,8 +23,8 @@ from harness.run.recovery import latest_valid, repair_best
 from harness.run.state import CHANGES, changes, failure_noted, is_finished, write_state
 from harness.run.stop import StopRequest
 from shards.files import write_atomically
+from shards.groups import load_groups
 from shards.index import Dataset
-from shards.leaks import load_groups
 from shards.plan import LARGE_BLOCK, largest_block
 from shards.shape import misfit, parse_json
 

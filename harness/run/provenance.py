@@ -8,14 +8,16 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from harness.config.sections import MEAN, STD
 from harness.run.progress import Progress
-from shards.leaks import read_hashes
+from shards.groups import GroupFile, Groups, read_hashes
 from shards.shape import misfit, parse_json
 
 PROGRESS_FILE, GROUPS_FILE = "progress.json", "train-groups.npy"
+GROUPS_NAMED = (
+    "train-groups.json"  # in place of GROUPS_FILE, where the groups are too many to be copied into each checkpoint
+)
+NAMED_SHAPE = {"path": str, "sha256": str, "groups": int}
 FORMAT = 2
 SHAPE = {  # of progress.json
     "format": int,
@@ -47,7 +49,7 @@ class Provenance:
     model: str
     classes: tuple[str, ...]
     dataset: str
-    train_groups: np.ndarray  # as from shards.index.group_hashes
+    train_groups: Groups
     order: str
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
@@ -103,14 +105,39 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"another --run.folder; to train on from these weights, give --model.weights {folder / 'model.safetensors'}."
         )
     provenance_json = content["provenance"]
-    groups = read_hashes(folder / GROUPS_FILE)
     provenance = Provenance(
         provenance_json["model"],
         tuple(provenance_json["classes"]),
         provenance_json["dataset"],
-        groups,
+        _read_groups(folder),
         provenance_json["order"],
         tuple(provenance_json["mean"]),
         tuple(provenance_json["std"]),
     )
     return Checkpoint(folder, Progress(**{name: content["progress"][name] for name in SHAPE["progress"]}), provenance)
+
+
+def groups_json(groups: GroupFile) -> bytes:
+    """The content of `train-groups.json`."""
+    return as_json({"path": str(groups.path), "sha256": groups.sha256, "groups": groups.count})
+
+
+def _read_groups(folder: Path) -> Groups:
+    """A checkpoint's training groups, or the file of them: where it was at the training, or in the run's folder.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    path = folder / GROUPS_NAMED
+    if not path.is_file():
+        return read_hashes(folder / GROUPS_FILE)
+    try:
+        content = parse_json(path.read_bytes())
+        problem = misfit(content, NAMED_SHAPE)
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{path} is damaged ({problem}). Restore a copy of {folder}.")
+    places = Path(content["path"]), folder.parents[1] / "train.groups.npy"
+    there = next((place for place in places if place.is_file()), places[0])
+    return GroupFile(there, content["sha256"], content["groups"])

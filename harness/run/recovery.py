@@ -19,11 +19,11 @@ from harness.run.checkpoint import (
 )
 from harness.run.console import LOGGER
 from harness.run.progress import Progress
-from harness.run.provenance import GROUPS_FILE, PROGRESS_FILE, Checkpoint, as_json, read_checkpoint
+from harness.run.provenance import GROUPS_FILE, GROUPS_NAMED, PROGRESS_FILE, Checkpoint, as_json, read_checkpoint
 from shards.files import sha256, sync, write_durably
 from shards.shape import parse_json
 
-FILES = {PROGRESS_FILE, "model.safetensors", GROUPS_FILE, "optimizer.pt", EMA_FILE}  # beside the manifest
+FILES = {PROGRESS_FILE, "model.safetensors", GROUPS_FILE, GROUPS_NAMED, "optimizer.pt", EMA_FILE}  # beside the manifest
 
 
 def latest_valid(run: Path, quiet: bool = False) -> Checkpoint | None:
@@ -153,7 +153,7 @@ def find_corruption(folder: Path) -> str | None:
         for name, digest in manifest.items():
             if sha256(folder / name) != digest:
                 return f"{name} is not what was written"
-        if not {"progress.json", "model.safetensors", "train-groups.npy"} <= set(manifest):
+        if not {PROGRESS_FILE, "model.safetensors"} <= set(manifest) or not {GROUPS_FILE, GROUPS_NAMED} & set(manifest):
             return "its manifest is incomplete"
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return str(error)

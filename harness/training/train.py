@@ -157,7 +157,7 @@ def evaluate_best(config: Config, world: World, data: Data, state: TrainState, r
     recovery.refuse_other_copies(best.folder, world)
     checkpoint.load_model(best, state.model)
     prior = class_priors(config.optim, data.dataset.description.counts["train"])
-    context = EvalContext(best, changes(run.folder), prior, data.val)
+    context = EvalContext(best, changes(run.folder), prior, data.val, (run.provenance.train_groups,))
     member = Member(str(run.folder), state.model, config, data.dataset.classes)
     results = evaluate([member], data.test, world, run.folder, context, run.stop.asked)
     if results is None:

@@ -14,9 +14,10 @@ from launch import preview as show
 from shards import cli
 from shards import pack as packing
 from shards.grouping import Split
+from shards.groups import group_hashes, load_groups
 from shards.ham10000 import read_ham10000
 from shards.index import load, load_table
-from shards.leaks import group_hashes, load_groups, refuse_leak
+from shards.leaks import refuse_leak
 from shards.split import split_by_lesion
 from support.processes import launch
 

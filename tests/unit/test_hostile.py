@@ -35,8 +35,9 @@ from harness.run.log import Log
 from harness.run.mirror import CheckpointMirror
 from harness.run.state import changes, is_finished
 from shards.contact_sheet import first_of_class
+from shards.groups import load_groups
 from shards.index import Dataset, load, verify
-from shards.leaks import load_groups, refuse_leak
+from shards.leaks import refuse_leak
 from shards.reader import SplitReader
 from support.processes import peak_memory
 
