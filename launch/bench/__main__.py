@@ -15,6 +15,7 @@ from harness.config import read_config
 from harness.distributed.hardware import available_cores
 from launch.bench.loader import bench_compare, bench_loader, bench_resume
 from launch.bench.packing import bench_pack
+from launch.bench.plan import bench_plan
 from launch.bench.step import bench_augment, bench_evaluate, bench_save, bench_step, bench_train
 from shards.terminal import run_and_exit, user_path
 
@@ -22,7 +23,7 @@ from shards.terminal import run_and_exit, user_path
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark."""
     options, settings = _parser().parse_known_args(arguments)
-    if settings and options.run is bench_pack:
+    if settings and options.run in (bench_pack, bench_plan):
         _parser().error(f"unknown words: {' '.join(settings)}")
     try:
         options.config = read_config(settings)
@@ -50,6 +51,19 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--threads", type=int, default=0, help="decoding threads (default: one a core)")
     pack.add_argument("--plain", type=_positive, default=1000, help="images of the plain loop (default 1000)")
     pack.set_defaults(run=bench_pack)
+    plan = commands.add_parser("plan", help="memory and time of the order of very many samples, on one rank of many")
+    for name, value, text in (
+        ("shards", 100_000, "shards of the dataset"),
+        ("shard-samples", 10_000, "samples of each"),
+        ("ranks", 512, "processes of the run"),
+        ("batch", 256, "images of a process in a batch"),
+        ("lanes", 64, "data.lanes, beside 1"),
+    ):
+        plan.add_argument(f"--{name}", type=_positive, default=value, help=f"{text} (default {value})")
+    plan.add_argument(
+        "--block-shards", type=int, default=0, help="data.shuffle_block_shards (default 0: all of a lane)"
+    )
+    plan.set_defaults(run=bench_plan)
     for name, run, text in (
         ("loader", bench_loader, "images/s of reading and decoding, and its share of the decode ceiling"),
         ("step", bench_step, "an optimizer step on a batch in memory, and its augmentation"),
@@ -66,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     train, save, compare = (commands.choices[name] for name in ("train", "save", "compare"))
     train.add_argument("--batches", type=_positive, default=40, help="most batches of a round (default 40)")
-    for command in (pack, save):
+    for command in (pack, plan, save):
         command.add_argument("--scratch", type=user_path, help="folder for temporary files (default: the system's)")
     for command in (pack, compare):
         command.add_argument("--source", type=user_path, required=True, help="HAM10000 folder")

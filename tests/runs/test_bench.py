@@ -27,6 +27,14 @@ def test_packing_is_measured_beside_a_plain_loop(source, tmp_path):
     assert numbers["ratio_to_plain_pillow"] > 0
 
 
+def test_the_order_of_many_samples_is_measured_on_real_index_files(tmp_path):
+    words = ["--shards", 300, "--shard-samples", 100, "--ranks", 16, "--batch", 4, "--lanes", 4]
+    numbers = run(tmp_path, "plan", *words)
+    assert numbers["samples"] == 30_000
+    assert numbers["shards_of_a_node, 1 lane(s)"] == 300
+    assert 75 <= numbers["shards_of_a_node, 4 lane(s)"] <= 152  # 8 of 16 ranks have two of the four lanes
+
+
 @pytest.mark.slow
 def test_pipelines_are_compared_on_the_same_images(source, packed, tiny, tmp_path):
     words = ["--source", source, "--config", tiny, "--rounds", "1", "--json", tmp_path / "out.json"]
