@@ -90,7 +90,8 @@ class Augment:
     """probability that two neighbours in the stream exchange a square, whose area is uniform: Beta(1, 1) (Yun et al., 2019)"""
 
     mean: tuple[float, float, float] | Literal["auto"] = "auto"
-    """mean red, green and blue, from 0 to 1, that is subtracted from every view; auto: the model's own (timm's models say it), or ImageNet's"""
+    """mean red, green and blue, from 0 to 1, that is subtracted from every view; auto: the model's own (its
+    weights file or timm says it), or ImageNet's"""
     std: tuple[float, float, float] | Literal["auto"] = "auto"
     """standard deviation of red, green and blue that every view is divided by; auto: as for mean"""
 
@@ -130,8 +131,19 @@ class Model:
     """a torchvision classification model, or timm/NAME (pip install -e ".[timm]")"""
     weights: str = "imagenet1k_v2"
     """imagenet1k_v1, imagenet1k_v2, none (train from scratch), or a .safetensors or .pth file"""
+    head: Literal["auto", "keep", "new"] = "auto"
+    """last layer of the weights: auto (kept where it has as many outputs, and is not known to be of other classes), keep (or the start
+    is refused), or new"""
+    drop_path: float | Literal["auto"] = "auto"
+    """highest probability that a residual branch is left out in training, rising linearly with depth (Huang et al., 2016); auto: the
+    model's own"""
     sync_batchnorm: bool = False
     """batch normalisation over all processes, not over each one's images; needs GPUs"""
+
+    def __post_init__(self):
+        """Check the ranges."""
+        if self.drop_path != "auto" and not 0 <= self.drop_path < 1:
+            _refuse("model.drop_path", "auto, or at least 0 and below 1", self.drop_path)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,15 @@ from safetensors.torch import load, save
 from torch import nn
 
 from harness.run.progress import Progress
-from harness.run.provenance import GROUPS_FILE, PROGRESS_FILE, Checkpoint, Provenance, as_json, progress_json
+from harness.run.provenance import (
+    GROUPS_FILE,
+    PROGRESS_FILE,
+    Checkpoint,
+    Provenance,
+    as_json,
+    progress_json,
+    weights_metadata,
+)
 from shards.files import sync, write_durably
 from shards.shape import misfit, parse_json
 
@@ -196,7 +204,8 @@ def _files(
     """Names and contents of a checkpoint's files, one at a time."""
     for name, module in (("model.safetensors", model), (EMA_FILE, ema)):
         if module is not None:
-            yield name, save({key: t.detach().cpu().contiguous() for key, t in module.state_dict().items()})
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+            yield name, save(tensors, metadata=weights_metadata(provenance))
     if state is not None:
         buffer = io.BytesIO()
         torch.save(state, buffer)

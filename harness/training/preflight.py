@@ -18,8 +18,9 @@ from harness.data.augment import parse_views
 from harness.distributed.hardware import check_compile
 from harness.distributed.trackers import check_trackers
 from harness.distributed.world import World
-from harness.model.build import check_input_size, locate_weights, outline
+from harness.model.build import check_input_size, outline
 from harness.model.optim import checkpoint_bytes, weight_bytes
+from harness.model.weights import locate_weights
 from harness.run.checkpoint import required_bytes
 from harness.run.folder import check_folder
 from harness.training.check import Check, tried
@@ -66,7 +67,7 @@ def _check_on_main(config: Config, n_ranks: int, device: torch.device, data: Dat
         checks += tried("processes", check_ranks, config, data, n_ranks)
         checks += tried("run folder", check_run_folder, config, data)
     try:
-        model = outline(config.model.name, len(data.dataset.classes) if data else 2)
+        model = outline(config.model.name, len(data.dataset.classes) if data else 2, config.model.drop_path)
     except ValueError as error:
         return [*checks, Check("fail", "model", str(error))]
     checks += tried("model", check_input_sizes, config, model)
