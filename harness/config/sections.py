@@ -156,6 +156,10 @@ class Optim:
     """peak learning rate"""
     weight_decay: float = 0.05
     """weight decay"""
+    layer_decay: float = 1.0
+    """factor of the learning rate for each block between a weight and the output, as 0.75 (BEiT; Bao et al., 2022); 1 disables"""
+    freeze_epochs: int = 0
+    """first epochs in which the head alone is trained, and everything else is as in evaluation; 0 disables"""
     momentum: float = 0.9
     """momentum, of sgd alone"""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -179,7 +183,10 @@ class Optim:
         _at_least("optim", self, lr=0, weight_decay=0, momentum=0, warmup_epochs=0, max_grad_norm=0)
         if self.micro_batch != "auto":
             _at_least("optim", self, micro_batch=0)
+        _at_least("optim", self, freeze_epochs=0)
         _shares("optim", self, "label_smoothing")
+        if not 0 < self.layer_decay <= 1:
+            _refuse("optim.layer_decay", "above 0, up to 1", self.layer_decay)
         if not 0 <= self.ema < 1:
             _refuse("optim.ema", "at least 0 and below 1, as 0.999", self.ema)
 
@@ -281,6 +288,10 @@ class Config:
         if self.optim.warmup_epochs > self.run.epochs:
             raise ValueError(
                 f"'optim.warmup_epochs' ({self.optim.warmup_epochs}) must not exceed 'run.epochs' ({self.run.epochs})."
+            )
+        if self.optim.freeze_epochs > self.run.epochs:
+            raise ValueError(
+                f"'optim.freeze_epochs' ({self.optim.freeze_epochs}) must not exceed 'run.epochs' ({self.run.epochs})."
             )
         if self.data.global_batch_size % self.augment.group_size:
             raise ValueError(

@@ -80,7 +80,7 @@ def _build_timm(name: str, n_classes: int, drop_path: DropPath) -> nn.Module:
         model = timm.create_model(name, pretrained=False, num_classes=n_classes, drop_path_rate=drop_path)
     except TypeError as error:
         raise _no_drop_path(f"{TIMM}{name}", drop_path) from error
-    if drop_path and not any(isinstance(module, timm.layers.DropPath) for module in model.modules()):
+    if drop_path and not any(type(module).__name__ == "DropPath" for module in model.modules()):
         raise _no_drop_path(f"{TIMM}{name}", drop_path)
     return model
 

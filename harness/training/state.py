@@ -38,13 +38,17 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What is trained: the model as built, the same weights wrapped for DDP, and all that changes them."""
+    """What is trained: the model as built, the same weights wrapped for DDP, and all that changes them.
+
+    is_frozen: the head alone is trained, and `ddp_model` is the model itself (`frozen.set_frozen`).
+    """
 
     model: nn.Module
     ddp_model: nn.Module
     optimizer: torch.optim.Optimizer
     loss_fn: Loss
     ema: EMA | None = None
+    is_frozen: bool = False
 
     @property
     def eval_model(self) -> nn.Module:
