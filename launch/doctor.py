@@ -49,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         world = World(config.run.precision, config.run.channels_last)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of NCCL
         return show([*device, Check("fail", "processes", str(error))])
-    config = with_normalization(config)
+    try:
+        config = world.run_on_main(with_normalization, config)
+    except ValueError as error:  # of the file of weights
+        device += [Check("fail", "weights", str(error))]
     checks, _ = preflight(config, world)
     checks = list(dict.fromkeys([*device, *checks]))
     checks += [*check_allreduce(world), *check_cores(config), *world.run_on_main(check_data_files, config)]

@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         world.print(world.describe())
         if config.data.demo_images:
             world.run_on_main(draw_demo, Path(config.data.path), config.data.demo_images)
-        outcome = train(with_normalization(config), world)
+        # By rank 0: another machine may lack the file of weights, which may say how its images are normalised.
+        outcome = train(world.run_on_main(with_normalization, config), world)
         if outcome == "finished":
             world.run_on_main(draw_report, Path(config.run.folder), load(config.data.path))
         world.close()

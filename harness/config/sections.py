@@ -90,7 +90,8 @@ class Augment:
     """probability that two neighbours in the stream exchange a square, whose area is uniform: Beta(1, 1) (Yun et al., 2019)"""
 
     mean: tuple[float, float, float] | Literal["auto"] = "auto"
-    """mean red, green and blue, from 0 to 1, that is subtracted from every view; auto: the model's own (timm's models say it), or ImageNet's"""
+    """mean red, green and blue, from 0 to 1, that is subtracted from every view; auto: the model's own (its
+    weights file or timm says it), or ImageNet's"""
     std: tuple[float, float, float] | Literal["auto"] = "auto"
     """standard deviation of red, green and blue that every view is divided by; auto: as for mean"""
 
@@ -130,8 +131,19 @@ class Model:
     """a torchvision classification model, or timm/NAME (pip install -e ".[timm]")"""
     weights: str = "imagenet1k_v2"
     """imagenet1k_v1, imagenet1k_v2, none (train from scratch), or a .safetensors or .pth file"""
+    head: Literal["auto", "keep", "new"] = "auto"
+    """last layer of the weights: auto (kept where it has as many outputs, and is not known to be of other classes), keep (or the start
+    is refused), or new"""
+    drop_path: float | Literal["auto"] = "auto"
+    """highest probability that a residual branch is left out in training, rising linearly with depth (Huang et al., 2016); auto: the
+    model's own"""
     sync_batchnorm: bool = False
     """batch normalisation over all processes, not over each one's images; needs GPUs"""
+
+    def __post_init__(self):
+        """Check the ranges."""
+        if self.drop_path != "auto" and not 0 <= self.drop_path < 1:
+            _refuse("model.drop_path", "auto, or at least 0 and below 1", self.drop_path)
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,10 @@ class Optim:
     """peak learning rate"""
     weight_decay: float = 0.05
     """weight decay"""
+    layer_decay: float = 1.0
+    """factor of the learning rate for each block between a weight and the output, as 0.75 (BEiT; Bao et al., 2022); 1 disables"""
+    freeze_epochs: int = 0
+    """first epochs in which the head alone is trained, and everything else is as in evaluation; 0 disables"""
     momentum: float = 0.9
     """momentum, of sgd alone"""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -167,7 +183,10 @@ class Optim:
         _at_least("optim", self, lr=0, weight_decay=0, momentum=0, warmup_epochs=0, max_grad_norm=0)
         if self.micro_batch != "auto":
             _at_least("optim", self, micro_batch=0)
+        _at_least("optim", self, freeze_epochs=0)
         _shares("optim", self, "label_smoothing")
+        if not 0 < self.layer_decay <= 1:
+            _refuse("optim.layer_decay", "above 0, up to 1", self.layer_decay)
         if not 0 <= self.ema < 1:
             _refuse("optim.ema", "at least 0 and below 1, as 0.999", self.ema)
 
@@ -269,6 +288,10 @@ class Config:
         if self.optim.warmup_epochs > self.run.epochs:
             raise ValueError(
                 f"'optim.warmup_epochs' ({self.optim.warmup_epochs}) must not exceed 'run.epochs' ({self.run.epochs})."
+            )
+        if self.optim.freeze_epochs > self.run.epochs:
+            raise ValueError(
+                f"'optim.freeze_epochs' ({self.optim.freeze_epochs}) must not exceed 'run.epochs' ({self.run.epochs})."
             )
         if self.data.global_batch_size % self.augment.group_size:
             raise ValueError(

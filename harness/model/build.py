@@ -1,49 +1,49 @@
-"""A torchvision (or timm) classifier with a head for our classes, and where its weights come from.
+"""A torchvision (or timm) classifier with a head for our classes.
 
-In: a model's name, a source of weights, the number of classes. Out: a module. Invariants: weights either fit
-(everything but the head) or are refused with the names that do not; no pickle is executed.
+In: a model's name, the number of classes. Out: a module with fresh weights. Invariants: its last layer has an output for
+each class; what is asked for and the model does not have is refused.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 TIMM = "timm/"  # before the names of timm's models
-IMAGENET = "imagenet1k_"  # before the names of torchvision's weights
 # Without their auxiliary heads, which return more than logits; they bring ImageNet's normalisation to their own themselves.
 WITHOUT_AUXILIARY = {"aux_logits": False, "transform_input": True, "init_weights": True}
 OPTIONS = {"inception_v3": WITHOUT_AUXILIARY, "googlenet": WITHOUT_AUXILIARY}
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """A file of initial weights: where it is, or where it is kept once it has been downloaded from `url`.
-
-    `url` is None for the user's own file.
-    """
-
-    path: Path
-    url: str | None = None
+DropPath = float | Literal["auto"]
 
 
-def build_model(name: str, n_classes: int) -> nn.Module:
+def build_model(name: str, n_classes: int, drop_path: DropPath = "auto") -> nn.Module:
     """A torchvision classification model, or timm's by `timm/NAME`, freshly initialised, with `n_classes` outputs.
 
+    Args:
+        drop_path: highest probability that a residual branch is left out in training, which rises linearly with depth
+            (stochastic depth; Huang et al., 2016); auto: the model's own. It changes no weight.
+
     Raises:
-        ValueError: no such model, or one whose head cannot be replaced, or timm is not installed.
+        ValueError: no such model, or one whose head cannot be replaced, or that has no such branches, or timm is not installed.
     """
     if name.startswith(TIMM):
-        return _build_timm(name.removeprefix(TIMM), n_classes)
+        return _build_timm(name.removeprefix(TIMM), n_classes, drop_path)
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
         raise ValueError(
             f"The 'model.name' setting must be a torchvision classifier, such as {_near(name, known)}. Got {name!r}."
         )
-    model = torchvision.models.get_model(name, weights=None, **OPTIONS.get(name, {}))
+    asked = {} if drop_path == "auto" else {"stochastic_depth_prob": drop_path}
+    try:
+        model = torchvision.models.get_model(name, weights=None, **OPTIONS.get(name, {}), **asked)
+    except TypeError as error:  # the model's own function says which argument it does not know
+        raise _no_drop_path(name, drop_path) from error
+    if asked and not any(isinstance(module, StochasticDepth) for module in model.modules()):
+        raise _no_drop_path(name, drop_path)  # MobileNetV3 takes the argument and has no use for it
     head = find_head(model)
     parent, _, attribute = head.rpartition(".")
     old = model.get_submodule(head)
@@ -57,7 +57,14 @@ def build_model(name: str, n_classes: int) -> nn.Module:
     return model
 
 
-def _build_timm(name: str, n_classes: int) -> nn.Module:
+def _no_drop_path(name: str, drop_path: DropPath) -> ValueError:
+    return ValueError(
+        f"'model.drop_path' is {drop_path}, but {name} has no drop path that can be set. Set it to auto, or use a ConvNeXt or an "
+        "EfficientNet of torchvision, or most models of timm (timm/resnet50, timm/swin_tiny_patch4_window7_224)."
+    )
+
+
+def _build_timm(name: str, n_classes: int, drop_path: DropPath) -> nn.Module:
     try:
         import timm  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
@@ -67,10 +74,18 @@ def _build_timm(name: str, n_classes: int) -> nn.Module:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name[:6]}*")[:4] or ["resnet50", "convnext_tiny", "efficientnet_b0"]
         raise ValueError(f"timm has no model {name!r}. It has {', '.join(TIMM + found for found in near)}, ...")
-    return timm.create_model(name, pretrained=False, num_classes=n_classes)
+    if drop_path == "auto":
+        return timm.create_model(name, pretrained=False, num_classes=n_classes)
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=n_classes, drop_path_rate=drop_path)
+    except TypeError as error:
+        raise _no_drop_path(f"{TIMM}{name}", drop_path) from error
+    if drop_path and not any(type(module).__name__ == "DropPath" for module in model.modules()):
+        raise _no_drop_path(f"{TIMM}{name}", drop_path)
+    return model
 
 
-def outline(name: str, n_classes: int) -> nn.Module:
+def outline(name: str, n_classes: int, drop_path: DropPath = "auto") -> nn.Module:
     """A model to ask for shapes and sizes: on torch's meta device, without memory, where the model allows it.
 
     Raises:
@@ -78,9 +93,9 @@ def outline(name: str, n_classes: int) -> nn.Module:
     """
     try:
         with torch.device("meta"):
-            return build_model(name, n_classes)
+            return build_model(name, n_classes, drop_path)
     except RuntimeError:  # RegNets compute their widths with tensors
-        return build_model(name, n_classes)
+        return build_model(name, n_classes, drop_path)
 
 
 def check_input_size(model: nn.Module, name: str, size: int, setting: str = "data.image_size") -> None:
@@ -118,133 +133,6 @@ def find_head(model: nn.Module) -> str:
     raise ValueError(
         f"{type(model).__name__} ends in no linear layer, so its head cannot be replaced. Use another model."
     )
-
-
-def locate_weights(name: str, weights: str) -> WeightsFile | None:
-    """Where a model's initial weights are, or will be once downloaded. Downloads nothing.
-
-    Args:
-        name: of the model. weights: the 'model.weights' setting: imagenet1k_v1, imagenet1k_v2 (torchvision's, kept in
-            torch.hub's folder), none, or a .safetensors or .pth file.
-
-    Returns:
-        None for none: training from scratch.
-
-    Raises:
-        ValueError: torchvision has no such weights for this model.
-        FileNotFoundError: no such file.
-    """
-    if weights == "none":
-        return None
-    if not weights.startswith(IMAGENET):
-        if not Path(weights).is_file():
-            raise FileNotFoundError(
-                f"Weights file {weights} not found. Set 'model.weights' to imagenet1k_v1, imagenet1k_v2, none, or a file."
-            )
-        return WeightsFile(Path(weights))
-    if name.startswith(TIMM):
-        raise ValueError(
-            f"'model.weights' {weights} belong to torchvision, but 'model.name' is {name}. Set 'model.weights' to a file "
-            "of timm weights, or none."
-        )
-    choices = {entry.name.lower(): entry for entry in torchvision.models.get_model_weights(name)}
-    if weights not in choices:
-        raise ValueError(
-            f"torchvision has no {weights} weights for {name}. Set 'model.weights' to one of {', '.join([*choices, 'none'])}, "
-            "or a file."
-        )
-    url = choices[weights].url
-    return WeightsFile(Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2], url)
-
-
-def load_weights(model: nn.Module, name: str, weights: str) -> str:
-    """Fill a model built by `build_model`, but for a head of other size; downloads the weights if needed.
-
-    Args:
-        model: changed in place. name, weights: as in `locate_weights`. A file holds the model's own tensor names:
-            torchvision's, timm's, or a checkpoint's `model.safetensors`.
-
-    Returns:
-        one line that says how many tensors matched, are missing, and were not expected, with the first names.
-
-    Raises:
-        ValueError: weights that do not fit, with the names; weights that torchvision does not have.
-        FileNotFoundError: no such file.
-        ConnectionError: weights that cannot be downloaded.
-    """
-    file = locate_weights(name, weights)
-    if file is None:
-        return "weights: none, training from scratch"
-    return _fill(model, fetch(file.url, file.path, name) if file.url else file.path)
-
-
-def fetch(url: str, path: Path, model: str) -> Path:
-    """Download a file of weights to `path` unless it is there; its name ends in the first digits of its SHA-256.
-
-    Raises:
-        ConnectionError: saying where to place the file by hand.
-    """
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = path.stem.rpartition("-")[2]
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the SHA-256 does not fit
-        raise ConnectionError(
-            f"Cannot download the weights of {model} ({error}). Download {path.name} from {url} elsewhere and place it at "
-            f"{path}, or train from scratch with --model.weights none."
-        ) from error
-    return path
-
-
-def _fill(model: nn.Module, path: Path) -> str:
-    """Copy the tensors of a file into a model; what `load_weights` returns."""
-    found, wanted, head = _read_state_dict(path), model.state_dict(), find_head(model)
-    chosen = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
-    names = [name for name in wanted if not name.startswith(f"{head}.")]  # another number of classes has a new head
-    # Old files have no num_batches_tracked.
-    wrong = [name for name in names if name not in chosen and not name.endswith("num_batches_tracked")]
-    if wrong:
-        shapes = [
-            f"{name} is {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}" if name in found else name
-            for name in wrong
-        ]
-        raise ValueError(
-            f"The weights file {path} does not fit {type(model).__name__}: {len(wrong)} of {len(names)} tensors are missing "
-            f"or have another shape: {_first(shapes)}. Give weights of the same model."
-        )
-    model.load_state_dict(chosen, strict=False)
-    missing, unexpected = [name for name in wanted if name not in chosen], sorted(set(found) - set(wanted))
-    fresh = any(name.startswith(f"{head}.") for name in missing)
-    return (
-        f"weights: {path}, {len(chosen)} tensors matched, {len(missing)} missing{_listed(missing)}, "
-        f"{len(unexpected)} unexpected{_listed(unexpected)}" + ("; a new head" if fresh else "")
-    )
-
-
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or .pth file, by name; runs no pickled code."""
-    try:
-        if path.suffix == ".safetensors":
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, zipfile and pickle raise their own kinds
-        raise ValueError(
-            f"Cannot read the weights file {path} ({error}). Give a .safetensors or .pth state dict."
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ValueError(f"{path} is not a state dict (tensors by name). Save `model.state_dict()` and give that file.")
-    return found
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _listed(names: list[str]) -> str:
-    return f" ({_first(names)})" if names else ""
 
 
 def _near(name: str, known: list[str]) -> str:

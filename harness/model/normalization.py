@@ -5,18 +5,27 @@ unsaid, as `auto`.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from harness.config import Config
 from harness.config.sections import MEAN, STD
 from harness.model.build import TIMM
+from harness.model.weights import Origin, read_origin
 
 
 def with_normalization(config: Config) -> Config:
     """The settings, with the mean and deviation that the model's pretrained weights expect, where they are `auto`.
 
-    torchvision's models expect ImageNet's; timm's say their own. A model that is not there is left to later checks.
+    A file of weights may say its own (`weights.read_origin`); else timm's models say theirs, and torchvision's expect ImageNet's. A
+    model or a file that is not there is left to later checks.
+
+    Raises:
+        ValueError: the file of weights is damaged.
     """
-    mean, std = _of_model(config.model.name)
+    own_mean, own_std = normalization_of(config.model.name)
+    file = Path(config.model.weights)
+    origin = read_origin(file) if file.is_file() else Origin()
+    mean, std = origin.mean or own_mean, origin.std or own_std
     augment = config.augment
     if augment.mean == "auto" and mean != MEAN:
         augment = replace(augment, mean=mean)
@@ -25,7 +34,8 @@ def with_normalization(config: Config) -> Config:
     return replace(config, augment=augment)
 
 
-def _of_model(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that the pretrained weights of a model expect, by its name alone."""
     if not name.startswith(TIMM):
         return MEAN, STD
     try:

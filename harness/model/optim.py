@@ -5,6 +5,7 @@ are functions of the step number, so resuming needs no scheduler state.
 """
 
 import copy
+from dataclasses import replace
 from math import cos, pi
 
 import torch
@@ -12,25 +13,59 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from harness.config import Optim
+from harness.model.layers import number_layers
+
+SCALE = "lr_scale"  # of a group's learning rate, by timm's name; 1 where a group has none
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer over all weights of a model, at the peak learning rate.
 
     Decoupled decay (adamw) spares biases and norms; adam and sgd decay everything, as their papers and the notebook do.
+
+    Raises:
+        ValueError: 'optim.layer_decay' for a model whose layers are not known.
     """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = _groups(model, optim)
     # fused: ResNet50's AdamW step takes 13 ms on 2 CPU cores, 33 in a loop over its tensors, 41 with foreach.
     if optim.name == "adam":
-        return torch.optim.Adam(weights, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+        return torch.optim.Adam(groups, lr=optim.lr, fused=True)
     if optim.name == "sgd":
-        momentum, decay = optim.momentum, optim.weight_decay
-        return torch.optim.SGD(weights, lr=optim.lr, momentum=momentum, weight_decay=decay, fused=True)
-    groups = [
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
+
+
+def _groups(model: nn.Module, optim: Optim) -> list[dict]:
+    """Weights with their decay and, under 'optim.layer_decay', the scale of their rate, the deepest layer first.
+
+    The rate of a layer is multiplied by the decay once for each layer between it and the output (BEiT; Bao et al., 2022).
+    """
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    if optim.layer_decay == 1:
+        return _by_decay([weight for _, weight in named], optim)
+    layers, groups = number_layers(model), []
+    deepest = max(layers.values())
+    for layer in range(deepest, -1, -1):
+        weights = [weight for name, weight in named if layers[name] == layer]
+        scale = optim.layer_decay ** (deepest - layer)
+        groups += [group | {SCALE: scale} for group in _by_decay(weights, optim) if group["params"]]
+    return groups
+
+
+def _by_decay(weights: list[nn.Parameter], optim: Optim) -> list[dict]:
+    """One group, or two where some are spared."""
+    if optim.name != "adamw":
+        return [{"params": weights, "weight_decay": optim.weight_decay}]
+    return [
         {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": optim.weight_decay},
         {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of a step, scaled for each group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get(SCALE, 1.0)
 
 
 def lr_at(step: int, optim: Optim, steps_per_epoch: int, epochs: int) -> float:
@@ -59,7 +94,7 @@ def checkpoint_bytes(model: nn.Module, optim: Optim) -> int:
         model: may be on the meta device.
     """
     single = nn.ParameterList([torch.zeros(2, 2, device="cpu")])  # zeros: no random number is taken
-    optimizer = build_optimizer(single, optim)
+    optimizer = build_optimizer(single, replace(optim, layer_decay=1.0))
     single[0].grad = torch.zeros_like(single[0])
     optimizer.step()
     state = [value for value in optimizer.state[single[0]].values() if torch.is_tensor(value)]

@@ -28,6 +28,7 @@ from harness.run.provenance import (
     as_json,
     groups_json,
     progress_json,
+    weights_metadata,
 )
 from shards.files import sync, write_durably
 from shards.groups import GroupFile
@@ -79,10 +80,11 @@ def restore(
 ) -> None:
     """Load weights, optimizer, loss scaler and EMA in place, on every rank.
 
-    An EMA that was not kept (the run went on with another `optim.ema`) starts from the weights.
+    An EMA that was not kept (the run went on with another `optim.ema`) starts from the weights. The optimizer keeps its settings
+    (decay, scales of rates), which may have changed since.
 
     Raises:
-        ValueError: what this rank reads is not what was written.
+        ValueError: what this rank reads is not what was written, or is of an optimizer with other groups of weights.
     """
     load_model(checkpoint, model)
     if ema is not None:
@@ -93,6 +95,12 @@ def restore(
     optimizer_pt = io.BytesIO(_read(checkpoint.folder, "optimizer.pt"))
     with _named(checkpoint.folder / "optimizer.pt"):
         state = torch.load(optimizer_pt, map_location="cpu", weights_only=True)
+        saved, now = state["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in saved] != [group["params"] for group in now]:
+            raise ValueError(
+                f"it has {len(saved)} groups of weights, and the optimizer {len(now)}: 'optim.name' or 'optim.layer_decay' was another"
+            )
+        state["optimizer"]["param_groups"] = now
         optimizer.load_state_dict(state["optimizer"])
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
@@ -206,7 +214,8 @@ def _files(
     """Names and contents of a checkpoint's files, one at a time."""
     for name, module in (("model.safetensors", model), (EMA_FILE, ema)):
         if module is not None:
-            yield name, save({key: t.detach().cpu().contiguous() for key, t in module.state_dict().items()})
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+            yield name, save(tensors, metadata=weights_metadata(provenance))
     if state is not None:
         buffer = io.BytesIO()
         torch.save(state, buffer)

@@ -75,6 +75,12 @@ def progress_json(progress: Progress, provenance: Provenance) -> bytes:
     return as_json({"format": FORMAT, "progress": asdict(progress), "provenance": origin})
 
 
+def weights_metadata(provenance: Provenance) -> dict[str, str]:
+    """What a file of these weights says of itself wherever it is copied; read by `model.weights.read_origin`."""
+    words = {"classes": list(provenance.classes), "mean": list(provenance.mean), "std": list(provenance.std)}
+    return {"model": provenance.model} | {name: json.dumps(value) for name, value in words.items()}
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint whose files are whole.
 

@@ -20,6 +20,7 @@ from harness.model.optim import lr_at
 from harness.run.console import LOGGER
 from harness.run.folder import Run
 from harness.run.progress import Progress, after_steps, find_skipping
+from harness.training.frozen import set_frozen
 from harness.training.memory import TRIALS, fit_micro_batch
 from harness.training.state import Data, TrainState, save_checkpoint
 from harness.training.step import optimizer_step, views_and_targets
@@ -31,7 +32,8 @@ SLOW_S = 20.0  # between two synchronisations: then a request to stop is noticed
 class EpochStats:
     """How an epoch went: last learning rate, images/s, its seconds, those waiting for data, and whether to stop.
 
-    waited_first_s: the part of `waited_s` for the first batch, which nothing was decoded for before the epoch began.
+    waited_first_s: the part of `waited_s` for the first batch, which nothing was decoded for before the epoch began. is_frozen: the head
+    alone was trained, so that an image took less arithmetic.
     """
 
     lr: float
@@ -40,6 +42,7 @@ class EpochStats:
     waited_s: float
     waited_first_s: float
     stop_requested: bool
+    is_frozen: bool = False
 
     @property
     def waited(self) -> float:
@@ -108,7 +111,7 @@ def train_epoch(
     micro_batch = progress.micro_batch if config.optim.micro_batch == "auto" else config.optim.micro_batch
     meter = Meter(world.device)
     run.log.begin_bar(f"epoch {epoch + 1}", plan.n_batches * plan.global_batch, progress.samples_seen)
-    state.model.train()
+    state = set_frozen(state, epoch < config.optim.freeze_epochs)
     batches = _batches(config, world, data, epoch, first, skipped)
     with closing(batches):  # ends its threads, also on an error
         for number, batch in enumerate(batches, start=first):
@@ -128,7 +131,10 @@ def train_epoch(
                 progress = replace(progress, micro_batch=micro_batch)
                 world.print(f"optim.micro_batch auto: {micro_batch} images of a process at a time fit into memory")
             progress, stop, save = synchronise(config, world, data, run, progress, meter, lr)
-            average_batch_statistics(world, state.model)  # at these steps alone, so that a resume changes no rounding
+            if not state.is_frozen:  # else they are the same on each rank, and stay so
+                average_batch_statistics(
+                    world, state.model
+                )  # at these steps alone, so that a resume changes no rounding
             if (stop or save) and not is_last:
                 save_checkpoint(config, world, state, run, progress)
                 meter.saved = time.perf_counter()
@@ -138,7 +144,7 @@ def train_epoch(
     if skipped:
         keys = ", ".join(f"{key:08d}" for key in skipped[:10])
         LOGGER.warning(f"rank {world.rank} skipped {len(skipped)} samples that cannot be decoded, keys {keys}")
-    return progress, meter.stats(lr, stop)
+    return progress, replace(meter.stats(lr, stop), is_frozen=state.is_frozen)
 
 
 def synchronise(

@@ -18,8 +18,10 @@ from harness.data.augment import parse_views
 from harness.distributed.hardware import check_compile
 from harness.distributed.trackers import check_trackers
 from harness.distributed.world import World
-from harness.model.build import check_input_size, locate_weights, outline
+from harness.model.build import check_input_size, outline
+from harness.model.layers import head_weights, number_layers
 from harness.model.optim import checkpoint_bytes, weight_bytes
+from harness.model.weights import locate_weights
 from harness.run.checkpoint import required_bytes
 from harness.run.folder import check_folder
 from harness.training.check import Check, tried
@@ -66,10 +68,11 @@ def _check_on_main(config: Config, n_ranks: int, device: torch.device, data: Dat
         checks += tried("processes", check_ranks, config, data, n_ranks)
         checks += tried("run folder", check_run_folder, config, data)
     try:
-        model = outline(config.model.name, len(data.dataset.classes) if data else 2)
+        model = outline(config.model.name, len(data.dataset.classes) if data else 2, config.model.drop_path)
     except ValueError as error:
         return [*checks, Check("fail", "model", str(error))]
     checks += tried("model", check_input_sizes, config, model)
+    checks += tried("model", check_parts, config, model)
     checks += tried("disk", check_disk, config, model)
     if data is not None:
         checks += check_recipe(config, model, data.plan.n_batches, n_ranks, data.dataset.description.size)
@@ -84,6 +87,10 @@ def check_settings(config: Config, device: torch.device) -> list[Check]:
         raise ValueError(
             "'optim.micro_batch' auto tries a step on each process alone, which 'model.sync_batchnorm' does not allow. Give a number."
         )
+    if config.run.compile and config.optim.freeze_epochs:
+        raise ValueError(
+            "'optim.freeze_epochs' trains the first epochs without the compiled step of 'run.compile'. Set one of them off."
+        )
     if config.run.compile:
         check_compile(device)
     parse_views(config.eval.views)
@@ -97,6 +104,19 @@ def check_input_sizes(config: Config, model: torch.nn.Module) -> list[Check]:
     if config.eval.image_size:
         check_input_size(model, config.model.name, config.eval.image_size, "eval.image_size")
     return []
+
+
+def check_parts(config: Config, model: torch.nn.Module) -> list[Check]:
+    """Whether the model has the parts that are trained in another way than the rest."""
+    if config.optim.layer_decay < 1:
+        number_layers(model)
+    if not config.optim.freeze_epochs:
+        return []
+    head_weights(model)
+    if config.model.weights != "none":
+        return []
+    text = f"the head alone is trained for {config.optim.freeze_epochs} epoch(s), on a network without trained weights"
+    return [Check("warn", "recipe", text, "set --optim.freeze_epochs 0, or give --model.weights")]
 
 
 def check_shared(folder: str, world: World) -> list[Check]:

@@ -11,9 +11,10 @@ from torch import nn
 
 from harness.config import Config
 from harness.distributed.world import World
-from harness.model.build import build_model, load_weights
+from harness.model.build import build_model
 from harness.model.loss import Loss
 from harness.model.optim import EMA, build_optimizer
+from harness.model.weights import load_weights
 from harness.run import checkpoint, recovery
 from harness.run.folder import Run
 from harness.run.progress import Progress
@@ -37,13 +38,17 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What is trained: the model as built, the same weights wrapped for DDP, and all that changes them."""
+    """What is trained: the model as built, the same weights wrapped for DDP, and all that changes them.
+
+    is_frozen: the head alone is trained, and `ddp_model` is the model itself (`frozen.set_frozen`).
+    """
 
     model: nn.Module
     ddp_model: nn.Module
     optimizer: torch.optim.Optimizer
     loss_fn: Loss
     ema: EMA | None = None
+    is_frozen: bool = False
 
     @property
     def eval_model(self) -> nn.Module:
@@ -76,13 +81,14 @@ def build_or_resume(config: Config, world: World, data: Data, run: Run) -> tuple
         ValueError, OSError: weights or a checkpoint that do not fit.
     """
     torch.manual_seed(config.run.seed)
-    model = build_model(config.model.name, len(data.dataset.classes))
+    model = build_model(config.model.name, len(data.dataset.classes), config.model.drop_path)
     start = run.find_start(data.dataset)
     if start is not None:
         recovery.refuse_other_copies(start.folder, world)
     else:
         # On rank 0 alone: wrapping the model sends its weights to the others.
-        world.print(world.run_on_main(load_weights, model, config.model.name, config.model.weights))
+        source = config.model.name, config.model.weights, data.dataset.classes, config.model.head
+        world.print(world.run_on_main(load_weights, model, *source))
     if config.model.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device=world.device, memory_format=world.memory_format)  # pyright: ignore[reportCallIssue] - torch's own stub

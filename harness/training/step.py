@@ -18,7 +18,9 @@ from harness.data.loader import Batch
 from harness.data.random import noise_seed
 from harness.distributed.world import World
 from harness.model.loss import Loss, Targets, mixed_targets
+from harness.model.optim import set_rate
 from harness.run.console import LOGGER
+from harness.training.frozen import average_gradients
 from harness.training.state import TrainState
 from shards.plan import largest_share, rank_slice
 
@@ -66,8 +68,7 @@ def optimizer_step(
     Raises:
         ValueError: `is_first`, and a parameter has no gradient.
     """
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
+    set_rate(state.optimizer, lr)
     if micro_batch is None:
         micro_batch = 0 if config.optim.micro_batch == "auto" else config.optim.micro_batch
     sums, losses = torch.zeros(4, dtype=torch.float64, device=world.device), []
@@ -75,6 +76,8 @@ def optimizer_step(
         for part, part_losses in backward_parts(config, world, state, views, targets, step, micro_batch):
             sums[:3] += part
             losses.append(part_losses)
+    if state.is_frozen:
+        average_gradients(world, state.model)
     if is_first and world.size > 1:
         refuse_unused(state.model)
     if config.optim.max_grad_norm:

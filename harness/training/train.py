@@ -112,7 +112,8 @@ def validate_and_save(
     loss, accuracy = progress.loss / images, progress.correct / images
     run.log.write("val", ended.step, {name: scores[name] for name in SHOWN})
     speed = {"lr": stats.lr, "images_per_s": stats.images_per_s, "waited": stats.waited}
-    speed |= efficiency(config, world, len(data.dataset.classes), stats.images_per_s)
+    used = efficiency(config, world, len(data.dataset.classes), stats.images_per_s)
+    speed |= {name: value for name, value in used.items() if name != "mfu" or not stats.is_frozen}  # of whole passes
     run.log.write("epoch", ended.step, {"epoch": ended.epoch, "loss": loss, "accuracy": accuracy} | speed)
     world.print(
         f"epoch {ended.epoch:>3}/{config.run.epochs}  train loss {loss:.3f} acc {accuracy:.3f}  val loss "
@@ -147,7 +148,8 @@ def say_verdict(config: Config, world: World, data: Data, epochs: list[EpochStat
         waited, first = sum(stats.waited_s for stats in epochs), sum(stats.waited_first_s for stats in epochs)
         threads = decode_threads(config.data.threads)
         images_per_s = sum(stats.images_per_s * stats.seconds for stats in epochs) / seconds
-        used = describe_mfu(config, world, len(data.dataset.classes), images_per_s)
+        whole = not any(stats.is_frozen for stats in epochs)
+        used = describe_mfu(config, world, len(data.dataset.classes), images_per_s) if whole else ""
         world.print(verdict(waited / seconds, first / seconds, threads, available_cores()) + used)
 
 

@@ -17,9 +17,10 @@ from torch import nn
 
 from harness.config import Config, Optim
 from harness.distributed.world import World
-from harness.model.build import build_model, check_input_size, fetch, find_head, load_weights, locate_weights, outline
+from harness.model.build import build_model, check_input_size, find_head, outline
 from harness.model.loss import Loss, Targets
 from harness.model.optim import build_optimizer
+from harness.model.weights import fetch, load_weights, locate_weights
 from harness.run.console import LOGGER
 from harness.training.state import TrainState
 from harness.training.step import STRIDES, backward_parts, layout_explained, optimizer_step

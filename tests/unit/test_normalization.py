@@ -61,7 +61,7 @@ def test_named_numbers_are_kept_in_the_settings_file(tiny, tmp_path):
 
 
 def test_a_models_own_numbers_stand_where_nothing_is_named(monkeypatch):
-    monkeypatch.setattr("harness.model.normalization._of_model", lambda name: (HALF, HALF))
+    monkeypatch.setattr("harness.model.normalization.normalization_of", lambda name: (HALF, HALF))
     assert with_normalization(Config()).augment.normalization == (HALF, HALF)
     named = Config(augment=Augment(mean=(0.1, 0.2, 0.3)))
     assert with_normalization(named).augment.normalization == ((0.1, 0.2, 0.3), HALF)
