@@ -107,12 +107,13 @@ class Proxy:
     """A TCP proxy that stands between a client and a server.
 
     fault: "" (nothing), "drop" (a connection ends after `after` bytes of an answer), "stall" (it goes silent then), "refuse" (no
-    connection comes about). rate: bytes/s of all answers together; 0 for no limit. passed: bytes of answers so far.
+    connection comes about). most: faults that happen, before all is well. rate: bytes/s of all answers together; 0 for no limit.
+    passed: bytes of answers so far.
     """
 
     def __init__(self, port: int):
         self.to, self.fault, self.after, self.rate, self.passed = port, "", 100_000, 0.0, 0
-        self.faults = 0  # that happened
+        self.faults, self.most = 0, sys.maxsize
         self._due, self._lock = 0.0, threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -131,8 +132,7 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         with client, suppress(OSError):
-            if self.fault == "refuse":
-                self.faults += 1
+            if self._is_due("refuse"):
                 return
             with socket.create_connection(("127.0.0.1", self.to)) as server:
                 answered = 0
@@ -146,14 +146,17 @@ class Proxy:
                             answered += len(data)
                             self.passed += len(data)
                             self._pace(len(data))
-                    if self.fault in ("drop", "stall") and answered > self.after:
-                        self.faults += 1
-                        if self.fault == "stall":
-                            time.sleep(60)
+                    if answered > self.after and self._is_due("drop"):
                         return
-                    if self.fault == "refuse":
-                        self.faults += 1
+                    if answered > self.after and self._is_due("stall"):
+                        time.sleep(60)
                         return
+
+    def _is_due(self, fault: str) -> bool:
+        with self._lock:
+            is_due = self.fault == fault and self.faults < self.most
+            self.faults += is_due
+            return is_due
 
     def _pace(self, n_bytes: int) -> None:
         if self.rate:

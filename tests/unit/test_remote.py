@@ -328,6 +328,32 @@ def test_a_process_killed_in_a_download_leaves_nothing_and_holds_nobody_up(tmp_p
     assert fetch(cache, data) == data
 
 
+def test_a_loop_that_waits_for_a_download_gives_signs_of_work_and_counts_it_as_waiting(packed, access, monkeypatch):
+    import torch
+
+    from harness.data import loader
+
+    monkeypatch.setattr(loader, "SIGN_S", 0.02)
+    signs = []
+    options = loader.LoaderOptions(2, 2, torch.device("cpu"), works=lambda: signs.append(1))
+
+    def slow(name: str, number: int) -> str:
+        time.sleep(0.3 if name.endswith(".tar") else 0.0)
+        return ""
+
+    def waited(dataset: Dataset) -> float:
+        reader = SplitReader(dataset, "val")
+        return sum(batch.waited for batch in loader.evaluation_batches(reader, 8, 0, 1, options))
+
+    with serving(packed, slow) as server:
+        assert waited(load(server.url, access)) > 0.25
+        assert len(signs) > 5
+        signs.clear()
+        monkeypatch.setattr(loader, "SIGN_S", 0.001)
+        waited(load(packed))
+        assert not signs
+
+
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/cache cannot be used.*--data.cache_dir"):
