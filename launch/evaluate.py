@@ -18,7 +18,7 @@ from launch.options import add_run_options
 from shards.index import Dataset, load
 from shards.leaks import refuse_trained_groups
 from shards.reader import SplitReader
-from shards.terminal import run_and_exit, user_path
+from shards.terminal import run_and_exit, user_path, user_place
 
 ON_OFF = {"true": True, "false": False}
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         runs = open_together([options.run, *options.others], _choices(options))
         config, context = runs[0].config, context_of_runs(runs)
-        dataset = load(config.data.path)
+        dataset = load(config.data.path, config.data.access)
         reader = SplitReader(dataset, config.eval.split)
         provenance = context.weights.provenance
         refuse_unknown_classes(dataset, provenance)
@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _choices(options: argparse.Namespace) -> Choices:
     prior_correction = ON_OFF.get(options.prior_correction)
-    return Choices(options.split, options.views, options.image_size, prior_correction, options.precision, options.data)
+    eval_choices = options.split, options.views, options.image_size, prior_correction, options.precision
+    return Choices(*eval_choices, options.data, options.cache_dir, options.cache_gb)
 
 
 def _folder_name(runs: list[TrainedRun], dataset: Dataset) -> str:
@@ -72,7 +73,7 @@ def _folder_name(runs: list[TrainedRun], dataset: Dataset) -> str:
     if config.eval.image_size:
         words.append(f"{config.eval.image_size}px")
     if dataset.fingerprint != weights.provenance.dataset:
-        words += [dataset.folder.resolve().name, dataset.fingerprint[:6]]
+        words += [dataset.name, dataset.fingerprint[:6]]
     return "-".join(words)
 
 
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Evaluate the best weights of a run.")
     add_run_options(parser)
     parser.add_argument("--split", help="split to evaluate (default: the run's eval.split)")
-    parser.add_argument("--data", type=user_path, help="packed folder (default: the run's data.path)")
+    parser.add_argument("--data", type=user_place, help="packed folder, or its URL (default: the run's data.path)")
     parser.add_argument(
         "--prior-correction",
         choices=tuple(ON_OFF),

@@ -8,7 +8,7 @@ import argparse
 from harness.export.export import Export, export_run
 from harness.export.formats import FILES
 from harness.run.console import LOGGER, start_console
-from shards.terminal import run_and_exit, user_path
+from shards.terminal import run_and_exit, user_path, user_place
 
 FIRST_OPSET = 18  # that torch.onnx writes
 
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--temperature", choices=["run", "off"], default="run", help="off: probabilities without the run's temperature"
     )
-    parser.add_argument("--data", type=user_path, help="where the run's dataset is now (default: the run's data.path)")
+    parser.add_argument("--data", type=user_place, help="where the run's dataset is now (default: the run's data.path)")
     parser.add_argument("--out", type=user_path, help="folder to write (default: RUN/export-FORMAT[-outside])")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     return parser

@@ -6,7 +6,7 @@ from shards.terminal import user_path
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """RUN, --with, --views, --image-size, --precision."""
+    """RUN, --with, --views, --image-size, --precision, --cache-dir, --cache-gb."""
     add = parser.add_argument
     add("run", type=user_path, help="the run's folder")
     add(
@@ -26,3 +26,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="side of the model's input (default: the run's eval.image_size)",
     )
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the run's)")
+    add("--cache-dir", help="of data behind a URL: folder where its files are kept (default: the run's data.cache_dir)")
+    add(
+        "--cache-gb",
+        type=float,
+        help="of data behind a URL: most that is kept there; 0 for nothing (default: the run's)",
+    )

@@ -26,7 +26,8 @@ from shards.index import load, load_table
 from shards.inputs import Inputs, find_inputs
 from shards.raw import RawReader
 from shards.reader import SplitReader
-from shards.terminal import run_and_exit, user_path
+from shards.storage import is_url, without_secrets
+from shards.terminal import run_and_exit, user_path, user_place
 
 SOME_UNREADABLE = 3  # the exit code where images could not be read, and all others were predicted
 
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.explain:
             check_heat_maps(members[0].model, config.model.name, size)
         if options.nearest:
-            training_split(config.data.path, runs[0].weights.provenance.dataset)  # refused before anything is computed
+            training_split(config.data, runs[0].weights.provenance.dataset)  # refused before anything is computed
         began = time.perf_counter()
         names, predictions, problems = _predict(members, runs, inputs, options, world)
         seconds = time.perf_counter() - began
@@ -100,7 +101,7 @@ def _predict(
 ) -> tuple[list[str], Predictions, dict[int, str]]:
     """Collective: names of the images, what is predicted of them (on rank 0), and why some could not be read, by place."""
     if inputs is None:
-        dataset = load(user_path(options.inputs[0]))
+        dataset = load(user_place(options.inputs[0]), runs[0].config.data.access)
         refuse_unknown_classes(dataset, runs[0].weights.provenance)
         reader = SplitReader(dataset, options.split or runs[0].config.eval.split)
         parts = predict_each(members, reader, world)
@@ -139,14 +140,23 @@ def _is_packed(words: list[str]) -> bool:
     Raises:
         ValueError: beside other inputs.
     """
-    packed = [word for word in words if (Path(word).expanduser() / "dataset.json").is_file()]
+    packed = [word for word in words if is_url(word) or (Path(word).expanduser() / "dataset.json").is_file()]
     if packed and len(words) > 1:
-        raise ValueError(f"{packed[0]} is a packed dataset. Give it alone, and other inputs in another call.")
+        raise ValueError(
+            f"{without_secrets(packed[0])} is a packed dataset. Give it alone, and other inputs in another call."
+        )
     return bool(packed)
 
 
 def _choices(options: argparse.Namespace) -> Choices:
-    return Choices(views=options.views, image_size=options.image_size, precision=options.precision, data=options.data)
+    return Choices(
+        views=options.views,
+        image_size=options.image_size,
+        precision=options.precision,
+        data=options.data,
+        cache_dir=options.cache_dir,
+        cache_gb=options.cache_gb,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,7 +165,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_run_options(parser)
     add = parser.add_argument
-    add("inputs", nargs="+", help="images, folders, patterns in quotes, a table, or a folder of packed shards")
+    add(
+        "inputs",
+        nargs="+",
+        help="images, folders, patterns in quotes, a table, or a folder of packed shards or its URL",
+    )
     add("--out", type=user_path, required=True, help="file to write: .csv, .jsonl or .parquet")
     add("--overwrite", action="store_true", help="replace --out and --page where they exist")
     add(
@@ -184,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="show on the page the N training images most like each (of several runs, by the first); their features are kept in RUN",
     )
-    add("--data", type=user_path, help="packed training data, for --nearest (default: the run's data.path)")
+    add("--data", type=user_place, help="packed training data, for --nearest (default: the run's data.path)")
     return parser
 
 

@@ -5,6 +5,7 @@ One row a class: the plain view first, then the same image as augmented in as ma
 
 import argparse
 import sys
+from pathlib import Path
 
 from harness.config import read_config
 from harness.report.gallery import augmented_rows
@@ -22,10 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     config = read_config(settings)
     replace_unprintable()
     try:
-        dataset = load(config.data.path)
-        folder = dataset.folder.resolve()
-        out = options.out or folder.with_name(f"{folder.name}-augmented.png")
-        title = f"{dataset.folder.name} at {config.data.image_size} px: the plain view, then training views"
+        dataset = load(config.data.path, config.data.access)
+        beside = dataset.folder.resolve().parent if isinstance(dataset.folder, Path) else Path()
+        out = options.out or beside / f"{dataset.name}-augmented.png"
+        title = f"{dataset.name} at {config.data.image_size} px: the plain view, then training views"
         draw_sheet(augmented_rows(dataset, config), out, title)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

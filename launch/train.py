@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     from harness.run.stop import STOPPED, follow_launcher
     from harness.training.train import train
     from shards.index import load
+    from shards.storage import is_url
 
     start_console()
     follow_launcher()
@@ -32,12 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
         set_arithmetic(config.run.tf32, config.run.deterministic)
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
-        if config.data.demo_images:
+        if config.data.demo_images and not is_url(config.data.path):
             world.run_on_main(draw_demo, Path(config.data.path), config.data.demo_images)
         # By rank 0: another machine may lack the file of weights, which may say how its images are normalised.
         outcome = train(world.run_on_main(with_normalization, config), world)
         if outcome == "finished":
-            world.run_on_main(draw_report, Path(config.run.folder), load(config.data.path))
+            world.run_on_main(draw_report, Path(config.run.folder), load(config.data.path, config.data.access))
         world.close()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         LOGGER.error(str(error))

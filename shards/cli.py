@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.terminal import replace_unprintable, user_path
+from shards.remote import Access
+from shards.storage import without_secrets
+from shards.terminal import replace_unprintable, user_path, user_place
 
 if TYPE_CHECKING:
     from shards.catalogue import Catalogue
@@ -100,30 +102,35 @@ def _read_source(options: argparse.Namespace) -> "Catalogue":
 def _verify(options: argparse.Namespace) -> int:
     from shards import index
 
-    problems = index.verify(options.out)
+    problems, shown = index.verify(options.out, _access(options)), without_secrets(str(options.out))
     for problem in problems:
         print(problem)
     if problems:
-        print(f"{options.out}: {len(problems)} problem(s)")
+        print(f"{shown}: {len(problems)} problem(s)")
         return 1
-    dataset = index.load(options.out)
-    print(f"{options.out}: {len(dataset.shards)} shards as packed, fingerprint {dataset.fingerprint[:12]}")
+    dataset = index.load(options.out, _access(options))
+    print(f"{shown}: {len(dataset.shards)} shards as packed, fingerprint {dataset.fingerprint[:12]}")
     return 0
+
+
+def _access(options: argparse.Namespace) -> Access:
+    return Access(options.cache_dir, options.cache_gb)
 
 
 def _show(options: argparse.Namespace) -> int:
     from shards import index
     from shards.contact_sheet import dataset_rows, draw_sheet
 
-    dataset = index.load(options.out)
-    _print_table(options.out, dataset)
-    sheet = options.sheet or options.out.resolve().with_name(f"{options.out.resolve().name}-sheet.png")
-    draw_sheet(dataset_rows(dataset), sheet, f"{options.out.name}, {dataset.describe_split()}")
+    dataset = index.load(options.out, _access(options))
+    _print_table(str(dataset.folder), dataset)
+    beside = dataset.folder.resolve().parent if isinstance(dataset.folder, Path) else Path()
+    sheet = options.sheet or beside / f"{dataset.name}-sheet.png"
+    draw_sheet(dataset_rows(dataset), sheet, f"{dataset.name}, {dataset.describe_split()}")
     print(f"contact sheet: {sheet}")
     return 0
 
 
-def _print_table(out: Path, dataset: "Dataset") -> None:
+def _print_table(out: Path | str, dataset: "Dataset") -> None:
     about = dataset.description
     print(f"{out}: {about.source['name']}, {dataset.width}x{dataset.height}, fingerprint {dataset.fingerprint[:12]}")
     print(dataset.describe_split())
@@ -176,13 +183,25 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
 
         pack.epilog = describe_protocols()
     verify = commands.add_parser("verify", help="check every file against its SHA-256")
-    verify.add_argument("out", type=user_path, help="packed folder")
+    _add_place(verify)
     verify.set_defaults(run=_verify)
     show = commands.add_parser("show", help="print the class table of each split and draw a contact sheet")
-    show.add_argument("out", type=user_path, help="packed folder")
-    show.add_argument("--sheet", type=user_path, help="PNG to draw (default: OUT-sheet.png beside the folder)")
+    _add_place(show)
+    show.add_argument("--sheet", type=user_path, help="PNG to draw (default: OUT-sheet.png beside the folder, or here)")
     show.set_defaults(run=_show)
     return parser
+
+
+def _add_place(command: argparse.ArgumentParser) -> None:
+    add, default = command.add_argument, Access()
+    add("out", type=user_place, help="packed folder, or its URL (s3://, https://, ...)")
+    add("--cache-dir", default=default.cache_dir, help="of a URL: where its files are kept (default: the user's cache)")
+    add(
+        "--cache-gb",
+        type=float,
+        default=default.cache_gb,
+        help=f"of a URL: most that is kept there; 0 for nothing (default {default.cache_gb:g})",
+    )
 
 
 def _add_demo(command: argparse.ArgumentParser) -> None:

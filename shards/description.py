@@ -75,7 +75,18 @@ def read_description(path: Path) -> Description:
         ValueError: it is damaged, was changed, or is of a newer format.
         OSError: it cannot be read.
     """
-    data = path.read_bytes()
+    return parse_description(path.read_bytes(), path)
+
+
+def parse_description(data: bytes, path: Path | str) -> Description:
+    """What the bytes of a `dataset.json` say.
+
+    Args:
+        path: what errors call it.
+
+    Raises:
+        ValueError: it is damaged, was changed, or is of a newer format.
+    """
     try:
         content = parse_json(data)
     except ValueError as error:
@@ -97,7 +108,7 @@ def read_description(path: Path) -> Description:
     return description
 
 
-def check_name(name: str, found_in: Path, ending: str = "") -> None:
+def check_name(name: str, found_in: Path | str, ending: str = "") -> None:
     """Refuse a file name that may lead out of the dataset's folder.
 
     Raises:

@@ -1,10 +1,11 @@
 """What is in a packed dataset: `dataset.json`, `shards.csv`, `left_out.csv` and one table beside each shard.
 
-In: a packed folder. Out: a frozen `Dataset`. Invariants: loading costs as much as there are shards, not samples;
+In: a packed folder, or its URL. Out: a frozen `Dataset`. Invariants: loading costs as much as there are shards, not samples;
 each file's SHA-256 stands in a file above it, and `dataset.json` carries its own. A checksum says that nothing was changed
 since, not by whom it was made: no file outside the folder is opened, and every number is checked before it is used.
 """
 
+import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from shards.description import DAMAGED, Description, check_name, read_description
+from shards.description import DAMAGED, Description, check_name, parse_description, read_description
 from shards.files import sha256
+from shards.remote import DEFAULT_ACCESS, Access, RemoteFolder, open_folder
 
 SHARD_COLUMNS = ("file", "split", "samples", "bytes", "sha256", "table_sha256")
 NUMBERS = ("key", "offset", "size", "label")  # columns of a shard's table
@@ -40,11 +42,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A packed folder, opened."""
+    """A packed folder, opened. As text, `folder` is its path, or its URL without what gives access."""
 
-    folder: Path
+    folder: Path | RemoteFolder
     description: Description
     shards: tuple[Shard, ...]
+
+    @property
+    def name(self) -> str:
+        """The last part of its path or URL."""
+        return self.folder.name if isinstance(self.folder, RemoteFolder) else self.folder.resolve().name
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -99,22 +106,29 @@ class Dataset:
         return shards
 
 
-def load(folder: Path | str) -> Dataset:
+def load(place: Path | str, access: Access = DEFAULT_ACCESS) -> Dataset:
     """Open a packed dataset: two small files are read and checked against each other.
+
+    Args:
+        place: a folder, or a URL of one. access: how a URL is read.
 
     Raises:
         FileNotFoundError: no packed dataset there.
         ValueError: a newer format, or an index that was changed after packing, or that no packing would write.
+        OSError: a URL that cannot be read, or a cache folder that cannot be written.
     """
-    folder = Path(folder)
-    if not (folder / "dataset.json").is_file():
+    folder = open_folder(place, access)
+    if isinstance(folder, RemoteFolder):
+        description = parse_description(folder.read("dataset.json"), f"{folder}/dataset.json")
+    elif (folder / "dataset.json").is_file():
+        description = read_description(folder / "dataset.json")
+    else:
         raise FileNotFoundError(
             f"No packed dataset in {folder} (no dataset.json). "
             f"Pack one with `python -m shards pack SOURCE {folder}`, or give its folder as --data.path."
         )
-    description = read_description(folder / "dataset.json")
-    table = read_listed(folder, "shards.csv", description.files)
-    rows = _read_csv(table, {"samples": np.int64, "bytes": np.int64})
+    table = f"{folder}/shards.csv"
+    rows = _read_table(folder, "shards.csv", description.files, {"samples": np.int64, "bytes": np.int64})
     if tuple(rows) != SHARD_COLUMNS:
         raise ValueError(
             f"{table} has the columns {', '.join(rows)[:200]} instead of {', '.join(SHARD_COLUMNS)}. {DAMAGED}"
@@ -140,8 +154,9 @@ def load_table(dataset: Dataset, shard: Shard, numbers_only: bool = False) -> pd
     Raises:
         ValueError, FileNotFoundError: the table is not what was packed, or missing, or none of that shard.
     """
-    path = read_listed(dataset.folder, shard.table, {shard.table: shard.table_sha256})
-    table = _read_csv(path, dict.fromkeys(NUMBERS, np.int64), numbers_only)
+    path = f"{dataset.folder}/{shard.table}"
+    recorded = {shard.table: shard.table_sha256}
+    table = _read_table(dataset.folder, shard.table, recorded, dict.fromkeys(NUMBERS, np.int64), numbers_only)
     if missing := [name for name in (NUMBERS if numbers_only else TABLE_COLUMNS) if name not in table]:
         raise ValueError(f"{path} has no column {missing[0]}. {DAMAGED}")
     if len(table) != shard.samples:
@@ -153,55 +168,77 @@ def load_table(dataset: Dataset, shard: Shard, numbers_only: bool = False) -> pd
     return table
 
 
-def verify(folder: Path | str) -> list[str]:
-    """Check every file of a packed dataset against its recorded SHA-256.
+def verify(place: Path | str, access: Access = DEFAULT_ACCESS) -> list[str]:
+    """Check every file of a packed dataset against its recorded SHA-256; behind a URL, past the cache.
 
     Returns:
         one sentence for each problem; an empty list if there is none.
     """
-    folder = Path(folder)
     try:
-        dataset = load(folder)
+        dataset = load(place, access)
     except (OSError, ValueError) as error:
         return [str(error)]
     recorded = dict(dataset.description.files)
     for shard in dataset.shards:
         recorded |= {shard.file: shard.sha256, shard.table: shard.table_sha256}
-    problems = []
+    problems, folder = [], dataset.folder
     for name, digest in recorded.items():
-        if not (folder / name).is_file():
-            problems.append(f"{folder / name} is missing.")
-        elif sha256(folder / name) != digest:
-            problems.append(f"{folder / name} differs from what was packed: its SHA-256 is not the recorded one.")
-    extra = {path.name for path in folder.iterdir()} - {"dataset.json", *recorded}
-    problems += [f"{folder / name} does not belong to the dataset." for name in sorted(extra)]
+        try:
+            found = folder.sha256(name) if isinstance(folder, RemoteFolder) else sha256(folder / name)
+        except FileNotFoundError:
+            problems.append(f"{folder}/{name} is missing.")
+            continue
+        except OSError as error:
+            if not isinstance(folder, RemoteFolder):
+                raise
+            problems.append(str(error))
+            continue
+        if found != digest:
+            problems.append(f"{folder}/{name} differs from what was packed: its SHA-256 is not the recorded one.")
+    names = folder.storage.names() if isinstance(folder, RemoteFolder) else {path.name for path in folder.iterdir()}
+    extra = (names or set()) - {"dataset.json", *recorded, ""}
+    problems += [f"{folder}/{name} does not belong to the dataset." for name in sorted(extra)]
     return problems
 
 
-def _read_csv(path: Path, numbers: dict[str, type], numbers_only: bool = False) -> pd.DataFrame:
+def _read_table(
+    folder: Path | RemoteFolder,
+    name: str,
+    files: dict[str, str],
+    numbers: dict[str, type],
+    numbers_only: bool = False,
+) -> pd.DataFrame:
     """A table, all text but for some columns of whole numbers; without the text, if asked.
 
     Raises:
-        ValueError: naming the file.
+        ValueError, OSError: naming the file.
     """
+    if isinstance(folder, RemoteFolder):
+        check_name(name, str(folder))
+        data = folder.read_checked(name, files.get(name, ""))
+        head, body = io.BytesIO(data), io.BytesIO(data)
+    else:
+        head = body = read_listed(folder, name, files)
     try:
-        columns = pd.read_csv(path, nrows=0, index_col=False).columns
+        columns = pd.read_csv(head, nrows=0, index_col=False).columns
         types = {column: numbers.get(column, str) for column in columns}
         wanted = [column for column in columns if column in numbers] if numbers_only else None
-        return pd.read_csv(path, dtype=types, keep_default_na=False, index_col=False, usecols=wanted)
+        return pd.read_csv(body, dtype=types, keep_default_na=False, index_col=False, usecols=wanted)
     except (ValueError, OverflowError, TypeError) as error:  # pandas' own are ValueErrors
         raise ValueError(
-            f"{path} is no table of a dataset ({' '.join(str(error).split())[:200]}). {DAMAGED}"
+            f"{folder}/{name} is no table of a dataset ({' '.join(str(error).split())[:200]}). {DAMAGED}"
         ) from error
 
 
-def read_listed(folder: Path, name: str, files: dict[str, str]) -> Path:
-    """The path of an index file, after its SHA-256 was compared with the recorded one.
+def read_listed(folder: Path | RemoteFolder, name: str, files: dict[str, str]) -> Path:
+    """The path of an index file, or of its copy in the cache, after its SHA-256 was compared with the recorded one.
 
     Raises:
         FileNotFoundError, ValueError: it is missing, or was changed after packing.
     """
-    check_name(name, folder)
+    check_name(name, str(folder))
+    if isinstance(folder, RemoteFolder):
+        return folder.keep(name, files.get(name, ""))
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Copy the dataset again, or pack it again.")

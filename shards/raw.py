@@ -4,11 +4,12 @@ In: image files and how a dataset stores images. Out: an `ImageReader` of their 
 packing would store; the key of an image is its place in the list; one that cannot be read is kept with its reason.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from shards.ahead import Ahead, Need
 from shards.description import Description
 from shards.image import decode_into, encode, fit, open_rgb
 
@@ -17,6 +18,7 @@ class RawReader:
     """Image files in the order given. Their labels are 0, which means nothing. Safe to share between threads."""
 
     title = "images"
+    is_reading = False  # from a network
 
     def __init__(self, paths: Sequence[Path], names: Sequence[str], stored: Description, classes: tuple[str, ...]):
         """Nothing is read yet.
@@ -29,6 +31,10 @@ class RawReader:
         self._fit, self._quality = stored.fit, stored.quality
         self.classes, self.shard_sizes = classes, (len(paths),)
         self.problems: dict[int, str] = {}  # key: why the image cannot be read
+
+    def fetch_ahead(self, needs: Callable[[], list[Need]], first: int) -> Ahead | None:
+        """Nothing: everything is here."""
+        return None
 
     def keys(self) -> np.ndarray:
         """0 to N - 1, (N,) int64."""

@@ -1,21 +1,23 @@
 """Read stored images by shard, offset and size, from many threads.
 
-In: a `Dataset` and shard numbers of one split. Out: the JPEG's bytes and the rows of the shard's table. Invariants:
+In: a `Dataset`, here or behind a URL, and shard numbers of one split. Out: the JPEG's bytes and the rows of the shard's table. Invariants:
 tables are read when their shard is first used; the rows of tables in memory and the number of open files are bounded.
 """
 
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from shards.ahead import Ahead, Need
 from shards.image import decode_into
 from shards.index import Dataset, load_table
+from shards.remote import OpenShard, RemoteFolder
 
 OPEN_FILES = 64
 TABLE_ROWS = 8_000_000  # of all tables that are kept: 256 MB
@@ -58,6 +60,15 @@ class ImageReader(Protocol):
     @property
     def shard_sizes(self) -> tuple[int, ...]:
         """Images in each shard."""
+        ...
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether some thread waits for a download, which has a limit of its own."""
+        ...
+
+    def fetch_ahead(self, needs: Callable[[], list[Need]], first: int) -> Ahead | None:
+        """Begin to download what is needed from batch `first` on; None where everything is here."""
         ...
 
     def keys(self) -> np.ndarray:
@@ -108,6 +119,24 @@ class SplitReader:
                 self._rows_kept -= len(self._tables.popitem(last=False)[1].key)
         return loaded
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether some thread waits for a download, which has a limit of its own."""
+        return isinstance(self.dataset.folder, RemoteFolder) and self.dataset.folder.storage.is_reading
+
+    def fetch_ahead(self, needs: Callable[[], list[Need]], first: int) -> Ahead | None:
+        """Begin to download what is needed from batch `first` on; None for a local dataset, or without a cache."""
+        folder = self.dataset.folder
+        if not isinstance(folder, RemoteFolder) or folder.cache is None:
+            return None
+
+        def fetch(number: int) -> bool:
+            shard = self.shards[number]
+            table = folder.fetch(shard.table, shard.table_sha256)
+            return folder.fetch(shard.file, shard.sha256, shard.bytes) and table
+
+        return Ahead(needs(), first, fetch, lambda number: self.shards[number].bytes, folder.cache.limit)
+
     def keys(self) -> np.ndarray:
         """The keys of all samples, (N,) int64; every table is read."""
         return np.concatenate([self.table(shard).key for shard in range(len(self.shards))])
@@ -132,6 +161,7 @@ class SplitReader:
             spans = zip(places.tolist(), table.size[wanted].tolist(), table.offset[wanted].tolist(), strict=True)
             for place, size, offset in spans:
                 yield place, file.read(size, offset)
+            del file  # before another is waited for: the cache keeps what is being read
 
     def labels_and_keys(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels and keys, both (n,) int64, of many samples."""
@@ -150,16 +180,18 @@ class SplitReader:
         try:
             decode_into(data, out)
         except ValueError as error:
-            table, path = self.table(shard), self.dataset.folder / self.shards[shard].file
+            table, path = self.table(shard), f"{self.dataset.folder}/{self.shards[shard].file}"
             raise ValueError(
                 f"Cannot decode sample {table.key[row]:08d} of {path} (byte {table.offset[row]}): {error}. The shard was damaged "
                 f"after packing: `python -m shards verify {self.dataset.folder}` lists what to copy again."
             ) from error
 
-    def _open(self, shard: int) -> "_File":
+    def _open(self, shard: int) -> "_File | OpenShard":
+        described, folder = self.shards[shard], self.dataset.folder
+        if isinstance(folder, RemoteFolder):
+            return folder.open_shard(described.file, described.sha256, described.bytes)
         with self._lock:
-            described = self.shards[shard]
-            file = self._files.pop(shard, None) or _File(self.dataset.folder / described.file, described.bytes)
+            file = self._files.pop(shard, None) or _File(folder / described.file, described.bytes)
             self._files[shard] = file
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)  # closed when the last thread that reads from it lets go

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from shards.storage import is_url
+
 END_S = 20.0  # for a process to end in good order after an error
 
 
@@ -25,6 +27,11 @@ def replace_unprintable() -> None:
 def user_path(text: str) -> Path:
     """A path of the command line: no shell has expanded the ~ of `--out=~/data`."""
     return Path(text).expanduser()
+
+
+def user_place(text: str) -> Path | str:
+    """The same, or a URL as it is."""
+    return text if is_url(text) else user_path(text)
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:

@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from harness.config.sections import Augment, Config, Data, Eval, Model, Optim, Run
+from shards.storage import without_secrets
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
@@ -29,6 +30,9 @@ RUNTIME_KEYS = {
     "data.demo_images",
     "data.threads",
     "data.prefetch_batches",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.patience_s",
     "run.folder",
     "run.sync_every",
     "run.save_every_minutes",
@@ -40,7 +44,13 @@ RUNTIME_KEYS = {
     "run.profile",
 }
 
-PATHS = ("data.path", "model.weights", "run.folder", "run.checkpoint_dir")  # where a ~ at the front is the user's home
+PATHS = (
+    "data.path",
+    "data.cache_dir",
+    "model.weights",
+    "run.folder",
+    "run.checkpoint_dir",
+)  # where a ~ at the front is the user's home
 
 RENAMED = {  # of version 0.1, and what else has changed with the name
     "data.batch_size": "data.global_batch_size",
@@ -90,7 +100,7 @@ def read_config(arguments: list[str], default: Path = DEFAULT_CONFIG) -> Config:
 
 def flat(config: Config) -> dict:
     """Settings by dotted name, as {'data.path': 'data/demo', ...}."""
-    return {f"{part}.{key}": value for part, values in asdict(config).items() for key, value in values.items()}
+    return {f"{part}.{key}": value for part, values in _plain(config).items() for key, value in values.items()}
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -100,9 +110,16 @@ def differences(old: dict, new: dict) -> list[str]:
     return [f"{key}: {before} is now {now}" for key, before, now in pairs if before != now]
 
 
+def _plain(config: Config) -> dict[str, dict]:
+    """Sections of values. What gives access to a URL is cut out: it is not written anywhere."""
+    sections = asdict(config)
+    sections["data"]["path"] = without_secrets(config.data.path)
+    return sections
+
+
 def to_yaml(config: Config) -> str:
     """The settings as a file that `--config` reads."""
-    plain = {part: {key: _listed(v) for key, v in values.items()} for part, values in asdict(config).items()}
+    plain = {part: {key: _listed(v) for key, v in values.items()} for part, values in _plain(config).items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 

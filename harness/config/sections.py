@@ -7,6 +7,8 @@ contradict each other, are an error with the setting's name and the value found,
 from dataclasses import dataclass, field
 from typing import Literal
 
+from shards.remote import Access
+
 
 def _refuse(key: str, must: str, found) -> None:
     raise ValueError(f"The '{key}' setting must be {must}. Got {found} instead.")
@@ -33,7 +35,7 @@ class Data:
     """What is read, and how."""
 
     path: str = "data/demo"
-    """folder of packed shards"""
+    """folder of packed shards, or its URL (s3://, gs://, az://, https://, hf://, ...)"""
     demo_images: int = 0
     """draw and pack this many demo lesions if the folder does not exist; 0 means never"""
     image_size: int = 224
@@ -48,6 +50,12 @@ class Data:
     """decoding threads of each process; 0 means one for each core it may use"""
     prefetch_batches: int = 4
     """batches decoded ahead of the one in use"""
+    cache_dir: str = ""
+    """of a URL: folder on a disk of this machine where its files are kept, for all processes; empty: the user's cache directory"""
+    cache_gb: float = 20.0
+    """of a URL: most that is kept there, in 10^9 bytes; 0 keeps nothing and reads each image by its range"""
+    patience_s: float = 300.0
+    """of a URL: seconds without a byte, tried again and again, until a read fails"""
     allow_leak: bool = False
     """train although training groups are in an evaluation split; the results say so"""
     on_bad_sample: Literal["fail", "skip"] = "fail"
@@ -56,7 +64,12 @@ class Data:
     def __post_init__(self):
         """Check the ranges."""
         _at_least("data", self, demo_images=0, image_size=16, global_batch_size=2, lanes=1, shuffle_block_shards=0)
-        _at_least("data", self, threads=0, prefetch_batches=1)
+        _at_least("data", self, threads=0, prefetch_batches=1, cache_gb=0, patience_s=1)
+
+    @property
+    def access(self) -> Access:
+        """How a URL is read."""
+        return Access(self.cache_dir, self.cache_gb, self.patience_s)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
 
 from harness.data.threads import Buffers, TaskThreads
+from shards.ahead import Ahead, Need, evaluation_needs, training_needs
 from shards.plan import Plan, evaluation_ranges, locate_in_order, rank_slice
 from shards.reader import ImageReader
 
+SIGN_S = 1.0  # between two signs of work
 Locate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions (n,) to shards and rows, both (n,)
 
 
@@ -52,6 +54,8 @@ class LoaderOptions:
     """where batches go"""
     bad_keys: list[int] | None = None
     """list that keys of training samples that cannot be decoded are appended to; None: such a sample fails its batch"""
+    works: Callable[[], None] = lambda: None
+    """called now and then while a batch waits for a download, so that nobody takes this rank for stuck"""
 
 
 def training_batches(
@@ -79,7 +83,14 @@ def training_batches(
         np.arange(number * plan.global_batch + start, number * plan.global_batch + stop)
         for number in range(first, plan.n_batches)
     )
-    return _load(reader, wanted, partial(plan.locate, epoch), options)
+
+    def needs() -> list[Need]:
+        """Of this epoch and the next: its first shards come while this one ends."""
+        here, then = (training_needs(plan, number, start, stop) for number in (epoch, epoch + 1))
+        later = [Need(need.shard, need.first + plan.n_batches, need.last + plan.n_batches) for need in then]
+        return here + later
+
+    return _load(reader, wanted, partial(plan.locate, epoch), options, needs, first)
 
 
 def evaluation_batches(
@@ -100,11 +111,17 @@ def evaluation_batches(
     """
     ranges = evaluation_ranges(sum(reader.shard_sizes), batch_size, rank, world_size)
     wanted = (np.arange(start, stop) for start, stop in ranges)
-    return _load(reader, wanted, partial(locate_in_order, reader.shard_sizes), replace(options, bad_keys=bad_keys))
+    locate, needs = partial(locate_in_order, reader.shard_sizes), partial(evaluation_needs, reader.shard_sizes, ranges)
+    return _load(reader, wanted, locate, replace(options, bad_keys=bad_keys), needs, 0)
 
 
 def _load(
-    reader: ImageReader, wanted: Iterable[np.ndarray], locate: Locate, options: LoaderOptions
+    reader: ImageReader,
+    wanted: Iterable[np.ndarray],
+    locate: Locate,
+    options: LoaderOptions,
+    needs: Callable[[], list[Need]],
+    first: int,
 ) -> Generator[Batch, None, None]:
     """Batches in order, through three queues; on a GPU the next one is copied while the loop works on this one.
 
@@ -119,10 +136,14 @@ def _load(
     numbered, ahead = enumerate(wanted, start=1), max(options.prefetch, options.threads)
     decode = partial(_decode, reader, locate, options.bad_keys is not None)
     threads = TaskThreads(options.threads, device)
+    downloads: Ahead | None = None
     try:
+        downloads = reader.fetch_ahead(needs, first)
         while True:
             while len(decoding) < ahead and (entry := next(numbered, None)) is not None:
                 number, positions = entry
+                if downloads:
+                    downloads.reach(first + number - 1)
                 shape = (len(positions), reader.height, reader.width, 3)
                 images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if cuda else buffers.take(shape)
                 # All threads share the first batches, so that these come soon: a half of them the second, a third ...
@@ -131,7 +152,7 @@ def _load(
             waited = 0.0
             while decoding and (not copying or (cuda and len(copying) < 2 and decoding[0].is_done())):
                 began = time.perf_counter()
-                decoded = _wait_for(decoding.popleft(), options.bad_keys)
+                decoded = _wait_for(decoding.popleft(), reader, options)
                 waited += time.perf_counter() - began
                 with torch.cuda.stream(stream):  # does nothing without a GPU
                     moved = [tensor.to(device, non_blocking=True) for tensor in decoded]
@@ -145,6 +166,8 @@ def _load(
                     tensor.record_stream(torch.cuda.current_stream(device))
             yield Batch(images.permute(0, 3, 1, 2), labels, positions, keys, waited)
     finally:
+        if downloads:
+            downloads.close()
         threads.close()
 
 
@@ -176,15 +199,15 @@ def _start_decoding(
     return _Decoding(images, positions, [threads.submit(task) for task in tasks])
 
 
-def _wait_for(batch: _Decoding, bad_keys: list[int] | None) -> tuple[torch.Tensor, ...]:
+def _wait_for(batch: _Decoding, reader: ImageReader, options: LoaderOptions) -> tuple[torch.Tensor, ...]:
     """Wait for a batch: images (b, H, W, 3) uint8, labels, positions, keys, each (b,) int64.
 
     An ignored sample keeps its place, with the label -1 and a copy of a good image of the batch (black if there is none),
     so that shapes, positions and the batch's statistics stay what they should be.
     """
-    found = []
+    found, bad_keys = [], options.bad_keys
     for part in batch.parts:
-        result, error = part.get()
+        result, error = _get(part, reader, options)
         if error is not None:
             raise error
         found.append(result)
@@ -195,6 +218,16 @@ def _wait_for(batch: _Decoding, bad_keys: list[int] | None) -> tuple[torch.Tenso
         labels[is_bad] = -1
         bad_keys.extend(keys[is_bad].tolist())
     return batch.images, torch.from_numpy(labels), torch.from_numpy(batch.positions), torch.from_numpy(keys)
+
+
+def _get(part: SimpleQueue, reader: ImageReader, options: LoaderOptions) -> tuple:
+    """What a thread answers, with signs of work while it waits for a download (which ends by its own limit of time)."""
+    while True:
+        try:
+            return part.get(timeout=SIGN_S)
+        except Empty:
+            if reader.is_reading:
+                options.works()
 
 
 def _decode(

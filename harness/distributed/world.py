@@ -115,6 +115,18 @@ class World:
             self.heartbeat.works()
 
     @contextmanager
+    def long_work(self) -> Iterator[None]:
+        """Inside, this rank is at work that has a limit of its own, such as a download: nobody takes it for stuck."""
+        if self.heartbeat is None:
+            yield
+            return
+        before, self.heartbeat.is_long = self.heartbeat.is_long, True
+        try:
+            yield
+        finally:
+            self.heartbeat.is_long = before
+
+    @contextmanager
     def by_itself(self, model: torch.nn.Module) -> Iterator[None]:
         """Inside, this rank works on a wrapped model alone: no other is waited for, and none waits for this one."""
         heartbeat, self.heartbeat = self.heartbeat, None

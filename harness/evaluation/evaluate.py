@@ -108,17 +108,27 @@ def context_of_runs(runs: Sequence[TrainedRun]) -> EvalContext:
     first, weights = runs[0], runs[0].weights
     groups = {run.weights.provenance.dataset: run.weights.provenance.train_groups for run in runs}
     changed = [change for run in runs for change in changes(run.folder)]
-    validation = validation_of_run(first.folder, weights) if len(groups) == 1 else None
+    validation = validation_of_run(first) if len(groups) == 1 else None
     return EvalContext(weights, changed, priors_of_run(first.folder), validation, tuple(groups.values()))
 
 
-def validation_of_run(run: Path, weights: Checkpoint) -> SplitReader | None:
-    """The validation split that a run was trained with; None if it is not on this machine any more."""
-    try:
-        dataset = load(load_config(run / "config.yaml").data.path)
-    except (OSError, ValueError):
-        return None
-    return SplitReader(dataset, "val") if dataset.fingerprint == weights.provenance.dataset else None
+def validation_of_run(run: TrainedRun) -> SplitReader | None:
+    """The validation split that a run was trained with, of the data that are evaluated or of its settings; None if neither has it.
+
+    Raises:
+        ConnectionError: remote storage does not answer.
+    """
+    given, saved = run.config.data, load_config(run.folder / "config.yaml").data.path
+    for place in dict.fromkeys((given.path, saved)):
+        try:
+            dataset = load(place, given.access)
+        except ConnectionError:  # results must not depend on the weather
+            raise
+        except (OSError, ValueError):
+            continue
+        if dataset.fingerprint == run.weights.provenance.dataset:
+            return SplitReader(dataset, "val")
+    return None
 
 
 def priors_of_run(run: Path) -> Prior:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from harness.config import Config
+from harness.config import Config, Data
 from harness.data.augment import plain_view
 from harness.data.loader import LoaderOptions, evaluation_batches
 from harness.distributed.hardware import decode_threads
@@ -33,17 +33,17 @@ class Neighbour:
     similarity: float
 
 
-def training_split(data: Path | str, fingerprint: str) -> SplitReader:
+def training_split(data: Data, fingerprint: str) -> SplitReader:
     """The training split that a run was trained on.
 
     Raises:
         FileNotFoundError: no packed dataset there.
         ValueError: it is another one.
     """
-    dataset = load(data)
+    dataset = load(data.path, data.access)
     if dataset.fingerprint != fingerprint:
         raise ValueError(
-            f"{data} is the dataset {dataset.fingerprint[:12]}, and the run was trained on {fingerprint[:12]}. Give that as --data."
+            f"{dataset.folder} is the dataset {dataset.fingerprint[:12]}, and the run was trained on {fingerprint[:12]}. Give that as --data."
         )
     return SplitReader(dataset, "train")
 

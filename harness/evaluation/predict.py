@@ -116,7 +116,8 @@ def _local_predictions(
     bad_keys: list[int] | None,
 ) -> Iterator[Columns | None]:
     """Collective: this rank's batches of the split in their order; None, as the last, if a rank was asked to stop."""
-    options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device)
+    threads, prefetch = decode_threads(config.data.threads), config.data.prefetch_batches
+    options = LoaderOptions(threads, prefetch, world.device, works=world.works)
     batches = evaluation_batches(reader, config.eval.batch_size, world.rank, world.size, options, bad_keys)
     n_images, of_a_round = sum(reader.shard_sizes), config.eval.batch_size * world.size
     running: deque[Future[Columns]] = deque()

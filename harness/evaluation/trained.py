@@ -29,7 +29,9 @@ class Choices:
     image_size: int | None = None
     prior_correction: bool | None = None
     precision: str | None = None
-    data: Path | None = None
+    data: Path | str | None = None
+    cache_dir: str | None = None
+    cache_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ def open_trained(folder: Path, choices: Choices) -> TrainedRun:
         raise FileNotFoundError(f"{folder} holds no run (no config.yaml). Give the --run.folder of a training.")
     config, weights = load_config(saved), find_best(folder)
     given = {name: getattr(choices, name) for name in ("split", "views", "image_size", "prior_correction")}
+    cache = {name: value for name in ("cache_dir", "cache_gb") if (value := getattr(choices, name)) is not None}
     config = replace(
         config,
         eval=replace(config.eval, **{name: value for name, value in given.items() if value is not None}),
         run=replace(config.run, precision=choices.precision or config.run.precision),
-        data=replace(config.data, path=str(choices.data or config.data.path)),
+        data=replace(config.data, path=str(choices.data or config.data.path), **cache),
         augment=replace(config.augment, mean=weights.provenance.mean, std=weights.provenance.std),
     )
     parse_views(config.eval.views)

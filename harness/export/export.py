@@ -57,7 +57,7 @@ class Answers:
     groups: np.ndarray
 
 
-def export_run(run: Path, out: Path, wanted: Export, data: Path | None = None, overwrite: bool = False) -> None:
+def export_run(run: Path, out: Path, wanted: Export, data: Path | str | None = None, overwrite: bool = False) -> None:
     """Export a finished run's best weights into a folder.
 
     Args:

@@ -5,13 +5,13 @@ nothing is known here of any dataset in particular; weights, results and dataset
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
 
-from harness.config import Config
+from harness.config import Config, Data
 from harness.evaluation.results import Results, read_results
 from harness.evaluation.trained import Choices, open_trained
 from harness.model.build import build_model
@@ -19,6 +19,7 @@ from harness.run.checkpoint import load_model
 from harness.run.provenance import Checkpoint
 from shards.files import sha256
 from shards.index import Dataset, load
+from shards.storage import is_url
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Trained:
         return self.dataset.width, self.dataset.height
 
 
-def load_trained(run: Path, data: Path | None, calibrated: bool) -> Trained:
+def load_trained(run: Path, data: Path | str | None, calibrated: bool) -> Trained:
     """Open a finished run.
 
     Args:
@@ -73,8 +74,7 @@ def load_trained(run: Path, data: Path | None, calibrated: bool) -> Trained:
             f"{run / 'metrics.json'} is of epoch {results.best_epoch}, the best weights are of epoch "
             f"{weights.progress.best_epoch}. Let the training finish: start its command again."
         )
-    dataset = _find_dataset(Path(config.data.path), weights.provenance.dataset)
-    config = replace(config, data=replace(config.data, path=str(dataset.folder)))
+    dataset = _find_dataset(config.data, weights.provenance.dataset)
     model = build_model(config.model.name, len(opened.classes)).eval().requires_grad_(False)
     load_model(weights, model)
     temperature = results.calibration["temperature"] if calibrated and results.calibration else 1.0
@@ -82,17 +82,17 @@ def load_trained(run: Path, data: Path | None, calibrated: bool) -> Trained:
     return Trained(model, weights, digest, config, results, dataset, temperature)
 
 
-def _find_dataset(folder: Path, fingerprint: str) -> Dataset:
+def _find_dataset(data: Data, fingerprint: str) -> Dataset:
     """The dataset of that fingerprint."""
-    if not (folder / "dataset.json").is_file():
+    if not is_url(data.path) and not (Path(data.path) / "dataset.json").is_file():
         raise FileNotFoundError(
-            f"The dataset of the run is not in {folder}, and the exported file is checked on its validation split. Say where "
+            f"The dataset of the run is not in {data.path}, and the exported file is checked on its validation split. Say where "
             "it is now: --data FOLDER"
         )
-    dataset = load(folder)
+    dataset = load(data.path, data.access)
     if dataset.fingerprint != fingerprint:
         raise ValueError(
-            f"{folder} holds the dataset {dataset.fingerprint[:12]}, but the run was trained on {fingerprint[:12]}. Name the "
+            f"{dataset.folder} holds the dataset {dataset.fingerprint[:12]}, but the run was trained on {fingerprint[:12]}. Name the "
             "folder of that one: --data FOLDER"
         )
     return dataset

@@ -123,7 +123,7 @@ def draw_nearest(
         FileNotFoundError, ValueError: the data that the run was trained on are not where its settings have them.
         OSError: the run's folder cannot be written, where their features are kept.
     """
-    train = training_split(run.config.data.path, run.weights.provenance.dataset)
+    train = training_split(run.config.data, run.weights.provenance.dataset)
     shown = rows.head(MAX_SHOWN)
     places = shown.index[shown["error"] == ""].tolist()
     if not places:

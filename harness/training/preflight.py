@@ -29,6 +29,8 @@ from harness.training.machine import check_consistency, check_device
 from harness.training.state import Data, open_data
 from shards.leaks import refuse_leak
 from shards.plan import largest_share, rank_slice
+from shards.remote import GB, RemoteFolder
+from shards.storage import is_url, without_secrets
 
 SHARED_S = 10.0  # until a file that one machine made is seen by another
 FEW_IMAGES, FEW_STEPS = 16, 10  # below which batch statistics are noise, and a schedule is coarse
@@ -36,7 +38,8 @@ FEW_IMAGES, FEW_STEPS = 16, 10  # below which batch statistics are noise, and a 
 
 def preflight(config: Config, world: World) -> tuple[list[Check], Data | None]:
     """Collective: every check that a run must pass, and the data that it will read, None where they cannot be opened."""
-    data, opened = _open(config)
+    with world.long_work():  # a download, which has a limit of its own
+        data, opened = _open(config)
     here = [*check_device(), *opened]
     failed = [check for found in world.all_gather_objects(here) for check in found if check.level == "fail"]
     checks = [*here, *failed]
@@ -48,14 +51,17 @@ def preflight(config: Config, world: World) -> tuple[list[Check], Data | None]:
 
 def _open(config: Config) -> tuple[Data | None, list[Check]]:
     """The data, or why there are none."""
+    if config.data.demo_images and is_url(config.data.path):
+        text = f"'data.demo_images' ({config.data.demo_images}) draws into a folder, and {without_secrets(config.data.path)} is a URL"
+        return None, [Check("fail", "data", text, "set --data.demo_images 0")]
     if config.data.demo_images and not (Path(config.data.path) / "dataset.json").is_file():
         return None, [Check("ok", "data", f"{config.data.path} is not there yet: the demo draws it")]
     try:
         data = open_data(config)
     except (OSError, ValueError) as error:
         return None, [Check("fail", "data", str(error))]
-    text = f"{config.data.path}: {len(data.dataset.shards)} shards, dataset {data.dataset.fingerprint[:12]}"
-    return data, [Check("ok", "data", text)]
+    text = f"{data.dataset.folder}: {len(data.dataset.shards)} shards, dataset {data.dataset.fingerprint[:12]}"
+    return data, [Check("ok", "data", text), *check_cache(data)]
 
 
 def _check_on_main(config: Config, n_ranks: int, device: torch.device, data: Data | None) -> list[Check]:
@@ -187,10 +193,36 @@ def check_classes(config: Config, data: Data) -> list[Check]:
     for key, (value, off) in asked.items():
         if value != off:
             raise ValueError(
-                f"'{key}' ({value}) needs several classes, and the training split of 'data.path' ({config.data.path}) has one. "
+                f"'{key}' ({value}) needs several classes, and the training split of 'data.path' ({data.dataset.folder}) has one. "
                 f"Set {key} to {off}."
             )
     return []
+
+
+def check_cache(data: Data) -> list[Check]:
+    """Of remote data: the cache has room for what is read at a time, and the disk for the cache."""
+    folder = data.dataset.folder
+    if not isinstance(folder, RemoteFolder) or folder.cache is None:
+        return []
+    cache, plan = folder.cache, data.plan
+    largest = max(shard.bytes for shard in data.train.shards)
+    at_a_time = min(plan.lanes * (plan.shuffle_block_shards or len(plan.shard_sizes)), len(plan.shard_sizes))
+    whole = sum(shard.bytes for shard in data.dataset.shards)
+    needed = min(at_a_time * largest, sum(shard.bytes for shard in data.train.shards))
+    if needed > cache.limit:
+        text = (
+            f"samples are shuffled within {at_a_time} shards at a time ({needed / GB:.3g} GB), and the cache {cache.folder} holds "
+            f"{cache.limit / GB:.3g} GB: each shard would be downloaded again and again"
+        )
+        few = max(1, int(cache.limit / largest / plan.lanes / 2))
+        fix = f"raise --data.cache_gb to {1.1 * needed / GB:.3g}, or set --data.shuffle_block_shards {few}"
+        return [Check("warn", "cache", text, fix)]
+    free, used = disk_usage(cache.folder).free, cache.used()
+    text = f"{cache.folder}: {used / GB:.3g} of {cache.limit / GB:.3g} GB used, {free / GB:.3g} GB free on the disk"
+    if used + free < min(cache.limit, whole):
+        fix = f"name a --data.cache_dir on a larger disk, or lower --data.cache_gb to {(used + free) * 0.9 / GB:.3g}"
+        return [Check("warn", "cache", text, fix)]
+    return [Check("ok", "cache", text)]
 
 
 def check_leaks(config: Config, data: Data) -> list[Check]:

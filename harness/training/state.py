@@ -65,7 +65,7 @@ def open_data(config: Config) -> Data:
     Raises:
         FileNotFoundError, ValueError: no packed dataset there, a split that is missing, or too few images for a batch.
     """
-    dataset = load(config.data.path)
+    dataset = load(config.data.path, config.data.access)
     train, val, test = (SplitReader(dataset, name) for name in ("train", "val", config.eval.split))
     data = config.data
     numbers = (train.shard_sizes, data.global_batch_size, config.run.seed, data.lanes, data.shuffle_block_shards)

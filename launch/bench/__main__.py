@@ -16,6 +16,7 @@ from harness.distributed.hardware import available_cores
 from launch.bench.loader import bench_compare, bench_loader, bench_resume
 from launch.bench.packing import bench_pack
 from launch.bench.plan import bench_plan
+from launch.bench.remote import bench_remote
 from launch.bench.step import bench_augment, bench_evaluate, bench_save, bench_step, bench_train
 from shards.terminal import run_and_exit, user_path
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         ("evaluate", bench_evaluate, "one view and eight"),
         ("resume", bench_resume, "time to the first batch, at the start of an epoch and in its middle"),
         ("save", bench_save, "seconds of a checkpoint"),
+        ("remote", bench_remote, "reading behind a URL, with an empty cache and a warm one, beside a disk"),
         ("compare", bench_compare, "other input pipelines on the same images, in turns"),
     ):
         about = f"{text}. Takes the settings of launch/train.py, too."
@@ -80,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     train, save, compare = (commands.choices[name] for name in ("train", "save", "compare"))
     train.add_argument("--batches", type=_positive, default=40, help="most batches of a round (default 40)")
+    commands.choices["remote"].add_argument("--url", help="of the dataset of data.path (default: its own file:// URL)")
     for command in (pack, plan, save):
         command.add_argument("--scratch", type=user_path, help="folder for temporary files (default: the system's)")
     for command in (pack, compare):

@@ -65,7 +65,7 @@ class Trial:
 
 def training_input(config: Config, world: World | None = None) -> tuple[SplitReader, Plan, LoaderOptions]:
     """The training split, its plan, and how it is read."""
-    reader = SplitReader(load(config.data.path), "train")
+    reader = SplitReader(load(config.data.path, config.data.access), "train")
     plan = Plan(
         reader.shard_sizes, config.data.global_batch_size, 0, config.data.lanes, config.data.shuffle_block_shards
     )

@@ -93,7 +93,7 @@ def bench_train(options: Namespace) -> dict:
 def bench_evaluate(options: Namespace) -> dict:
     """Seconds to evaluate the validation split with one view and with eight."""
     trial = Trial(options.config)
-    reader = SplitReader(load(options.config.data.path), "val")
+    reader = SplitReader(load(options.config.data.path, options.config.data.access), "val")
     seconds = {"none": [], "dihedral8": []}
     for _ in range(options.rounds):
         for views, found in seconds.items():

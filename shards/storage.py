@@ -1,0 +1,236 @@
+"""Bytes behind a URL (S3, Google Cloud Storage, Azure, HTTP, Hugging Face, ...), by fsspec.
+
+In: the URL of a folder, and names of files in it. Out: their bytes. Invariants: a read that fails is tried again, with longer and
+longer pauses, until no byte has come for `patience` seconds; what was read before a connection broke is not read again, where
+the server can range; nothing waits for ever; no error names a password or a signature.
+"""
+
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import Any, NoReturn, TypeVar
+
+LOGGER = logging.getLogger("dermharness")
+CHUNK = 4 * 2**20  # bytes of a request
+LEAST_CHUNK = 2**16  # on a line so slow that more does not come in time
+ATTEMPT_S = 30.0  # a request that takes longer is on a dead connection, or asks for too much
+PAUSE_S, LONGEST_PAUSE_S = 0.2, 15.0
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least: C:\ is a drive
+REFUSED = {400, 401, 403, 404, 405, 410, 451}  # answers of HTTP that asking again does not change
+T = TypeVar("T")
+
+
+def is_url(place: object) -> bool:
+    """Whether data are behind a URL, not in a folder."""
+    return isinstance(place, str) and URL.match(place) is not None
+
+
+def without_secrets(text: str) -> str:
+    """A text without what gives access: in each URL, user and password and the query (signatures) are cut out."""
+
+    def clean(found: re.Match) -> str:
+        # The user's part ends at the last @ before the path; a password may hold anything.
+        url = re.sub(r"^([^/]*//)(?:[^/?#]*@)", r"\1", found[0])
+        return re.sub(r"[?#].*$", "", url)
+
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>()]+", clean, text)
+
+
+class Storage:
+    """The files of one folder behind a URL. Safe to share between threads."""
+
+    def __init__(self, url: str, patience: float):
+        """Nothing is read yet.
+
+        Args:
+            patience: seconds without a byte after which a read fails.
+
+        Raises:
+            ValueError: a kind of URL that is not known, or that needs a package which is not installed.
+        """
+        self.patience = patience
+        self.shown = without_secrets(url).rstrip("/")
+        self._chunk, self._reads, self._lock = CHUNK, 0, threading.Lock()
+        if "::" in url:
+            raise ValueError(
+                f"{self.shown} is a chain of URLs. Give the last one alone: what is read is cached anyway."
+            )
+        address, self._query = url, ""
+        if url.lower().startswith("http"):  # a signature belongs behind the name of each file
+            address, mark, rest = url.partition("?")
+            self._query = mark + rest
+        try:
+            from fsspec.core import url_to_fs
+
+            self._files, root = url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
+        except ImportError as error:
+            hint = 'pip install -e ".[remote]" (gs:// needs gcsfs, too, and az:// adlfs)'
+            raise ValueError(
+                f"{self.shown} needs a package that is not installed ({error}). Install it: {hint}."
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{self.shown} cannot be opened ({without_secrets(str(error))}).") from None
+        self._root = str(root).rstrip("/")
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether some thread waits for bytes, which has a limit of its own: `patience`."""
+        return self._reads > 0
+
+    def url(self, name: str) -> str:
+        """The URL of a file, for people."""
+        return f"{self.shown}/{name}"
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """A file, or its bytes [start, stop): fewer where it ends before.
+
+        Raises:
+            FileNotFoundError, PermissionError: it is not there, or may not be read.
+            ConnectionError: no byte came for `patience` seconds.
+        """
+        data = self._insist(name, lambda: self._call("cat_file", self._path(name), start=start, end=stop))
+        if start is not None and stop is not None and len(data) > stop - start:  # the server does not range
+            return data[start:stop]
+        return data
+
+    def stream(self, name: str, size: int) -> Iterator[bytes]:
+        """A file of `size` bytes, piece by piece; never more, and never fewer.
+
+        Raises:
+            as `read`.
+        """
+        position, since = 0, time.monotonic()
+        while position < size:
+            stop = min(position + self._chunk, size)
+
+            def request(start: int = position, stop: int = stop) -> bytes:
+                return self._call("cat_file", self._path(name), start=start, end=stop)
+
+            data = self._insist(name, request)
+            if len(data) > stop - position:  # the server does not range: all of the file came
+                data = data[position:size]
+            if data:
+                position, since = position + len(data), time.monotonic()
+                yield data
+            elif time.monotonic() - since > self.patience:
+                self._give_up(name, f"{position} of {size} bytes came, and no more for {self.patience:g} s")
+            else:
+                time.sleep(PAUSE_S)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where the server does not say."""
+        info = self._insist(name, lambda: self._call("info", self._path(name)))
+        return info.get("size")
+
+    def names(self) -> set[str] | None:
+        """Names of the files of the folder; None where it cannot be listed (HTTP)."""
+        if self.shown.lower().startswith("http"):
+            return None
+        entries = self._insist("", lambda: self._call("ls", self._root, detail=False))
+        return {str(entry).rstrip("/").rpartition("/")[2] for entry in entries}
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Inside, this thread waits for bytes, maybe by way of another process."""
+        with self._lock:
+            self._reads += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reads -= 1
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}{self._query}"
+
+    def _insist(self, name: str, request: Callable[[], T]) -> T:
+        """What a request returns, at last."""
+        began, pause, said = time.monotonic(), PAUSE_S, False
+        while True:
+            try:
+                with self.waits():
+                    return request()
+            except (
+                Exception
+            ) as error:  # of many libraries, each with its own: all but those of a wrong call are tried again
+                if isinstance(error, ImportError | TypeError | AttributeError | NameError | AssertionError):
+                    raise
+                refusal, reason = _refusal(error), _reason(error)
+                if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+                    self._chunk = max(LEAST_CHUNK, self._chunk // 2)
+            # Outside of `except`: the error that is raised carries none of a library, which may name a secret.
+            if refusal is not None:
+                self._refuse(name, refusal, reason)
+            if time.monotonic() + pause - began > self.patience:
+                self._give_up(name, reason)
+            if not said:
+                said = True
+                LOGGER.warning(f"{self.url(name)}: {reason}; tried again for up to {self.patience:g} s")
+            with self.waits():
+                time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _call(self, method: str, *words: object, **options: object) -> Any:
+        """Call a method of the file system, for as long as an attempt may take.
+
+        Raises:
+            TimeoutError: it took longer.
+        """
+        limit = min(ATTEMPT_S, max(1.0, self.patience / 4))
+        if getattr(self._files, "async_impl", False):
+            from fsspec.asyn import sync
+
+            return sync(self._files.loop, getattr(self._files, f"_{method}"), *words, timeout=limit, **options)
+        done: SimpleQueue = SimpleQueue()
+
+        def work() -> None:
+            try:
+                done.put((getattr(self._files, method)(*words, **options), None))
+            except BaseException as error:
+                done.put((None, error))
+
+        threading.Thread(target=work, name="storage", daemon=True).start()
+        try:
+            result, error = done.get(timeout=limit)
+        except Empty:
+            raise TimeoutError(f"no answer within {limit:g} s") from None
+        if error is not None:
+            raise error
+        return result
+
+    def _refuse(self, name: str, kind: type[OSError], reason: str) -> NoReturn:
+        if kind is FileNotFoundError:
+            raise FileNotFoundError(
+                f"{self.url(name)} is missing ({reason}). Copy the dataset there again, or correct the URL."
+            )
+        raise PermissionError(
+            f"{self.url(name)} may not be read ({reason}). Give credentials where the library of such URLs looks for them (S3: "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws); a signed URL may have expired."
+        )
+
+    def _give_up(self, name: str, reason: str) -> NoReturn:
+        raise ConnectionError(
+            f"{self.url(name)} could not be read for {self.patience:g} s ({reason}). Is the server there? The same command "
+            "continues a run from its last checkpoint; --data.patience_s waits longer."
+        )
+
+
+def _refusal(error: Exception) -> type[OSError] | None:
+    """Whether asking again does not help: because a file is missing, or may not be read."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) or status in (404, 410):
+        return FileNotFoundError
+    if isinstance(error, PermissionError) or status in REFUSED or "Credentials" in type(error).__name__:
+        return PermissionError
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """What a library says, in one line and without secrets."""
+    words = " ".join(without_secrets(str(error)).split())[:200]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
