@@ -49,8 +49,9 @@ def load_groups(dataset: Dataset, split: str) -> Groups:
         ValueError, FileNotFoundError: there is no such split, or the file is damaged or missing.
     """
     name = f"{dataset.split(split)[0].split}.groups.npy"
-    path, recorded = dataset.folder / name, dataset.description.files
-    check_name(name, dataset.folder)
+    folder, recorded = dataset.folder, dataset.description.files
+    check_name(name, str(folder))
+    path = folder / name if isinstance(folder, Path) else read_listed(folder, name, recorded)
     if name in recorded and path.is_file() and path.stat().st_size > HEADER + 8 * IN_MEMORY:
         with open(path, "rb") as file:
             return GroupFile(path.resolve(), recorded[name], _read_header(file, path))

@@ -5,7 +5,6 @@ one split only; a leak is refused unless it was asked for, and then every result
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -89,10 +88,9 @@ def leak_warnings(dataset: Dataset, split: str, train_groups: Sequence[Groups]) 
 
 def _at_hand(train_groups: Groups, dataset: Dataset) -> Groups:
     """The training groups; from the dataset that is evaluated, if it is the one of the training."""
-    name = "train.groups.npy"
-    if isinstance(train_groups, GroupFile) and dataset.description.files.get(name) == train_groups.sha256:
-        return replace(train_groups, path=dataset.folder / name)
-    return train_groups
+    recorded = dataset.description.files.get("train.groups.npy")
+    is_same = isinstance(train_groups, GroupFile) and recorded == train_groups.sha256
+    return load_groups(dataset, "train") if is_same else train_groups
 
 
 def refuse_trained_groups(dataset: Dataset, split: str, train_groups: Sequence[Groups]) -> None:
