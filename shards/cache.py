@@ -11,15 +11,12 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from shards.locks import HAS_LOCKS, alone, lock, open_alone, remove_idle
 
 PART, LOCK = ".part", "lock"
 POLL_S = 0.05  # between two looks at what other processes do
@@ -51,11 +48,11 @@ class Cache:
         """
         self.folder, self.limit, self._patience = folder, limit, patience
         self._noted: dict[str, float] = {}  # digest: when its use was noted
-        if fcntl is None:
+        if not HAS_LOCKS:
             raise OSError("A cache of remote shards needs file locks, which Windows has not. Set --data.cache_gb 0.")
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self._alone():
+            with alone(self.folder / LOCK):
                 self._remove_left_over()
         except OSError as error:
             raise OSError(
@@ -72,7 +69,7 @@ class Cache:
             except FileNotFoundError:
                 return None
             try:
-                _lock(file, shared=True)
+                lock(file, shared=True)
                 status = os.fstat(file)
                 if status.st_nlink and (status.st_mtime_ns == seal(digest) or self._is_right(file, digest)):
                     self._note_use(file, digest)
@@ -99,13 +96,13 @@ class Cache:
         while True:
             if (file := self.open(wanted.digest)) is not None:
                 return file
-            lock = self._lock_part(part)
-            if lock is not None:
+            own = open_alone(part)
+            if own is not None:
                 try:
-                    if self._fill(lock, part, wanted):
+                    if self._fill(own, part, wanted):
                         continue
                 finally:
-                    os.close(lock)
+                    os.close(own)
             if not waits:
                 return None
             if (now := self._progress(part)) != seen:
@@ -118,7 +115,7 @@ class Cache:
         """Bytes of all files, with those that are being downloaded."""
         return sum(status.st_size for _, status in self._entries())
 
-    def _fill(self, lock: int, part: Path, wanted: Wanted) -> bool:
+    def _fill(self, own: int, part: Path, wanted: Wanted) -> bool:
         """Download into the part that this process has locked; False if there is no room for now.
 
         Raises:
@@ -129,10 +126,10 @@ class Cache:
             if (here := self.open(wanted.digest)) is not None:  # finished by another process meanwhile
                 os.close(here)
                 return True
-            if not self._make_room(lock, wanted):
+            if not self._make_room(own, wanted):
                 return False
             for attempt in (1, 2):
-                digest, n_bytes = self._write(lock, wanted)
+                digest, n_bytes = self._write(own, wanted)
                 if (digest, n_bytes) == (wanted.digest, wanted.size):
                     break
                 if attempt == 2:
@@ -141,8 +138,8 @@ class Cache:
                         f"({n_bytes} bytes of {wanted.size}), also when read again. Was it changed since the dataset was packed? "
                         "Copy it there again."
                     )
-            os.utime(lock, ns=(time.time_ns(), seal(wanted.digest)))
-            os.fsync(lock)
+            os.utime(own, ns=(time.time_ns(), seal(wanted.digest)))
+            os.fsync(own)
             os.rename(part, self.folder / wanted.digest)
             is_kept = True
             return True
@@ -158,18 +155,18 @@ class Cache:
                 with suppress(FileNotFoundError):
                     part.unlink()
 
-    def _write(self, lock: int, wanted: Wanted) -> tuple[str, int]:
+    def _write(self, own: int, wanted: Wanted) -> tuple[str, int]:
         """Write what comes; its SHA-256 and its bytes."""
         sha, position = hashlib.sha256(), 0
         for data in wanted.download():
             sha.update(data)
             view = memoryview(data)
             while view:
-                written = os.pwrite(lock, view, position)
+                written = os.pwrite(own, view, position)
                 view, position = view[written:], position + written
         return sha.hexdigest(), position
 
-    def _make_room(self, lock: int, wanted: Wanted) -> bool:
+    def _make_room(self, own: int, wanted: Wanted) -> bool:
         """Reserve room for a file, by removing others that nobody reads; False if they are all being read.
 
         Raises:
@@ -179,67 +176,30 @@ class Cache:
             raise ValueError(
                 f"{wanted.title} has {wanted.size / 1e9:.3g} GB, and the cache holds {self.limit / 1e9:.3g}. Raise --data.cache_gb."
             )
-        with self._alone():
+        with alone(self.folder / LOCK):
             self._remove_left_over()
-            own = os.fstat(lock).st_ino
-            entries = [(path, status) for path, status in self._entries() if status.st_ino != own]
+            inode = os.fstat(own).st_ino
+            entries = [(path, status) for path, status in self._entries() if status.st_ino != inode]
             used = sum(status.st_size for _, status in entries)
             lacking = max(used + wanted.size - self.limit, wanted.size - disk_usage(self.folder).free)
             for path, status in sorted(entries, key=lambda entry: entry[1].st_atime_ns):
                 if lacking <= 0:
                     break
-                if path.suffix != PART and self._remove_idle(path):
+                if path.suffix != PART and remove_idle(path):
                     lacking -= status.st_size
                     used -= status.st_size
             if lacking <= 0:
-                os.ftruncate(lock, wanted.size)  # others count it from now on
+                os.ftruncate(own, wanted.size)  # others count it from now on
                 return True
         if used == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return False
 
-    def _remove_idle(self, path: Path) -> bool:
-        """Remove a file unless a process has it open, or does something with it."""
-        try:
-            file = os.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            return True
-        try:
-            _lock(file, waits=False)
-            if os.fstat(file).st_ino == path.stat().st_ino:  # not renamed meanwhile
-                path.unlink()
-            return True
-        except FileNotFoundError:
-            return True
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(file)
-
     def _remove_left_over(self) -> None:
         """Remove parts of files that nobody downloads any more."""
         for path, _ in list(self._entries()):
             if path.suffix == PART:
-                self._remove_idle(path)
-
-    def _lock_part(self, part: Path) -> int | None:
-        """A descriptor of the part of a file, for the one process that downloads it; None if another one does."""
-        while True:
-            file = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                _lock(file, waits=False)
-                if part.stat().st_ino == os.fstat(file).st_ino:
-                    os.ftruncate(file, 0)
-                    return file
-            except BlockingIOError:
-                os.close(file)
-                return None
-            except FileNotFoundError:
-                pass  # finished, or removed, between the two calls
-            except BaseException:
-                os.close(file)
-                raise
-            os.close(file)
+                remove_idle(path)
 
     def _note_use(self, file: int, digest: str) -> None:
         """Say that a file is used now, by its time of access. (The file system's own is late by up to a day.)"""
@@ -274,27 +234,6 @@ class Cache:
             if len(entry.name.removesuffix(PART)) == DIGEST_CHARS:
                 with suppress(FileNotFoundError):
                     yield Path(entry.path), entry.stat()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Inside, no other process or thread makes room."""
-        file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            _lock(file)
-            yield
-        finally:
-            os.close(file)
-
-
-def _lock(file: int, shared: bool = False, waits: bool = True) -> None:
-    """Lock an open file until it is closed, or its process ends.
-
-    Raises:
-        BlockingIOError: it is locked, and this is not to wait.
-    """
-    assert fcntl is not None  # refused when the cache was opened
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    fcntl.flock(file, kind if waits else kind | fcntl.LOCK_NB)
 
 
 def seal(digest: str) -> int:

@@ -16,7 +16,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from harness.config.renamed import RENAMED, RENAMED_FILES
 from harness.config.sections import Augment, Config, Data, Eval, Model, Optim, Run
+from harness.config.yaml_file import nested_keys, read_yaml
 from shards.storage import without_secrets
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -51,30 +53,6 @@ PATHS = (
     "run.folder",
     "run.checkpoint_dir",
 )  # where a ~ at the front is the user's home
-
-RENAMED = {  # of version 0.1, and what else has changed with the name
-    "data.batch_size": "data.global_batch_size",
-    "data.batches_ahead": "data.prefetch_batches",
-    "data.block_shards": "data.shuffle_block_shards",
-    "augment.scale": "augment.crop_side",
-    "augment.flip": "augment.hflip_prob",
-    "augment.flip_vertical": "augment.vflip_prob",
-    "augment.rotate": "augment.rotation_degrees",
-    "augment.rotate_probability": "augment.rotation_prob",
-    "augment.corners": "augment.fill, and its value 'picture' is 'image'",
-    "augment.mixup": "augment.mixup_prob",
-    "augment.cutmix": "augment.cutmix_prob",
-    "optim.clip": "optim.max_grad_norm",
-    "run.log_every": "run.sync_every",
-    "run.keep": "run.keep_checkpoints",
-    "run.max_minutes": "run.time_limit_minutes",
-    "run.resume": "run.on_changed_settings, and its values 'same' and 'force' are 'refuse' and 'accept'",
-    "eval.unit": "eval.batch_size",
-    "eval.positives": "eval.positive_classes",
-    "eval.logit_adjust": "eval.prior_correction, which is true or false",
-    "eval.breakdown": "eval.subgroups",
-}
-RENAMED_FILES = {"seed.yaml": "notebook2021.yaml", "8gpu.yaml": "ham10000_8gpu.yaml", "p100.yaml": "ham10000_p100.yaml"}
 
 
 def read_config(arguments: list[str], default: Path = DEFAULT_CONFIG) -> Config:
@@ -130,8 +108,8 @@ def load_config(path: Path) -> Config:
         ValueError: a file of another version of the harness, or a damaged one.
     """
     try:
-        saved = _read_yaml(Path(path))
-        if not (old := [key for key in _nested_keys(saved) if key in RENAMED]):
+        saved = read_yaml(Path(path))
+        if not (old := [key for key in nested_keys(saved) if key in RENAMED]):
             typed = {name: _typed(kind, saved[name]) for name, kind in SECTIONS.items()}
             return Config(**{name: kind(**typed[name]) for name, kind in SECTIONS.items()})
     except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -208,35 +186,6 @@ def _is_a(value: object, kind: Any) -> bool:
     return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _read_yaml(path: Path) -> dict[str, dict]:
-    """A file of settings: sections of plain values and of lists of such. YAML's tags make no objects here.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    problem = None
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            problem = "it has no sections (data, augment, model, optim, run, eval)"
-        for section in content.values() if not problem else ():
-            for value in section.values() if isinstance(section, dict) else ():
-                # Before anything is printed: a few lines that name each other can stand for gigabytes.
-                if isinstance(value, dict | set) or (isinstance(value, list) and any(map(_is_nested, value))):
-                    problem = "a setting is a value or a list of values, and here is a deeper one"
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = f"it is not YAML in UTF-8 ({error})"
-    except (RecursionError, ValueError, TypeError, OverflowError) as error:  # YAML's dates and numbers that are none
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        raise ValueError(problem)
-    return content
-
-
-def _is_nested(value: object) -> bool:
-    return isinstance(value, dict | list | set)
-
-
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="launch/train.py",
@@ -270,14 +219,9 @@ def _keys_of_file(path: Path) -> list[str]:
             raise FileNotFoundError(f"{path} is now {path.with_name(RENAMED_FILES[path.name])}. Give that as --config.")
         raise FileNotFoundError(f"The settings file {path} is not there. Give another as --config.")
     try:
-        return _nested_keys(_read_yaml(path))
+        return nested_keys(read_yaml(path))
     except ValueError as error:
         raise ValueError(f"The settings file {path} cannot be read: {error}. Correct it.") from error
-
-
-def _nested_keys(content: dict) -> list[str]:
-    nested = ((part, values if isinstance(values, dict) else {"": 0}) for part, values in content.items())
-    return [f"{part}.{key}".rstrip(".") for part, values in nested for key in values]
 
 
 def _keys_of_words(words: list[str]) -> list[str]:

@@ -14,8 +14,9 @@ from harness.distributed.world import World
 from harness.model.build import outline
 from harness.training.check import refuse_failures
 from harness.training.machine import check_consistency, check_data_files, check_gpu, check_named_gpu
-from harness.training.preflight import _check_on_main, check_disk, check_recipe, check_weights, preflight
+from harness.training.preflight import _check_on_main, check_recipe, check_weights, preflight
 from harness.training.state import open_data
+from harness.training.storage import check_disk
 from harness.training.train import train
 from launch.doctor import main
 from shards.index import load
@@ -82,7 +83,7 @@ def test_a_damaged_shard_is_found(packed, tiny_config, tmp_path):
 
 
 def test_a_full_disk_is_found(tiny_config, monkeypatch):
-    monkeypatch.setattr("harness.training.preflight.disk_usage", lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr("harness.training.storage.disk_usage", lambda path: SimpleNamespace(free=10**6))
     (found,) = check_disk(tiny_config, outline(tiny_config.model.name, 7))
     assert found.level == "fail"
     assert "1 MB free" in found.message

@@ -33,7 +33,7 @@ import harness.distributed.world
 import harness.evaluation.predict
 import harness.run.checkpoint
 import harness.training.epoch
-import harness.training.preflight
+import harness.training.storage
 import harness.training.step
 from launch.train import main
 from shards.terminal import run_and_exit
@@ -104,7 +104,7 @@ if disturbances(
     "elsewhere", 0
 ):  # another copy under the same name, as of a cache that shows new files and an old checkpoint
     os.chdir("elsewhere")
-    harness.training.preflight._comes = lambda file: True
+    harness.training.storage._comes = lambda file: True
 
 
 def disturbed_step(config, world, state, views, *rest, take=harness.training.step.optimizer_step):
