@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
@@ -16,7 +17,7 @@ from harness.evaluation.ensemble import Member, average, predict_each
 from harness.evaluation.evaluate import priors_of_run, refuse_unknown_classes
 from harness.evaluation.nearest import training_split
 from harness.evaluation.output import check_output, output_rows, write_rows
-from harness.evaluation.results import Predictions, read_results
+from harness.evaluation.results import Predictions, Results, read_results
 from harness.evaluation.trained import Choices, TrainedRun, load_model, open_together
 from harness.report.heat_maps import check_heat_maps
 from harness.report.prediction_page import draw_maps, draw_nearest, write_prediction_page
@@ -40,12 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_output(options.out, options.overwrite)
         _check_page(options)
         runs = open_together([options.run, *options.others], _choices(options))
-        results = read_results(options.run) if (options.run / "metrics.json").is_file() else None
-        fitted = results.calibration if results and len(runs) == 1 else None
-        if options.temperature and not fitted:
-            raise ValueError(
-                f"{options.run} has no temperature of its own (or several runs are averaged). Leave out --temperature."
-            )
+        results = _results_of_one(runs)
+        temperature = _temperature(results, options)
         config = runs[0].config
         size = config.eval.image_size or config.data.image_size
         set_arithmetic(config.run.tf32, config.run.deterministic)
@@ -64,24 +61,19 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.perf_counter()
         names, predictions, problems = _predict(members, runs, inputs, options, world)
         seconds = time.perf_counter() - began
-        points = results.operating_points if results and len(runs) == 1 else []
+        points = results.operating_points if results else []
         if results and points and (results.views, results.image_size) != (config.eval.views, size):
             world.warn(
                 f"the thresholds (is_...) were chosen for the views {results.views} at {results.image_size} pixels, and these are "
                 f"{config.eval.views} at {size}"
             )
-        temperature = fitted["temperature"] if fitted and options.temperature else None
         prior = priors_of_run(options.run) if options.prior_correction else None
 
         def write() -> None:
             rows = output_rows(names, predictions, runs[0].classes, problems, points, temperature, prior)
             write_rows(rows, options.out)
             if options.page and inputs is not None:
-                model = members[0].model
-                maps = draw_maps(rows, inputs, runs[0], model) if options.explain else {}
-                seen = (rows, inputs, runs[0], model, world, options.nearest)
-                nearest = draw_nearest(*seen) if options.nearest else {}
-                write_prediction_page(rows, inputs, runs[0], options.page, maps, nearest)
+                _write_page(rows, inputs, runs[0], members[0].model, options, world)
 
         world.run_on_main(write)  # which has the predictions
         world.print(f"{len(names)} images in {seconds:.1f} s, {len(names) / seconds:.0f} images/s: {options.out}")
@@ -94,6 +86,36 @@ def main(arguments: list[str] | None = None) -> int:
         LOGGER.error(str(error))
         return 1
     return SOME_UNREADABLE if problems else 0
+
+
+def _results_of_one(runs: list[TrainedRun]) -> Results | None:
+    """What a run's own evaluation chose; None where it has none, or where several runs are averaged."""
+    if len(runs) > 1 or not (runs[0].folder / "metrics.json").is_file():
+        return None
+    return read_results(runs[0].folder)
+
+
+def _temperature(results: Results | None, options: argparse.Namespace) -> float | None:
+    if not options.temperature:
+        return None
+    if results is None or not results.calibration:
+        raise ValueError(
+            f"{options.run} has no temperature of its own (or several runs are averaged). Leave out --temperature."
+        )
+    return results.calibration["temperature"]
+
+
+def _write_page(
+    rows: pd.DataFrame,
+    inputs: Inputs,
+    run: TrainedRun,
+    model: torch.nn.Module,
+    options: argparse.Namespace,
+    world: World,
+) -> None:
+    maps = draw_maps(rows, inputs, run, model) if options.explain else {}
+    nearest = draw_nearest(rows, inputs, run, model, world, options.nearest) if options.nearest else {}
+    write_prediction_page(rows, inputs, run, options.page, maps, nearest)
 
 
 def _predict(

@@ -33,8 +33,8 @@ import harness.distributed.world
 import harness.evaluation.predict
 import harness.run.checkpoint
 import harness.training.epoch
-import harness.training.storage
 import harness.training.step
+import harness.training.storage
 from launch.train import main
 from shards.terminal import run_and_exit
 
