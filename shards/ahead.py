@@ -39,9 +39,10 @@ def training_needs(plan: Plan, epoch: int, start: int, stop: int) -> list[Need]:
         edges = of_epoch.block_edges(lane)
         for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             first, last = ((place - lane * plan.lane_length) // per_lane for place in (low, high - 1))
-            inside = np.flatnonzero((of_epoch.starts < high) & (ends > low))
+            inside = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(of_epoch.starts, high))
             if first < plan.n_batches:
-                found += [Need(int(of_epoch.order[n]), first, min(last, plan.n_batches - 1)) for n in inside]
+                here = of_epoch.order[inside].tolist()
+                found += [Need(shard, first, min(last, plan.n_batches - 1)) for shard in here]
     return sorted(found, key=lambda need: need.first)
 
 
