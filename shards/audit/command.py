@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shards.audit.collection import join, open_collection
 from shards.audit.features import extract
-from shards.audit.page import write_page
+from shards.audit.page import SAID, write_page
 from shards.audit.pairs import find_pairs, summarize, to_table
 from shards.audit.record import default_folder, describe
 from shards.files import write_atomically
@@ -38,6 +38,9 @@ def audit(path: Path, other: Path | None, out: Path | None, columns: Columns, th
     write_atomically(out / "audit.html", write_page(pairs, table, collection, features, summary))
     write_atomically(out / "audit.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"{path}{f' and {other}' if other else ''}: {describe(summary)}")
+    for kind, number in summary["kinds"].items():
+        if number:
+            print(f"  {number:>6} pairs: {SAID[kind]}")
     for splits, number in summary["splits"].items():
         print(f"  {number:>6} pairs in {splits}")
     if summary["few_key_points"]:

@@ -16,10 +16,16 @@ from shards.audit.pairs import Pair
 from shards.image import open_rgb
 
 MAX_SHOWN = 250
+SAID = {
+    "group": "one group in two splits",
+    "bytes": "the same file",
+    "pixels": "the same pixels in another file",
+    "alike": "key points agree",
+}
 HEAD = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
 <title>Audit</title><style>
 :root{color-scheme:light dark}body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;padding:1rem;max-width:76rem}
-h1{font-size:1.4rem}table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left}td{font-variant-numeric:tabular-nums}
+h1{font-size:1.4rem}table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left}td{font-variant-numeric:tabular-nums}table{margin:.6rem 0}
 article{border-top:1px solid #8886;padding:1rem 0}h2{font-size:1rem;margin:0 0 .5rem}.leak{background:#c80;color:#000;border-radius:.2rem;padding:0 .35rem}
 .row{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:.8rem}@media(max-width:40rem){.row{grid-template-columns:1fr 1fr}.row figure:last-child{grid-column:1/3}}
 figure{margin:0}img{width:100%;display:block;background:#000}figcaption{font-size:.82rem;overflow-wrap:anywhere}
@@ -38,17 +44,18 @@ def write_page(
     pairs: list[Pair], table: pd.DataFrame, collection: Collection, features: Features, summary: dict
 ) -> bytes:
     """The page, of the first `MAX_SHOWN` pairs."""
-    shown = min(len(pairs), MAX_SHOWN)
+    shown, is_split = min(len(pairs), MAX_SHOWN), bool((collection.table["split"] != "").any())
     parts = [
         HEAD,
-        f"<h1>{summary['pairs']} pairs of images under different names show one thing; {summary['leaks']} leak between splits</h1>",
+        f"<h1>{summary['pairs']} pairs of images under different names show one thing"
+        + (f"; {summary['leaks']} leak between splits" if is_split else "")
+        + "</h1>",
         f"<p class=note>{summary['images']} images of {escape(', '.join(dict.fromkeys(collection.table['data'])))}. A pair counts "
         f"as found from {summary['threshold']} key points that agree on one shift, turn and scale; {summary['undecided']} "
         f"weaker ones are listed below those. Correct the column <code>same</code> of audit.csv, and pack again with "
         f"<code>--merge-duplicates audit.csv</code>. The first {shown} are shown.</p>",
-        "<table><tr><th>splits<th>pairs</tr>",
-        *(f"<tr><td>{escape(name)}<td>{number}</tr>" for name, number in summary["splits"].items()),
-        "</table>",
+        _counts("splits", summary["splits"]) if is_split else "",
+        _counts("evidence", {SAID[kind]: number for kind, number in summary["kinds"].items() if number}),
         *(
             _article(pair, row, collection, features)
             for pair, row in zip(pairs[:shown], table.head(shown).to_dict("records"), strict=True)
@@ -56,6 +63,11 @@ def write_page(
         SCRIPT,
     ]
     return "\n".join(parts).encode()
+
+
+def _counts(what: str, numbers: dict[str, int]) -> str:
+    rows = "".join(f"<tr><td>{escape(name)}<td>{number}</tr>" for name, number in numbers.items())
+    return f"<table><tr><th>{what}<th>pairs</tr>{rows}</table>"
 
 
 def _article(pair: Pair, row: dict, collection: Collection, features: Features) -> str:
@@ -66,11 +78,7 @@ def _article(pair: Pair, row: dict, collection: Collection, features: Features) 
         said += f", turned by {row['angle']:.0f}°" if abs(row["angle"]) >= 1 else ""
         said += ", mirrored" if row["mirrored"] else ""
     else:
-        said = {
-            "group": "one group in two splits",
-            "bytes": "the same file",
-            "pixels": "the same pixels in another file",
-        }[pair.kind]
+        said = SAID[pair.kind]
     known = f"Both have the same {escape(row['agree'])}. " if row["agree"] else ""
     known += f"Different: {escape(row['differ'])}." if row["differ"] else ""
     return (
