@@ -75,3 +75,13 @@ def average_batch_statistics(world: World, model: torch.nn.Module) -> None:
         return
     sums = world.all_reduce_sum(torch.cat(statistics)) / world.size
     torch._foreach_copy_(statistics, list(sums.split([len(tensor) for tensor in statistics])))  # pyright: ignore[reportPrivateImportUsage] - one kernel
+
+
+def copy_from_main(world: World, model: torch.nn.Module) -> None:
+    """Collective: the weights and buffers of rank 0, on every rank. The model is on the world's device."""
+    if world.size == 1:
+        return
+    for tensor in model.state_dict().values():
+        if not world.is_main:
+            tensor.zero_()
+        tensor.copy_(world.all_reduce_sum(tensor))

@@ -6,20 +6,16 @@ training split are computed once for each set of weights and kept in a file; one
 
 import io
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from harness.config import Config, Data
-from harness.data.augment import plain_view
-from harness.data.loader import LoaderOptions, evaluation_batches
-from harness.distributed.hardware import decode_threads
 from harness.distributed.world import World
-from harness.model.build import find_head
+from harness.evaluation.features import feature_batches
 from shards.files import write_durably
 from shards.index import load
 from shards.reader import ImageReader, SplitReader
@@ -88,24 +84,5 @@ def training_features(model: nn.Module, train: SplitReader, path: Path, config: 
 
 def _features(model: nn.Module, reader: ImageReader, config: Config, world: World) -> Iterator[np.ndarray]:
     """Batches of features of unit length of all images of a reader, (b, F) float32, in order."""
-    seen: list[torch.Tensor] = []
-    hook = model.get_submodule(find_head(model)).register_forward_hook(
-        lambda module, inputs, output: seen.append(inputs[0])
-    )
-    options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device)
-    size = config.eval.image_size or config.data.image_size
-    batches = evaluation_batches(reader, config.eval.batch_size, 0, 1, options)
-    try:
-        with closing(batches), torch.inference_mode():
-            for batch in batches:
-                seen.clear()
-                world.works()
-                model.eval()(
-                    plain_view(batch.images, config.augment, size).contiguous(memory_format=world.memory_format)
-                )
-                features = (
-                    seen[0].flatten(1) if seen[0].ndim < 4 else seen[0].mean((2, 3))
-                )  # SqueezeNet's head is a convolution
-                yield nn.functional.normalize(features.float(), dim=1).cpu().numpy()
-    finally:
-        hook.remove()
+    for _, features in feature_batches(model, reader, config, world):
+        yield nn.functional.normalize(features, dim=1).cpu().numpy()

@@ -4,6 +4,8 @@ In: a `Config` and a `World`. Out: a run folder. Invariants: the weights after s
 not on how often the run was interrupted; rank 0 decides when to stop and what is best.
 """
 
+from torch import nn
+
 from harness.config import Config, flat
 from harness.distributed.hardware import available_cores, decode_threads
 from harness.distributed.world import World
@@ -65,7 +67,7 @@ def train(config: Config, world: World) -> str:
             elif stats.stop_requested:
                 return stopped(config, world, data, run, progress, epochs)
         end_training(config, world, data, run, progress, epochs, stop_reason)
-        return evaluate_best(config, world, data, state, run, progress)
+        return evaluate_best(config, world, data, state.model, run, progress)
 
 
 def report_again(world: World, run: Run) -> str:
@@ -157,14 +159,14 @@ def say_verdict(config: Config, world: World, data: Data, epochs: list[EpochStat
         world.print(verdict(waited / seconds, first / seconds, threads, available_cores()) + used)
 
 
-def evaluate_best(config: Config, world: World, data: Data, state: TrainState, run: Run, progress: Progress) -> str:
+def evaluate_best(config: Config, world: World, data: Data, model: nn.Module, run: Run, progress: Progress) -> str:
     """Collective: evaluate the best weights of a run; `finished`, or `stopped` if somebody asked meanwhile."""
     best = world.run_on_main(recovery.find_best, run.folder, progress)
     recovery.refuse_other_copies(best.folder, world)
-    checkpoint.load_model(best, state.model)
+    checkpoint.load_model(best, model)
     prior = class_priors(config.optim, data.dataset.description.counts["train"])
     context = EvalContext(best, changes(run.folder), prior, data.val, (run.provenance.train_groups,))
-    member = Member(str(run.folder), state.model, config, data.dataset.classes)
+    member = Member(str(run.folder), model, config, data.dataset.classes)
     results = evaluate([member], data.test, world, run.folder, context, run.stop.asked)
     if results is None:
         return run.stopped(progress)
