@@ -1,8 +1,9 @@
 """The shards that come next, fetched before they are needed.
 
 In: which shards a rank needs from which batch on, and how far it is. Out: files in the cache. Invariants: no more than a share of the
-cache is fetched ahead of use; processes of a machine fetch other shards at the same time; an error here is silent, since
-whoever needs the shard meets it again; no thread is waited for.
+cache is fetched ahead of use; nothing is begun beside a shard that the loop waits for, whose bytes would come later; processes of a
+machine fetch other shards at the same time; an error here is silent, since whoever needs the shard meets it again; no thread is
+waited for.
 """
 
 import threading
@@ -71,6 +72,7 @@ class Ahead:
         self._needs, self._batch = [need for need in needs if need.last >= first], first
         self._fetch, self._size, self._room = fetch, size, SHARE * room
         self._done: set[int] = set()  # places in the list that are fetched, or being fetched
+        self._under_way: set[int] = set()  # places that are being fetched
         self._again: dict[int, float] = {}  # place: when to look at it again
         self._start = 0  # place of the first that is not behind the loop
         self._changed, self._over = threading.Condition(), False
@@ -94,10 +96,12 @@ class Ahead:
             there, pause = False, FAILED_S
             with suppress(OSError, ValueError):  # named where the shard is read
                 there, pause = self._fetch(self._needs[place].shard), BUSY_S
-            if not there:
-                with self._changed:
+            with self._changed:
+                self._under_way.discard(place)
+                if not there:
                     self._again[place] = time.monotonic() + pause
                     self._done.discard(place)
+                self._changed.notify_all()
 
     def _next(self) -> int | None:
         """The place of the next shard to fetch, once there is one; None at the end."""
@@ -106,13 +110,15 @@ class Ahead:
                 while self._start < len(self._needs) and self._needs[self._start].last < self._batch:
                     self._start += 1
                 ahead, now = 0, time.monotonic()
+                is_waited_for = any(self._needs[place].first <= self._batch for place in self._under_way)
                 for place in range(self._start, len(self._needs)):
                     need = self._needs[place]
                     ahead += self._size(need.shard)
-                    if ahead > self._room and need.first > self._batch:
+                    if need.first > self._batch and (ahead > self._room or is_waited_for):
                         break
                     if place not in self._done and self._again.get(place, 0.0) <= now:
                         self._done.add(place)
+                        self._under_way.add(place)
                         return place
                 self._changed.wait(BUSY_S if self._again else None)
             return None

@@ -66,6 +66,26 @@ def test_a_shard_that_another_process_is_at_does_not_hold_up_the_next():
     ahead.close()
 
 
+def test_nothing_is_begun_beside_a_shard_that_the_loop_waits_for():
+    begun, slow = [], threading.Event()
+
+    def fetch(shard):
+        begun.append(shard)
+        if shard in (0, 1):
+            assert slow.wait(5)
+        return True
+
+    ahead = Ahead(
+        [Need(0, 0, 3), Need(1, 0, 3), *(Need(shard, shard, 9) for shard in range(2, 6))], 0, fetch, lambda _: 1, 100
+    )
+    assert wait_for(lambda: sorted(begun) == [0, 1])  # both are needed now
+    time.sleep(0.2)
+    assert sorted(begun) == [0, 1]
+    slow.set()
+    assert wait_for(lambda: sorted(begun) == list(range(6)))
+    ahead.close()
+
+
 def wait_for(condition, seconds: float = 5.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
