@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 
+import pandas as pd
 import torch
 
 from harness.config import read_config
@@ -18,13 +19,14 @@ from launch.bench.packing import bench_pack
 from launch.bench.plan import bench_plan
 from launch.bench.remote import bench_remote
 from launch.bench.step import bench_augment, bench_evaluate, bench_save, bench_step, bench_train
+from shards.column_options import add_column_options, names
 from shards.terminal import run_and_exit, user_path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark."""
     options, settings = _parser().parse_known_args(arguments)
-    if settings and options.run in (bench_pack, bench_plan):
+    if settings and options.run in (bench_pack, bench_plan, bench_audit):
         _parser().error(f"unknown words: {' '.join(settings)}")
     try:
         options.config = read_config(settings)
@@ -39,10 +41,24 @@ def main(arguments: list[str] | None = None) -> int:
         "torch": torch.__version__,
     }
     for name, value in numbers.items():
-        print(f"{name:<40} {value if not isinstance(value, float) else round(value, 3)}")
+        if isinstance(value, list):  # a row each
+            print(f"{name}\n{pd.DataFrame(value).to_string(index=False, float_format='{:.3f}'.format, na_rep='')}")
+        else:
+            print(f"{name:<40} {value if not isinstance(value, float) else round(value, 3)}")
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def bench_audit(options: argparse.Namespace) -> dict:
+    """Copies planted among one's own images, and what an audit finds of them."""
+    try:
+        from launch.bench.planted import measure_planted
+    except ImportError as error:
+        raise ValueError(
+            f"An audit needs {error.name}, which is not installed: pip install -e '.[audit]' in the folder of the harness."
+        ) from error
+    return measure_planted(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         "--block-shards", type=int, default=0, help="data.shuffle_block_shards (default 0: all of a lane)"
     )
     plan.set_defaults(run=bench_plan)
+    audit = commands.add_parser("audit", help="what an audit finds of copies planted among one's own images")
+    _add_audit(audit)
     for name, run, text in (
         ("loader", bench_loader, "images/s of reading and decoding, and its share of the decode ceiling"),
         ("step", bench_step, "an optimizer step on a batch in memory, and its augmentation"),
@@ -83,13 +101,30 @@ def _parser() -> argparse.ArgumentParser:
     train, save, compare = (commands.choices[name] for name in ("train", "save", "compare"))
     train.add_argument("--batches", type=_positive, default=40, help="most batches of a round (default 40)")
     commands.choices["remote"].add_argument("--url", help="of the dataset of data.path (default: its own file:// URL)")
-    for command in (pack, plan, save):
+    for command in (pack, plan, save, audit):
         command.add_argument("--scratch", type=user_path, help="folder for temporary files (default: the system's)")
     for command in (pack, compare):
         command.add_argument("--source", type=user_path, required=True, help="HAM10000 folder")
     for command in commands.choices.values():
         command.add_argument("--json", type=user_path, help="write the numbers here, too")
     return parser
+
+
+def _add_audit(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("path", type=user_path, metavar="SOURCE", help="as `python -m shards audit` takes it")
+    add("--images", type=_positive, default=500, help="images that are copied (default 500)")
+    add("--others", type=_positive, default=3000, help="images beside them (default 3000)")
+    add("--seed", type=int, default=0, help="of the choice, and of the changes (default 0)")
+    add("--kinds", type=names, default=(), metavar="'JPEG 20,turn'", help="changes of the copies (default: all)")
+    add(
+        "--cnn",
+        default="",
+        metavar="FILE",
+        help="weights of imagededup's CNN: a .safetensors file that names its model, or `own` (default: no CNN)",
+    )
+    add_column_options(command.add_argument_group("columns of a source's table"))
+    command.set_defaults(run=bench_audit)
 
 
 def _positive(word: str) -> int:

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from launch.bench import __main__ as bench
 from support.processes import launch
@@ -33,6 +35,28 @@ def test_the_order_of_many_samples_is_measured_on_real_index_files(tmp_path):
     assert numbers["samples"] == 30_000
     assert numbers["shards_of_a_node, 1 lane(s)"] == 300
     assert 75 <= numbers["shards_of_a_node, 4 lane(s)"] <= 152  # 8 of 16 ranks have two of the four lanes
+
+
+def test_planted_copies_are_found_in_a_folder_of_ones_own_images(tmp_path, capsys):
+    for number in range(8):
+        path = tmp_path / "source" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (150, 200, 3), np.uint8)
+        Image.fromarray(noise).filter(ImageFilter.GaussianBlur(2)).save(path)
+    words = [tmp_path / "source", "--images", 3, "--others", 5, "--kinds", "same bytes,turn 90,flip horizontal"]
+    numbers = run(tmp_path, "audit", *words, "--scratch", tmp_path)
+    own, *planted = numbers["kinds"]
+    assert own["kind"] == "nothing planted"
+    assert own["unplanted_per_1000"] == 0
+    assert [row["kind"] for row in planted] == ["same bytes", "turn 90", "flip horizontal"]
+    assert [row["found"] for row in planted] == [1, 1, 1]
+    assert "above_weakest_5_percent" in capsys.readouterr().out
+    assert not any(path.is_dir() for path in tmp_path.iterdir() if path.name != "source")  # nothing is left behind
+
+
+def test_an_unknown_kind_of_change_is_refused_with_those_that_are_known(source, capsys):
+    assert bench.main(["audit", str(source), "--kinds", "sepia"]) == 1
+    assert "JPEG 20" in capsys.readouterr().err
 
 
 @pytest.mark.slow
