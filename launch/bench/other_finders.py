@@ -5,11 +5,12 @@ installed are left out; what was computed of an image is not computed again.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torchvision import transforms
 
@@ -20,9 +21,8 @@ from shards.audit.collection import Collection
 
 PairFinder = Callable[[Collection], set[tuple[int, int]]]
 OWN = "own"  # the weights that imagededup downloads
-INPUT = transforms.Compose(
-    [transforms.Resize((256, 256)), transforms.CenterCrop(224), transforms.ToTensor()]
-)  # its own
+# What imagededup feeds its own network, but for the normalisation.
+INPUT = transforms.Compose([transforms.Resize((256, 256)), transforms.CenterCrop(224), transforms.ToTensor()])
 
 
 def other_finders(own: Collection, folder: Path, cnn: str) -> dict[str, PairFinder]:
@@ -39,11 +39,19 @@ def other_finders(own: Collection, folder: Path, cnn: str) -> dict[str, PairFind
         return {}
     from imagededup.methods import CNN, PHash  # pyright: ignore[reportMissingImports]  optional
 
-    finders = {"PHash": _finder(PHash(verbose=False), folder / "PHash", len(own.table), {"max_distance_threshold": 10})}
+    n, hashes = len(own.table), PHash(verbose=False)
+
+    def hash_files(files: Path) -> dict[str, Any]:
+        """Its own loop over a folder forks a process, whose time nobody would count."""
+        made = {path.name: hashes.encode_image(path) for path in files.iterdir()}
+        return {name: words for name, words in made.items() if words}
+
+    find = partial(hashes.find_duplicates, max_distance_threshold=10)
+    finders = {"PHash": _finder(hash_files, find, folder / "PHash", n)}
     if cnn:
         method = CNN(verbose=False) if cnn == OWN else CNN(verbose=False, model_config=_custom(Path(cnn)))
-        options = {"min_similarity_threshold": 0.9, "num_sim_workers": 0}
-        finders["CNN"] = _finder(method, folder / "CNN", len(own.table), options)
+        find = partial(method.find_duplicates, min_similarity_threshold=0.9, num_sim_workers=0)
+        finders["CNN"] = _finder(method.encode_images, find, folder / "CNN", n)
     return finders
 
 
@@ -66,27 +74,29 @@ def _custom(weights: Path) -> Any:
     return CustomModel(name=name, model=model.eval(), transform=transforms.Compose([INPUT, normalize]))
 
 
-def _finder(method: Any, folder: Path, n_own: int, options: dict[str, Any]) -> PairFinder:
+def _finder(encode: Callable[[Path], dict], find: Callable[..., dict], folder: Path, n_own: int) -> PairFinder:
+    """Args: encode: what is computed of a folder's files, by name. find: names of the copies of each, of what was computed."""
     known: dict[str, Any] = {}
 
-    def find(collection: Collection) -> set[tuple[int, int]]:
+    def find_pairs(collection: Collection) -> set[tuple[int, int]]:
         if not known:
-            known.update(_encode(method, collection, range(n_own), folder / "own"))
+            known.update(encode(_write(collection, range(n_own), folder / "own")))
         rows = range(n_own, len(collection.table))
-        encoded = known | (_encode(method, collection, rows, folder / "copies") if rows else {})
-        found = method.find_duplicates(encoding_map=encoded, **options)
+        encoded = known | (encode(_write(collection, rows, folder / "copies")) if rows else {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that no processes encode what is encoded
+            found = find(encoding_map=encoded)
         return {_ends(one, other) for one, others in found.items() for other in others}
 
-    return find
+    return find_pairs
 
 
-def _encode(method: Any, collection: Collection, rows: range, folder: Path) -> dict[str, Any]:
-    """What the method computes of files, by their names: rows. It reads them by what is in them, whatever their ending."""
+def _write(collection: Collection, rows: range, folder: Path) -> Path:
+    """Files named by their rows. They are read by what is in them, whatever their ending."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
         (folder / f"{row}.jpg").write_bytes(collection.read(row))
-    with torch.no_grad():
-        return method.encode_images(folder, num_enc_workers=0)
+    return folder
 
 
 def _ends(one: str, other: str) -> tuple[int, int]:
