@@ -16,6 +16,7 @@ from harness.report.text import title
 
 METRICS = ("balanced_accuracy", "macro_f1", "accuracy")
 SHOWN = METRICS[:2]
+COLOURS, LEGEND = ("#c44e52", "#4c72b0"), ("claimed: its own validation", "worth: the same unseen groups for all")
 
 
 @dataclass(frozen=True)
@@ -94,20 +95,15 @@ def draw_study(runs: Sequence[StudyRun], metric: str = "balanced_accuracy") -> b
     figure, (axes,) = new_figure(7.4, 1.3 + 0.62 * len(arms), 1)
     for row, of_arm in enumerate(arms.values()):
         for number, run in enumerate(of_arm):
-            height = row + 0.4 * ((number + 0.5) / len(of_arm) - 0.5)
+            height = row + 0.5 * ((number + 0.5) / len(of_arm) - 0.5)
             ends = run.claimed.tta[metric], run.unseen.tta[metric]
-            axes.plot(ends, [height] * 2, color="0.75", linewidth=1.5, zorder=1)
-            for value, results, colour, name in zip(
-                ends, (run.claimed, run.unseen), ("#c44e52", "#4c72b0"), ("claimed", "unseen"), strict=True
+            axes.plot(ends, [height - 0.04, height + 0.04], color="0.75", linewidth=1.5, zorder=1)
+            for value, results, colour, place, label in zip(
+                ends, (run.claimed, run.unseen), COLOURS, (height - 0.04, height + 0.04), LEGEND, strict=True
             ):
-                low, high = interval(results, metric)
-                axes.plot([low, high], [height] * 2, color=colour, linewidth=1, alpha=0.6)
-                label = {"claimed": "claimed: its own validation", "unseen": "worth: the same unseen groups for all"}[
-                    name
-                ]
-                axes.scatter(
-                    [value], [height], color=colour, s=28, zorder=2, label=label if row == number == 0 else None
-                )
+                axes.plot(interval(results, metric), [place] * 2, color=colour, linewidth=1, alpha=0.6)
+                is_first = row == number == 0
+                axes.scatter([value], [place], color=colour, s=28, zorder=2, label=label if is_first else None)
     axes.set_yticks(range(len(arms)), list(arms))
     axes.set(ylim=(len(arms) - 0.5, -0.5), xlabel=f"{title(metric)} (95 % intervals, a line a seed)")
     axes.grid(axis="x", alpha=0.3)
