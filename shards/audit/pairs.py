@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits  # scikit-learn brings it
 from tqdm import tqdm
 
 from shards.audit.collection import CORE, Collection
@@ -47,7 +48,8 @@ def find_pairs(collection: Collection, features: Features, threads: int = 0) -> 
     exact = [*_split_groups(collection), *_identical(collection, features)]
     known = {(pair.a, pair.b) for pair in exact}
     asked = [pair for pair in shortlist(features, collection.group_keys) if pair[:2] not in known]
-    with ThreadPoolExecutor(threads or usable_cores()) as pool:
+    # A product of small matrices is not worth the threads that BLAS would start for each of ours.
+    with threadpool_limits(1), ThreadPoolExecutor(threads or usable_cores()) as pool:
         aligned = list(
             tqdm(
                 pool.map(lambda pair: align(features, *pair), asked),

@@ -1,7 +1,7 @@
 """Which pairs of images are worth a look: those whose key points find each other among all of the collection's.
 
-In: `Features`. Out: pairs of rows. Invariants: no image is compared with one of its own group; the work grows with the number of
-images, not of pairs.
+In: `Features`. Out: pairs of rows. Invariants: no image is compared with one of its own group; the work of n images grows with n to the
+power of 1.5 (a descriptor is compared with the cells, and with the descriptors of two of them), not with the number of pairs.
 """
 
 import faiss  # pyright: ignore[reportMissingImports] - an extra
@@ -16,8 +16,9 @@ from shards.files import usable_cores
 DIMENSIONS = 64  # of descriptors, after a principal component analysis
 NEIGHBOURS = 10  # of each descriptor
 PER_IMAGE, PER_MIRRORED = 6, 3  # pairs of each image that are looked at
-SAMPLED = 100_000  # descriptors that the components and the cells are learned from
-LISTS = 2048  # cells of the index, at most
+SAMPLED = 100_000  # descriptors that the components and the cells are learned from, at least
+LISTS = 1.25  # times the square root of the number of descriptors: cells of the index
+PER_LIST = 40  # descriptors that a cell is learned from; faiss warns of fewer than 39
 PROBES = 2  # cells that are searched for a descriptor
 BLOCK = 100_000  # descriptors at a time
 
@@ -43,8 +44,8 @@ def shortlist(features: Features, groups: np.ndarray) -> list[tuple[int, int, bo
     return found
 
 
-def _sample(descriptors: np.ndarray) -> np.ndarray:
-    rows = np.random.default_rng(0).permutation(len(descriptors))[:SAMPLED]
+def _sample(descriptors: np.ndarray, most: int = SAMPLED) -> np.ndarray:
+    rows = np.random.default_rng(0).permutation(len(descriptors))[:most]
     return descriptors[np.sort(rows)].astype(np.float32)
 
 
@@ -56,8 +57,8 @@ def _components(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _index(descriptors: np.ndarray, mean: np.ndarray, components: np.ndarray) -> faiss.Index:
-    sample = (_sample(descriptors) - mean) @ components
-    lists = max(1, min(LISTS, len(sample) // 40))  # fewer than 39 points a cell are too few to learn it
+    lists = max(1, min(int(LISTS * len(descriptors) ** 0.5), len(descriptors) // PER_LIST))
+    sample = (_sample(descriptors, max(SAMPLED, PER_LIST * lists)) - mean) @ components
     coarse = faiss.IndexFlatL2(DIMENSIONS)
     index = faiss.IndexIVFScalarQuantizer(coarse, DIMENSIONS, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2)
     index.cp.niter, index.nprobe = 8, PROBES
@@ -79,7 +80,7 @@ def _votes(
     n = len(features.counts)
     owner = np.repeat(np.arange(n, dtype=np.int32), features.counts)
     _, of_group = np.unique(groups, return_inverse=True)
-    votes = scipy.sparse.csr_matrix((n, n), dtype=np.float32)
+    parts = []
     for start in tqdm(range(0, len(owner), BLOCK), desc="mirrored" if mirrored else "shortlist", disable=None):
         block = features.descriptors[start : start + BLOCK]
         block = block[:, MIRRORED] if mirrored else block
@@ -89,8 +90,13 @@ def _votes(
         weight = np.clip(1 - distance / np.maximum(last, 1e-6), 0, 1)
         here, there = np.repeat(owner[start : start + BLOCK], NEIGHBOURS), owner[np.maximum(nearest, 0)].ravel()
         counts = (weight.ravel() > 0) & (of_group[here] != of_group[there])
-        votes = votes + scipy.sparse.csr_matrix((weight.ravel()[counts], (here[counts], there[counts])), (n, n))
-    return votes
+        part = scipy.sparse.coo_matrix((weight.ravel()[counts], (here[counts], there[counts])), (n, n))
+        part.sum_duplicates()
+        parts.append(part)
+    weights, rows, columns = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("data", "row", "col")
+    )
+    return scipy.sparse.csr_matrix((weights, (rows, columns)), (n, n), dtype=np.float32)
 
 
 def _most(votes: scipy.sparse.csr_matrix, most: int) -> set[tuple[int, int]]:
