@@ -1,4 +1,4 @@
-"""`python -m shards demo | pack | verify | show`: make packed datasets and look at them.
+"""`python -m shards demo | fetch | pack | verify | show`: make packed datasets and look at them.
 
 In: arguments of the command line. Out: files, a table on the console and an exit code. Invariants: invalid input ends
 with one sentence and exit code 1; --help imports neither pandas nor NumPy nor Pillow, so each command imports what it
@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shards.fetch import add_fetch
 from shards.remote import Access
 from shards.storage import without_secrets
 from shards.terminal import replace_unprintable, user_path, user_place
@@ -174,6 +175,7 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="draw lesions in HAM10000's layout"))
+    add_fetch(commands.add_parser("fetch", help="download a public data set, as pack reads it"))
     pack = commands.add_parser(
         "pack", help="pack images into shards", formatter_class=argparse.RawDescriptionHelpFormatter
     )
