@@ -69,7 +69,7 @@ def _pack(options: argparse.Namespace) -> int:
     described = pack_several(source, split, packings, options.threads, on_bad_image=options.on_bad_image)[0]
     seconds = time.perf_counter() - start
     dataset = index.load(options.out)
-    images, size = sum(s.samples for s in dataset.shards), sum(s.bytes for s in dataset.shards)
+    images, size = int(dataset.shards.samples.sum()), int(dataset.shards.bytes.sum())
     print(
         f"packed {images} images into {len(dataset.shards)} shards ({size / 1e6:.0f} MB) in {seconds:.0f} s, "
         f"{images / seconds:.0f} images/s; left out {described.left_out} (left_out.csv says why)"
