@@ -1,4 +1,4 @@
-"""`python -m shards demo | fetch | pack | verify | show`: make packed datasets and look at them.
+"""`python -m shards demo | fetch | pack | audit | verify | show`: make packed datasets and look at them.
 
 In: arguments of the command line. Out: files, a table on the console and an exit code. Invariants: invalid input ends
 with one sentence and exit code 1; --help imports neither pandas nor NumPy nor Pillow, so each command imports what it
@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shards.column_options import add_column_options, columns_of, parse_size
 from shards.fetch import add_fetch
 from shards.remote import Access
 from shards.storage import without_secrets
@@ -63,9 +64,12 @@ def _pack(options: argparse.Namespace) -> int:
     if source.what:
         print(f"{options.source}: {source.what}; {len(source.images)} images, {len(source.classes)} classes")
     source = replace(source, citation=options.citation or source.citation, license=options.license or source.license)
+    source, united = _without_duplicates(source, options)
     split = protocol(source.images)
     for note in split.notes:
         print(note)
+    if united:
+        split = replace(split, protocol=split.protocol | {"united_pairs": united})
     described = pack_several(source, split, packings, options.threads, on_bad_image=options.on_bad_image)[0]
     seconds = time.perf_counter() - start
     dataset = index.load(options.out)
@@ -81,9 +85,22 @@ def _pack(options: argparse.Namespace) -> int:
     return 0
 
 
+def _without_duplicates(source: "Catalogue", options: argparse.Namespace) -> tuple["Catalogue", int]:
+    """The source with the groups of confirmed pairs united, and how many pairs there were."""
+    from shards.duplicates import merge_duplicates
+
+    if options.merge_duplicates is None:
+        if options.allow_mixed_labels:
+            raise ValueError("--allow-mixed-labels goes with --merge-duplicates.")
+        return source, 0
+    groups = source.images["group"].nunique()
+    source, united = merge_duplicates(source, options.merge_duplicates, options.allow_mixed_labels)
+    print(f"{options.merge_duplicates}: {united} pairs unite {groups} groups to {source.images['group'].nunique()}")
+    return source, united
+
+
 def _read_source(options: argparse.Namespace) -> "Catalogue":
     from shards.ham10000 import read_isic2018
-    from shards.public_data import Columns
     from shards.sources import read_source
 
     if (options.protocol == "isic2018") != (options.test_source is not None):
@@ -93,11 +110,17 @@ def _read_source(options: argparse.Namespace) -> "Catalogue":
         )
     if options.protocol == "isic2018":
         return read_isic2018(options.source, options.test_source)
-    if options.label_column and options.label_columns:
-        raise ValueError("Give --label-column or --label-columns, not both.")
-    labels = (options.label_column,) if options.label_column else options.label_columns
-    columns = Columns(options.image_column, labels, options.group_column, options.class_names, options.image_root)
-    return read_source(options.source, columns)
+    return read_source(options.source, columns_of(options))
+
+
+def _audit(options: argparse.Namespace) -> int:
+    try:
+        from shards.audit.command import audit
+    except ImportError as error:
+        raise ValueError(
+            f"An audit needs {error.name}, which is not installed: pip install -e '.[audit]' in the folder of the harness."
+        ) from error
+    return audit(options.path, options.other, options.out, columns_of(options), options.threshold, options.threads)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -149,24 +172,12 @@ def _print_table(out: Path | str, dataset: "Dataset") -> None:
         print(f"warning: {warning}")
 
 
-def _size(text: str) -> tuple[int, int]:
-    try:
-        width, height = text.lower().split("x")
-        return int(width), int(height)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a size is WIDTHxHEIGHT in pixels, as 341x256. Got {text!r}") from error
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _output(text: str) -> tuple[Path, tuple[int, int], str]:
     out, _, stored = text.rpartition("=")
     size, _, fit = stored.partition(":")
     if not out:
         raise argparse.ArgumentTypeError(f"another output is OUT=SIZE:FIT, as data/small=280x224:squeeze. Got {text!r}")
-    return user_path(out), _size(size), fit or "cover"
+    return user_path(out), parse_size(size), fit or "cover"
 
 
 def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
@@ -184,6 +195,7 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
         from shards.split import describe_protocols
 
         pack.epilog = describe_protocols()
+    _add_audit(commands.add_parser("audit", help="find images of one lesion under different names, and leaks"))
     verify = commands.add_parser("verify", help="check every file against its SHA-256")
     _add_place(verify)
     verify.set_defaults(run=_verify)
@@ -231,31 +243,20 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_pack)
 
 
+def _add_audit(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("path", type=user_path, help="packed folder, or a source as for pack")
+    add("other", type=user_path, nargs="?", help="another one, to be compared with the first, too")
+    add("--out", type=user_path, help="folder of the results (default: PATH-audit beside it)")
+    add("--threshold", type=int, default=7, help="key points that must agree for a pair to count (default 7)")
+    add("--threads", type=int, default=0, help="threads (default: one a core)")
+    add_column_options(command.add_argument_group("source"))
+    command.set_defaults(run=_audit)
+
+
 def _add_source_options(group: argparse._ArgumentGroup) -> None:
+    add_column_options(group)
     add = group.add_argument
-    add("--image-column", default="", help="of a table: paths of the images, from its folder, or their names")
-    add("--image-root", type=user_path, help="folder of the images (default: the table's)")
-    add("--label-column", default="", help="of a table: class names")
-    add(
-        "--label-columns",
-        type=_names,
-        default=(),
-        metavar="MEL,NV,...",
-        help="of a table: columns with a 1 in the one of an image's class and 0 in the others",
-    )
-    add(
-        "--class-names",
-        type=_names,
-        default=(),
-        metavar="benign,malignant",
-        help="names of the labels 0, 1, ... of --label-column, or the order of its classes",
-    )
-    add(
-        "--group-column",
-        type=_names,
-        default=(),
-        help="of a table: lesion or patient, never cut by a split; patient_id,lesion_id connects both",
-    )
     add("--citation", default="", help="how to cite the images (HAM10000 and ISIC 2018 are cited by themselves)")
     add("--license", default="", help="licence of the images (that of HAM10000 and ISIC 2018 is known)")
     add("--test-source", type=user_path, help="folder of the ISIC 2018 test images and their ground truth")
@@ -269,12 +270,19 @@ def _add_split_options(group: argparse._ArgumentGroup) -> None:
     )
     add("--folds", type=int, default=0, help="number of cross-validation folds, 3 or more")
     add("--fold", type=int, default=0, help="which fold is the test split, from 0 (default 0)")
+    add(
+        "--merge-duplicates",
+        type=user_path,
+        metavar="AUDIT.CSV",
+        help="unite the groups of the pairs of an audit whose column `same` says yes",
+    )
+    add("--allow-mixed-labels", action="store_true", help="also of pairs with two labels")
     add("--holdout", type=float, default=0.0, help="share of groups cut as a common test set before all else")
 
 
 def _add_storage_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--size", type=_size, default=(341, 256), help="stored WIDTHxHEIGHT in pixels (default 341x256)")
+    add("--size", type=parse_size, default=(341, 256), help="stored WIDTHxHEIGHT in pixels (default 341x256)")
     add("--fit", default="cover", help="how an image is brought to that size: cover (default), contain or squeeze")
     add("--quality", type=int, default=90, help="JPEG quality of stored images (default 90)")
     add("--shard-samples", type=int, default=1000, help="most samples in one shard (default 1000)")

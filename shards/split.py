@@ -254,15 +254,20 @@ def choose_protocol(
         raise ValueError(f"--folds goes with --protocol lesion. Got --protocol {name}.")
     if holdout and protocol.has_own_test:
         raise ValueError(f"--holdout does not go with --protocol {name}, which has a test split of its own.")
-    chosen = partial(protocol.split, seed=seed)
     if n_folds:
         chosen = partial(split_by_fold, seed=seed, n_folds=n_folds, fold=fold, held_out=bool(holdout))
     elif column:
-        chosen = partial(chosen, name=column)
-    elif holdout and protocol.has_fractions:
-        train, val, _ = FRACTIONS
-        chosen = partial(chosen, fractions=(train / (train + val), val / (train + val)))
+        chosen = partial(protocol.split, seed=seed, name=column)
+    else:
+        chosen = beside_holdout(protocol, seed) if holdout else partial(protocol.split, seed=seed)
     return partial(with_holdout, fraction=holdout, protocol=chosen) if holdout else chosen
+
+
+def beside_holdout(protocol: Protocol, seed: int) -> Callable[[pd.DataFrame], Split]:
+    """A protocol for what a common test set leaves: it makes no test split of its own."""
+    train, val, _ = FRACTIONS
+    fractions = {"fractions": (train / (train + val), val / (train + val))} if protocol.has_fractions else {}
+    return partial(protocol.split, seed=seed, **fractions)
 
 
 def describe_protocols() -> str:

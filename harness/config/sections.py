@@ -214,8 +214,8 @@ class Run:
     """maximum number of epochs"""
     patience: int = 10
     """epochs without improvement after which training stops"""
-    monitor: Literal["loss", "balanced_accuracy", "macro_f1"] = "balanced_accuracy"
-    """validation score that chooses the best weights and stops early"""
+    monitor: Literal["loss", "balanced_accuracy", "macro_f1", "last"] = "balanced_accuracy"
+    """validation score that chooses the best weights and stops early; last: validation chooses nothing, the last epoch's are kept"""
     seed: int = 0
     """seed of weights, order and augmentation"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

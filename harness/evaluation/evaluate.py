@@ -21,6 +21,7 @@ from harness.evaluation.results import METRICS_FILE, PREDICTIONS_FILE, Predictio
 from harness.evaluation.trained import TrainedRun
 from harness.run.provenance import Checkpoint, Provenance
 from harness.run.state import changes, writing
+from shards.audit.record import audit_warnings
 from shards.description import read_description
 from shards.files import write_atomically
 from shards.groups import Groups
@@ -198,6 +199,7 @@ def _results(
     warnings = [
         *description.warnings,
         *leak_warnings(dataset, config.eval.split, context.train_groups),
+        *audit_warnings(dataset, config.eval.split),
         *missing_class_warnings(dataset, provenance),
         *(f"changed during training: {change}" for change in context.changed_settings),
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-HIGHER_IS_BETTER = {"loss": False, "balanced_accuracy": True, "macro_f1": True}
+HIGHER_IS_BETTER = {"loss": False, "balanced_accuracy": True, "macro_f1": True, "last": True}
 RESAMPLES = 2000
 CALIBRATION_BINS = 15  # equally wide, over confidence
 SUMMARY_METRICS = (

@@ -1,7 +1,7 @@
 """The report of a run or of an evaluation, from the files of its folder.
 
 In: `metrics.json`, `predictions.csv`, and of a training also `config.yaml`, `log.jsonl`, `starts.jsonl`, `state.json`; the
-dataset where it is at hand. Out: `images/`, `confusion.png`, `report.html` (one file that needs no network), TensorBoard's
+dataset where it is at hand. Out: `images/`, `audit.json`, `confusion.png`, `report.html` (one file that needs no network), TensorBoard's
 results. Invariants: nothing here needs the model; what a file does not say is left out, never guessed; every text that comes
 from a file is escaped; drawing it again gives the same.
 """
@@ -30,6 +30,7 @@ from harness.report.text import (
     format_metric,
     title,
 )
+from shards.audit.record import keep_audit
 from shards.index import Dataset
 
 CARDS = ("balanced_accuracy", "macro_f1", "accuracy", "macro_auc", "loss", "calibration_error")
@@ -48,7 +49,7 @@ def draw_report(folder: Path, dataset: Dataset | None = None, explained: Member 
     """Draw all of the report of a finished run, or of a result of `launch/evaluate.py`; it can be drawn again at any time.
 
     Args:
-        dataset: the one that was evaluated, for `images/`. Without it, or with another, the images that are there stay.
+        dataset: the one that was evaluated, for `images/` and its audit. Without it, or with another, what is there stays.
         explained: a model that took part, for heat maps beside these images.
 
     Raises:
@@ -63,6 +64,7 @@ def draw_report(folder: Path, dataset: Dataset | None = None, explained: Member 
             f"The predictions.csv of {folder} has other classes than its metrics.json. Restore a copy of both."
         )
     if dataset is not None and dataset.fingerprint == results.dataset:
+        keep_audit(dataset, folder)
         save_gallery(folder, results.split, rows, dataset, config)
         if explained is not None:
             save_heat_maps(folder, results.split, rows, dataset, explained)

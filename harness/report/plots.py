@@ -33,7 +33,7 @@ def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: 
     shares = np.divide(counts, images, out=np.zeros(counts.shape), where=images > 0)
     has_numbers = len(classes) <= MANY_CLASSES
     side = max(4.5, 0.75 * (len(classes) if has_numbers else 10) + 1.8)
-    figure, (axes,) = _figure(side, side * 0.92, 1)
+    figure, (axes,) = new_figure(side, side * 0.92, 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape) if has_numbers else ():
         colour = "white" if shares[row, column] > 0.55 else "black"
@@ -45,7 +45,7 @@ def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: 
     axes.set_yticks(named, [f"{name} ({n})" for name, n in zip(names, images[named, 0], strict=True)])
     axes.set(xlabel="predicted", ylabel="label (images)", title=title)
     figure.colorbar(image, shrink=0.8, label="share of the label's images")
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
@@ -56,7 +56,7 @@ def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
     """
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    figure, (left, right) = _figure(6.3, 8.2, 2, down=True)
+    figure, (left, right) = new_figure(6.3, 8.2, 2, down=True)
     drawn, chosen = curve_classes(metrics)
     for name in drawn:
         row = metrics["per_class"][name]
@@ -72,7 +72,7 @@ def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
     )
     for axes in (left, right):
         axes.legend(fontsize=8, loc="lower right" if axes is left else "lower left")
-    return _png(figure)
+    return to_png(figure)
 
 
 def curve_classes(metrics: dict) -> tuple[list[str], str]:
@@ -89,7 +89,7 @@ def draw_reliability(confidences: dict[str, np.ndarray], is_right: np.ndarray) -
     Args:
         confidences: {name: (N,)} of the predicted class. is_right: (N,) bool.
     """
-    figure, (axes, below) = _figure(6.3, 6, 2, down=True, heights=(3, 1))
+    figure, (axes, below) = new_figure(6.3, 6, 2, down=True, heights=(3, 1))
     for name, confidence in confidences.items():
         bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
         counts = np.bincount(bins, minlength=BINS)
@@ -101,7 +101,7 @@ def draw_reliability(confidences: dict[str, np.ndarray], is_right: np.ndarray) -
     axes.set(ylabel="accuracy", title="reliability diagram", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(fontsize=8)
     below.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_history(epoch_entries: list[dict], val_entries: list[dict]) -> bytes:
@@ -111,7 +111,7 @@ def draw_history(epoch_entries: list[dict], val_entries: list[dict]) -> bytes:
         epoch_entries, val_entries: of log.jsonl, one of each for each of E > 0 epochs.
     """
     epochs, val = pd.DataFrame(epoch_entries), pd.DataFrame(val_entries)
-    figure, (left, right) = _figure(6.3, 6.6, 2, down=True)
+    figure, (left, right) = new_figure(6.3, 6.6, 2, down=True)
     left.plot(epochs["epoch"], epochs["loss"], label="training")
     left.plot(epochs["epoch"], val["loss"], label="validation")
     for name in ("accuracy", "balanced_accuracy", "macro_f1"):
@@ -122,10 +122,10 @@ def draw_history(epoch_entries: list[dict], val_entries: list[dict]) -> bytes:
         axes.legend(fontsize=8)
         locator: Any = axes.xaxis.get_major_locator()  # an AutoLocator
         locator.set_params(integer=True)
-    return _png(figure)
+    return to_png(figure)
 
 
-def _figure(
+def new_figure(
     width: float, height: float, n: int, down: bool = False, heights: tuple[float, ...] | None = None
 ) -> tuple["Figure", list["Axes"]]:
     """A matplotlib figure (sizes in inches) without a window, and its n axes."""
@@ -138,7 +138,8 @@ def _figure(
     return figure, list(axes.flat)
 
 
-def _png(figure: "Figure") -> bytes:
+def to_png(figure: "Figure") -> bytes:
+    """A figure as PNG, in fonts that have its characters."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):

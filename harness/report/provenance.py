@@ -12,6 +12,7 @@ from harness.evaluation.results import Results
 from harness.report.markup import MANY_LINES, text
 from harness.report.text import LIMITS, efficiency_facts
 from harness.run.log import read_json_lines
+from shards.audit.record import describe, read_audit
 from shards.description import read_description
 from shards.shape import misfit
 
@@ -26,6 +27,12 @@ def provenance_html(folder: Path, results: Results, epochs: list[dict]) -> str:
         "best epoch": results.best_epoch,
     }
     facts |= _data_facts(folder / "dataset.json")
+    if united := results.protocol.get("united_pairs"):
+        facts["united"] = f"the groups of {united} pairs of images, which an audit found to show one thing"
+    found = read_audit(folder)
+    facts["audit"] = (
+        describe(found) if found else "none known: `python -m shards audit` looks for one thing under two names"
+    )
     if epochs:
         facts["images/s"] = f"{np.median([entry['images_per_s'] for entry in epochs]):.0f} (median over epochs)"
         facts["waiting for data"] = f"{np.mean([entry['waited'] for entry in epochs]):.1%} of the training time"

@@ -107,7 +107,8 @@ def validate_and_save(
     if scores is None:
         return None
     monitor = config.run.monitor
-    ended = world.run_on_main(after_epoch, progress, scores[monitor], HIGHER_IS_BETTER[monitor])
+    score = progress.epoch + 1.0 if monitor == "last" else scores[monitor]
+    ended = world.run_on_main(after_epoch, progress, score, HIGHER_IS_BETTER[monitor])
     images = max(1.0, progress.images)  # none, if each was skipped
     loss, accuracy = progress.loss / images, progress.correct / images
     run.log.write("val", ended.step, {name: scores[name] for name in SHOWN})
@@ -120,7 +121,7 @@ def validate_and_save(
         f"{scores['loss']:.3f} acc {scores['accuracy']:.3f} bal {scores['balanced_accuracy']:.3f} f1 "
         f"{scores['macro_f1']:.3f}  lr {stats.lr:.1e}  {stats.images_per_s:.0f} img/s  wait {stats.waited:.0%}"
         + (f"  {progress.skipped_steps} steps skipped (fp16)" if progress.skipped_steps else "")
-        + ("  best" if ended.best_step == ended.step else "")
+        + ("  best" if ended.best_step == ended.step and monitor != "last" else "")
     )
     save_checkpoint(config, world, state, run, ended)
     return ended
@@ -132,7 +133,10 @@ def end_training(
     """Collective: wait for copies of checkpoints, and say why training ended and what limited it."""
     world.run_on_main(run.mirror.wait)
     say_verdict(config, world, data, epochs)
-    world.print(f"training ends: {reason}; best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}")
+    kept = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
+    if config.run.monitor == "last":
+        kept = f"the weights of epoch {progress.best_epoch} are kept"
+    world.print(f"training ends: {reason}; {kept}")
 
 
 def stopped(config: Config, world: World, data: Data, run: Run, progress: Progress, epochs: list[EpochStats]) -> str:

@@ -91,7 +91,8 @@ def submit(cluster, tmp_path, script: str, *options, minutes=10, run="run", befo
     text = re.sub(r"^#SBATCH --(gpus|cpus).*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"^#SBATCH --time=.*", f"#SBATCH --time={minutes}", text, flags=re.MULTILINE)
     text = re.sub(r"^#SBATCH --output=.*", f"#SBATCH --output={tmp_path}/job-%j.log", text, flags=re.MULTILINE)
-    for name, value in ({"run": tmp_path / run, "processes": 1} | settings).items():
+    common = {"run": tmp_path / run, "processes": 1} if "source launch/slurm/run.sh" in text else {}
+    for name, value in (common | settings).items():
         text, changed = re.subn(rf"^{name}=.*", f"{name}={value}", text, flags=re.MULTILINE)
         assert changed == 1, name
     text = text.replace("\nsource launch/slurm/run.sh", f"\n{before}\nsource launch/slurm/run.sh")

@@ -185,6 +185,21 @@ def test_an_array_trains_one_run_for_each_seed(cluster, config, tmp_path, capsys
     say(capsys, f"array {number}: 2 runs, COMPLETED")
 
 
+def test_an_array_does_a_leak_study_and_goes_on_after_its_time_limit(cluster, source, tmp_path, capsys):
+    tiny = "--run.epochs 3 --model.name shufflenet_v2_x0_5 --data.image_size 32 --data.global_batch_size 12"
+    out = tmp_path / "study"
+    words = f"{source} --arms image,lesion --seeds 1 --out {out} {tiny} {' '.join(SAVING)}"
+    number = submit(cluster, tmp_path, "leak_study.sh", "--array=0-1", arguments=f"({words})")
+    wait_for_job(cluster, f"{number}_0", lambda _: state(out / "runs" / "image-0").get("step", 0) >= 2, 90)
+    slurm(cluster, "scancel", "--signal=USR1", "--batch", f"{number}_0")  # as 120 s before the time limit
+    found = [ended(cluster, f"{number}_{task}", 120) for task in (0, 1)]
+    assert [task["JobState"] for task in found] == ["COMPLETED"] * 2, [log(tmp_path, task["JobId"]) for task in found]
+    assert [task["Restarts"] for task in found] == ["1", "0"]
+    done = launch("leak_study", *words.split())
+    assert "2 of 2 runs are finished" in done.stdout, done.stderr
+    say(capsys, f"array {number}: 2 runs of a study, one of them requeued at its time limit")
+
+
 def test_a_preempted_task_of_an_array_is_requeued_alone(cluster, config, tmp_path, capsys):
     slow = cluster | {"program": "tests/support/driven.py", "DISTURB": "slow@1", "SLOW_S": "1"}
     options = ("--partition=low", "--array=0-1")

@@ -1,0 +1,1 @@
+"""Find images of one lesion under different names: identical, changed, or photographed again."""
