@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.column_options import add_column_options, columns_of, parse_size
-from shards.fetch import add_fetch
+from shards.fetch.command import add_fetch
 from shards.remote import Access
 from shards.storage import without_secrets
 from shards.terminal import replace_unprintable, user_path, user_place

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from shards import cli
-from shards import web as web_module
-from shards.fetch import fetch
+from shards.fetch import web as web_module
+from shards.fetch.command import fetch
+from shards.fetch.releases import RELEASES, check_server
 from shards.ham10000 import read_ham10000, read_isic2018
 from shards.index import load
-from shards.releases import RELEASES, check_server
 from support.processes import ROOT, environment
 from support.publisher import publishing, zip_files
 
@@ -320,8 +320,8 @@ def test_a_process_killed_in_a_download_goes_on_from_there(published, tmp_path):
 
 KILLED = """
 import os, sys
-import tqdm, shards.cli, shards.web
-shards.web.PAUSE_S = 0.001
+import tqdm, shards.cli, shards.fetch.web
+shards.fetch.web.PAUSE_S = 0.001
 base, server = sys.argv[1:]
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "open", "shutil.rmtree")
 

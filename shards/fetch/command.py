@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.download import PublicFile, check, discard, download
-from shards.fetched import Download, Fetched, find_changed, read_fetched
+from shards.fetch.download import PublicFile, check, discard, download
+from shards.fetch.fetched import Download, Fetched, find_changed, read_fetched
+from shards.fetch.releases import RELEASES, Release, check_server
+from shards.fetch.unzip import Listed, crc32, list_archive, unpack
 from shards.locks import HAS_LOCKS, open_alone
-from shards.releases import RELEASES, Release, check_server
 from shards.storage import without_secrets
 from shards.terminal import user_path
-from shards.unzip import Listed, crc32, list_archive, unpack
 
 PATIENCE_S = 300.0
 

@@ -9,9 +9,9 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from shards.fetch.unzip import Listed, crc32
 from shards.files import sync, write_durably
 from shards.shape import misfit, parse_json
-from shards.unzip import Listed, crc32
 
 NAME = "fetched.json"
 DOWNLOAD = {"url": str, "checksum": str, "etag": str, "is_kept": bool, "files": {str: [int, int]}}

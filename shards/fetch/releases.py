@@ -11,11 +11,11 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shards.download import PublicFile
+from shards.fetch.download import PublicFile
+from shards.fetch.web import read_size, read_text
 from shards.public_data import CC_BY_NC, HAM10000_CITATION, ISIC2018_CITATION
 from shards.shape import misfit, parse_json
 from shards.storage import without_secrets
-from shards.web import read_size, read_text
 
 TABLES = ("", ".csv", ".tab")  # endings of a table of HAM10000, as `ham10000.METADATA` has them
 DATA_FILE = {"id": int, "filename": str, "filesize": int, "checksum": {"type": str, "value": str}}

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.fetch.web import BrokenError, Patience, length_of, open_url
 from shards.files import sync
 from shards.storage import without_secrets
-from shards.web import BrokenError, Patience, length_of, open_url
 
 PIECE = 2**18  # bytes read at once, at most
 
