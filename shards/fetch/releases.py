@@ -125,7 +125,7 @@ def check_server(url: str) -> str:
         ValueError: no URL of the web, or with credentials in it.
     """
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    if parts.scheme not in ("http", "https") or not parts.netloc or any(map(str.isspace, url)):
         raise ValueError(f"--server must be a URL such as https://example.org. Got {without_secrets(url)!r}.")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(

@@ -92,7 +92,11 @@ def open_url(url: str, timeout: float, headers: dict[str, str] | None = None, me
     """
     request = urllib.request.Request(url, headers={"User-Agent": AGENT, **(headers or {})}, method=method)
     try:
-        return OPENER.open(request, timeout=timeout)
+        answer = OPENER.open(request, timeout=timeout)
+        if answer.status in (http.client.OK, http.client.PARTIAL_CONTENT):
+            return answer
+        answer.close()
+        status, reason = answer.status, f"HTTP {answer.status}: no file, but a question to a browser, it may be"
     except urllib.error.HTTPError as error:
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             return error
@@ -103,7 +107,7 @@ def open_url(url: str, timeout: float, headers: dict[str, str] | None = None, me
         if isinstance(cause, ssl.SSLCertVerificationError | PermissionError):
             status = CERTIFICATE if isinstance(cause, ssl.SSLCertVerificationError) else http.client.FORBIDDEN
     # Outside of `except`: the error that is raised carries none that may name a signature.
-    if status in REFUSED or status == CERTIFICATE:
+    if status in REFUSED or status == CERTIFICATE or http.client.OK < status < http.client.MULTIPLE_CHOICES:
         _refuse(without_secrets(url), status, reason)
     raise BrokenError(reason)
 

@@ -205,6 +205,16 @@ def test_what_a_server_refuses_is_an_error_with_its_words(published, tmp_path, c
         assert "has no HAM10000_images_part_2. It has: HAM10000_images_part_1.zip" in capsys.readouterr().err
 
 
+def test_a_firewall_that_wants_a_browser_costs_nothing_of_what_came(published, tmp_path):
+    with publishing(published, lambda name, number: "drop" if number == 1 else "202") as server:
+        with pytest.raises(PermissionError, match=r"HTTP 202.*Download it with a browser"):
+            ham(tmp_path / "raw", server)
+        server.fault = lambda name, number: ""
+        ham(tmp_path / "raw", server)
+        assert server.sent[PART] == (published / PART).stat().st_size
+    assert_complete(tmp_path / "raw", published)
+
+
 def test_a_disk_without_room_is_named_before_anything_comes(published, tmp_path):
     with publishing(published) as server:
         for entry in server.listing:
@@ -282,7 +292,9 @@ def test_archives_are_kept_when_asked(published, tmp_path):
         assert ham(tmp_path / "raw", server) == (0, 7)
 
 
-@pytest.mark.parametrize("url", ["https://user:word@host", "https://host?key=word", "ftp://host", "host"])
+@pytest.mark.parametrize(
+    "url", ["https://user:word@host", "https://host?key=word", "ftp://host", "host", "https://host/a b"]
+)
 def test_a_server_is_a_url_without_credentials(url):
     with pytest.raises(ValueError, match="--server") as error:
         check_server(url)
