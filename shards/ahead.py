@@ -33,25 +33,24 @@ class Need:
 def training_needs(plan: Plan, epoch: int, start: int, stop: int) -> list[Need]:
     """What a rank needs for an epoch, in the order of need; `start`, `stop`: its positions in each batch, as from `rank_slice`."""
     of_epoch, per_lane = plan.of_epoch(epoch), plan.global_batch // plan.lanes
-    sizes = np.asarray(plan.shard_sizes, dtype=np.int64)[of_epoch.order]
-    ends = of_epoch.starts + sizes
     found = []
     for lane in range(start // per_lane, -(-stop // per_lane)):
         edges = of_epoch.block_edges(lane)
         for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             first, last = ((place - lane * plan.lane_length) // per_lane for place in (low, high - 1))
-            inside = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(of_epoch.starts, high))
+            inside = slice(np.searchsorted(of_epoch.ends, low, side="right"), np.searchsorted(of_epoch.starts, high))
             if first < plan.n_batches:
                 here = of_epoch.order[inside].tolist()
                 found += [Need(shard, first, min(last, plan.n_batches - 1)) for shard in here]
     return sorted(found, key=lambda need: need.first)
 
 
-def evaluation_needs(shard_sizes: tuple[int, ...], ranges: Sequence[tuple[int, int]]) -> list[Need]:
+def evaluation_needs(shard_sizes: Sequence[int] | np.ndarray, ranges: Sequence[tuple[int, int]]) -> list[Need]:
     """What a rank needs for its batches of a split in stored order, each the samples [start, stop)."""
     found: dict[int, Need] = {}
-    for number, (start, stop) in enumerate(ranges):
-        low, high = locate_in_order(shard_sizes, np.array([start, stop - 1]))[0].tolist()
+    edges = np.array(ranges, dtype=np.int64).reshape(-1, 2) - [0, 1]  # (batches, 2): first and last sample
+    shards = locate_in_order(shard_sizes, edges.ravel())[0].reshape(-1, 2).tolist()
+    for number, (low, high) in enumerate(shards):
         for shard in range(low, high + 1):
             found[shard] = Need(shard, found[shard].first if shard in found else number, number)
     return list(found.values())

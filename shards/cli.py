@@ -1,4 +1,4 @@
-"""`python -m shards demo | pack | audit | verify | show`: make packed datasets and look at them.
+"""`python -m shards demo | fetch | pack | audit | verify | show`: make packed datasets and look at them.
 
 In: arguments of the command line. Out: files, a table on the console and an exit code. Invariants: invalid input ends
 with one sentence and exit code 1; --help imports neither pandas nor NumPy nor Pillow, so each command imports what it
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.column_options import add_column_options, columns_of, parse_size
+from shards.fetch.command import add_fetch
 from shards.remote import Access
 from shards.storage import without_secrets
 from shards.terminal import replace_unprintable, user_path, user_place
@@ -72,7 +73,7 @@ def _pack(options: argparse.Namespace) -> int:
     described = pack_several(source, split, packings, options.threads, on_bad_image=options.on_bad_image)[0]
     seconds = time.perf_counter() - start
     dataset = index.load(options.out)
-    images, size = sum(s.samples for s in dataset.shards), sum(s.bytes for s in dataset.shards)
+    images, size = int(dataset.shards.samples.sum()), int(dataset.shards.bytes.sum())
     print(
         f"packed {images} images into {len(dataset.shards)} shards ({size / 1e6:.0f} MB) in {seconds:.0f} s, "
         f"{images / seconds:.0f} images/s; left out {described.left_out} (left_out.csv says why)"
@@ -185,6 +186,7 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="draw lesions in HAM10000's layout"))
+    add_fetch(commands.add_parser("fetch", help="download a public data set, as pack reads it"))
     pack = commands.add_parser(
         "pack", help="pack images into shards", formatter_class=argparse.RawDescriptionHelpFormatter
     )

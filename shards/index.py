@@ -6,8 +6,9 @@ since, not by whom it was made: no file outside the folder is opened, and every 
 """
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +17,11 @@ import pandas as pd
 from shards.description import DAMAGED, Description, check_name, parse_description, read_description
 from shards.files import sha256
 from shards.remote import DEFAULT_ACCESS, Access, RemoteFolder, open_folder
+from shards.shard_list import Shard, ShardList, read_shards
 
-SHARD_COLUMNS = ("file", "split", "samples", "bytes", "sha256", "table_sha256")
 NUMBERS = ("key", "offset", "size", "label")  # columns of a shard's table
 TABLE_COLUMNS = (*NUMBERS, "group", "image_id")  # of a shard's table, beside those of the source
-TAR_BLOCK = 512  # bytes; a sample has at least one block for its header and one for its image
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar: file name, split, number of samples, bytes, SHA-256 of the tar and of its table."""
-
-    file: str
-    split: str
-    samples: int
-    bytes: int
-    sha256: str
-    table_sha256: str
-
-    @property
-    def table(self) -> str:
-        """Name of the CSV with one row a sample."""
-        return Path(self.file).with_suffix(".csv").name
+SHARDS_AT_ONCE = 2048  # rows of shards.csv that are texts at a time
 
 
 @dataclass(frozen=True)
@@ -46,7 +30,7 @@ class Dataset:
 
     folder: Path | RemoteFolder
     description: Description
-    shards: tuple[Shard, ...]
+    shards: ShardList
 
     @property
     def name(self) -> str:
@@ -92,14 +76,14 @@ class Dataset:
         settings = ", ".join(f"{name} {value}" for name, value in protocol.items() if name != "name")
         return f"protocol {protocol['name']} ({settings})"
 
-    def split(self, name: str) -> tuple[Shard, ...]:
+    def split(self, name: str) -> ShardList:
         """The shards of a split, in order; an alias gives the shards it stands for.
 
         Raises:
             ValueError: there is no such split.
         """
         real = self.description.aliases.get(name, name)
-        shards = tuple(shard for shard in self.shards if shard.split == real)
+        shards = self.shards.of_split(real)
         if not shards:
             known = [*self.description.counts, *self.description.aliases]
             raise ValueError(f"The dataset {self.folder} has no split {name!r}. It has: {', '.join(known)}.")
@@ -127,20 +111,9 @@ def load(place: Path | str, access: Access = DEFAULT_ACCESS) -> Dataset:
             f"No packed dataset in {folder} (no dataset.json). "
             f"Pack one with `python -m shards pack SOURCE {folder}`, or give its folder as --data.path."
         )
-    table = f"{folder}/shards.csv"
-    rows = _read_table(folder, "shards.csv", description.files, {"samples": np.int64, "bytes": np.int64})
-    if tuple(rows) != SHARD_COLUMNS:
-        raise ValueError(
-            f"{table} has the columns {', '.join(rows)[:200]} instead of {', '.join(SHARD_COLUMNS)}. {DAMAGED}"
-        )
-    shards = tuple(Shard(*row) for row in rows.itertuples(index=False))
-    for shard in shards:
-        check_name(shard.file, table, ".tar")
-        if shard.split not in description.counts or not 0 < shard.samples <= shard.bytes // (2 * TAR_BLOCK):
-            raise ValueError(
-                f"{table}: {shard.file} has {shard.samples} samples of split {str(shard.split)[:40]!r} in {shard.bytes} bytes. {DAMAGED}"
-            )
-    return Dataset(folder, description, shards)
+    numbers = {"samples": np.int64, "bytes": np.int64}
+    pieces = _read_pieces(folder, "shards.csv", description.files, numbers, SHARDS_AT_ONCE)
+    return Dataset(folder, description, read_shards(pieces, description.counts, f"{folder}/shards.csv"))
 
 
 def load_table(dataset: Dataset, shard: Shard, numbers_only: bool = False) -> pd.DataFrame:
@@ -156,7 +129,7 @@ def load_table(dataset: Dataset, shard: Shard, numbers_only: bool = False) -> pd
     """
     path = f"{dataset.folder}/{shard.table}"
     recorded = {shard.table: shard.table_sha256}
-    table = _read_table(dataset.folder, shard.table, recorded, dict.fromkeys(NUMBERS, np.int64), numbers_only)
+    (table,) = _read_pieces(dataset.folder, shard.table, recorded, dict.fromkeys(NUMBERS, np.int64), None, numbers_only)
     if missing := [name for name in (NUMBERS if numbers_only else TABLE_COLUMNS) if name not in table]:
         raise ValueError(f"{path} has no column {missing[0]}. {DAMAGED}")
     if len(table) != shard.samples:
@@ -201,14 +174,15 @@ def verify(place: Path | str, access: Access = DEFAULT_ACCESS) -> list[str]:
     return problems
 
 
-def _read_table(
+def _read_pieces(
     folder: Path | RemoteFolder,
     name: str,
     files: dict[str, str],
     numbers: dict[str, type],
+    at_once: int | None,
     numbers_only: bool = False,
-) -> pd.DataFrame:
-    """A table, all text but for some columns of whole numbers; without the text, if asked.
+) -> Iterator[pd.DataFrame]:
+    """A table in pieces of so many rows, or in one, all text but for some columns of whole numbers; without the text, if asked.
 
     Raises:
         ValueError, OSError: naming the file.
@@ -223,7 +197,12 @@ def _read_table(
         columns = pd.read_csv(head, nrows=0, index_col=False).columns
         types = {column: numbers.get(column, str) for column in columns}
         wanted = [column for column in columns if column in numbers] if numbers_only else None
-        return pd.read_csv(body, dtype=types, keep_default_na=False, index_col=False, usecols=wanted)
+        read = partial(pd.read_csv, body, dtype=types, keep_default_na=False, index_col=False, usecols=wanted)
+        if at_once is None:
+            yield read()
+        else:
+            with read(chunksize=at_once) as pieces:
+                yield from pieces
     except (ValueError, OverflowError, TypeError) as error:  # pandas' own are ValueErrors
         raise ValueError(
             f"{folder}/{name} is no table of a dataset ({' '.join(str(error).split())[:200]}). {DAMAGED}"

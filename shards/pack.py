@@ -27,8 +27,8 @@ from shards.files import new_folder, sha256, usable_cores, write_durably
 from shards.grouping import Split
 from shards.groups import group_hashes
 from shards.image import FITS, encode, fit, open_noted
-from shards.index import SHARD_COLUMNS, Shard
 from shards.leaks import check_split, missing_classes
+from shards.shard_list import SHARD_COLUMNS, Shard
 from shards.unreadable import all_in_one_error, without
 
 

@@ -96,7 +96,7 @@ class SplitReader:
         self.classes, self.height, self.width = dataset.classes, dataset.height, dataset.width
         self.shards = dataset.split(split)
         self.title = self.shards[0].split
-        self.shard_sizes = tuple(shard.samples for shard in self.shards)
+        self.shard_sizes = tuple(self.shards.samples.tolist())
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._rows_kept = 0

@@ -109,9 +109,10 @@ def evaluation_batches(
         ValueError: while iterating, a sample that cannot be decoded, by name: none is left out of an evaluation, whatever the
             options say. Only where `bad_keys` is a list, its key goes there instead.
     """
-    ranges = evaluation_ranges(sum(reader.shard_sizes), batch_size, rank, world_size)
+    sizes = np.array(reader.shard_sizes, dtype=np.int64)
+    ranges = evaluation_ranges(int(sizes.sum()), batch_size, rank, world_size)
     wanted = (np.arange(start, stop) for start, stop in ranges)
-    locate, needs = partial(locate_in_order, reader.shard_sizes), partial(evaluation_needs, reader.shard_sizes, ranges)
+    locate, needs = partial(locate_in_order, sizes), partial(evaluation_needs, sizes, ranges)
     return _load(reader, wanted, locate, replace(options, bad_keys=bad_keys), needs, 0)
 
 

@@ -108,7 +108,7 @@ def provenance(config: Config, dataset: Dataset) -> Provenance:
     data = config.data
     order = f"batches of {data.global_batch_size}, {data.lanes} lanes, blocks of {data.shuffle_block_shards}, seed {config.run.seed}"
     order += ", classes equally often" if config.optim.balance == "sampler" else ""
-    sizes = [shard.samples for shard in dataset.split("train")]
+    sizes = dataset.split("train").samples.tolist()
     if largest_block(sizes, data.lanes, data.shuffle_block_shards) > LARGE_BLOCK:
         order += ", large blocks by a Feistel network"  # up to version 0.1 by a table, too
     groups = load_groups(dataset, "train")

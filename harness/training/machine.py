@@ -167,7 +167,7 @@ def check_data_files(config: Config) -> list[Check]:
         more = f" ({len(wrong) - 3} more)" if len(wrong) > 3 else ""
         return [Check("fail", "data files", " ".join(wrong[:3]) + more, fix)]
     dataset = load(config.data.path)
-    size = sum(shard.bytes for shard in dataset.shards) / 1e6
+    size = int(dataset.shards.bytes.sum()) / 1e6
     seconds = time.perf_counter() - began
     text = f"{config.data.path}: {len(dataset.shards)} shards, {size:.0f} MB, checksums right ({seconds:.1f} s)"
     return [Check("ok", "data files", f"{text}, dataset {dataset.fingerprint[:12]}")]

@@ -98,10 +98,10 @@ def check_cache(data: Data) -> list[Check]:
     if not isinstance(folder, RemoteFolder) or folder.cache is None:
         return []
     cache, plan = folder.cache, data.plan
-    largest = max(shard.bytes for shard in data.train.shards)
+    largest = int(data.train.shards.bytes.max())
     at_a_time = min(plan.lanes * (plan.shuffle_block_shards or len(plan.shard_sizes)), len(plan.shard_sizes))
-    whole = sum(shard.bytes for shard in data.dataset.shards)
-    needed = min(at_a_time * largest, sum(shard.bytes for shard in data.train.shards))
+    whole = int(data.dataset.shards.bytes.sum())
+    needed = min(at_a_time * largest, int(data.train.shards.bytes.sum()))
     if needed > cache.limit:
         text = (
             f"samples are shuffled within {at_a_time} shards at a time ({needed / GB:.3g} GB), and the cache {cache.folder} holds "

@@ -1,7 +1,7 @@
 """The order of very many samples, on one rank of very many: memory, seconds to the first batch, milliseconds to look one up.
 
 In: parsed options. Out: numbers by name. Invariants: `shards.csv` and `dataset.json` are real files of the size asked for; each number of
-lanes has a process of its own, and its memory is what that process has beyond one that only imports the same modules.
+lanes has a process of its own, which keeps what a training keeps, and its memory is what that process has, or had at most, beyond one that only imports the same modules.
 """
 
 import json
@@ -16,8 +16,10 @@ import numpy as np
 
 from shards.description import FORMAT, Description
 from shards.files import sha256
-from shards.index import SHARD_COLUMNS, TAR_BLOCK, load
+from shards.index import load
 from shards.plan import Plan, rank_slice
+from shards.reader import SplitReader
+from shards.shard_list import SHARD_COLUMNS, TAR_BLOCK
 
 NODE_RANKS, NODE_STEPS, LOOK_UPS = 8, 1000, 50
 
@@ -27,10 +29,10 @@ def bench_plan(options: Namespace) -> dict:
     found = {"samples": options.shards * options.shard_samples, "shards": options.shards, "ranks": options.ranks}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         write_index(Path(scratch), options.shards, options.shard_samples)
-        imports = _in_a_process(scratch, options, 0)["rss_mb"]
+        imports = _in_a_process(scratch, options, 0)
         for lanes in dict.fromkeys((1, options.lanes)):
             measured = _in_a_process(scratch, options, lanes)
-            measured["rss_mb"] -= imports
+            measured |= {name: measured[name] - imports[name] for name in imports}
             found |= {f"{name}, {lanes} lane(s)": value for name, value in measured.items()}
     return found
 
@@ -68,10 +70,10 @@ def measure_rank(folder: str, lanes: int, batch: int, ranks: int, block_shards: 
         batch: images of this rank. ranks: of the run. block_shards: `data.shuffle_block_shards`.
     """
     if lanes == 0:
-        return {"rss_mb": resident_mb()}
+        return memory_mb()
     wall, began = time.perf_counter(), time.process_time()
-    sizes = tuple(shard.samples for shard in load(folder).split("train"))
-    plan = Plan(sizes, batch * ranks, 0, lanes, block_shards)
+    reader = SplitReader(load(folder), "train")
+    plan = Plan(reader.shard_sizes, batch * ranks, 0, lanes, block_shards)
     start, stop = rank_slice(plan.global_batch, ranks // 2, ranks)
 
     def look_up(number: int) -> np.ndarray:
@@ -86,14 +88,15 @@ def measure_rank(folder: str, lanes: int, batch: int, ranks: int, block_shards: 
     for number in range(middle + 1, middle + 1 + LOOK_UPS):
         look_up(number)
     found["look_up_cpu_ms"] = 1e3 * (time.process_time() - began) / LOOK_UPS
-    found["rss_mb"] = resident_mb()
+    found |= memory_mb()
     return found | {"shards_of_a_node": _shards_of_a_node(plan, ranks)}
 
 
-def resident_mb() -> float:
-    """Memory of this process, in MB."""
+def memory_mb() -> dict[str, float]:
+    """Memory of this process, now and at most so far, in MB."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+    names = {"rss_mb": "VmRSS:", "peak_mb": "VmHWM:"}
+    return {name: int(status.split(word)[1].split()[0]) / 1024 for name, word in names.items()}
 
 
 def _shards_of_a_node(plan: Plan, ranks: int) -> int:

@@ -1,0 +1,1 @@
+"""`python -m shards fetch`: public data sets from where they are published."""
