@@ -19,7 +19,7 @@ from launch.bench.packing import bench_pack
 from launch.bench.plan import bench_plan
 from launch.bench.remote import bench_remote
 from launch.bench.step import bench_augment, bench_evaluate, bench_save, bench_step, bench_train
-from shards.column_options import add_column_options, names
+from shards.column_options import add_column_options, parse_names
 from shards.terminal import run_and_exit, user_path
 
 
@@ -116,7 +116,7 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     add("--images", type=_positive, default=500, help="images that are copied (default 500)")
     add("--others", type=_positive, default=3000, help="images beside them (default 3000)")
     add("--seed", type=int, default=0, help="of the choice, and of the changes (default 0)")
-    add("--kinds", type=names, default=(), metavar="'JPEG 20,turn'", help="changes of the copies (default: all)")
+    add("--kinds", type=parse_names, default=(), metavar="'JPEG 20,turn'", help="changes of the copies (default: all)")
     add(
         "--cnn",
         default="",
