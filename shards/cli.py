@@ -120,7 +120,8 @@ def _audit(options: argparse.Namespace) -> int:
         raise ValueError(
             f"An audit needs {error.name}, which is not installed: pip install -e '.[audit]' in the folder of the harness."
         ) from error
-    return audit(options.path, options.other, options.out, columns_of(options), options.threshold, options.threads)
+    read = columns_of(options), options.threshold, options.threads, _access(options)
+    return audit(options.path, options.other, options.out, *read)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -207,8 +208,12 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
 
 
 def _add_place(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", type=user_place, help="packed folder, or its URL (s3://, https://, ...)")
+    _add_cache_options(command)
+
+
+def _add_cache_options(command: argparse.ArgumentParser) -> None:
     add, default = command.add_argument, Access()
-    add("out", type=user_place, help="packed folder, or its URL (s3://, https://, ...)")
     add("--cache-dir", default=default.cache_dir, help="of a URL: where its files are kept (default: the user's cache)")
     add(
         "--cache-gb",
@@ -245,11 +250,12 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
 
 def _add_audit(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("path", type=user_path, help="packed folder, or a source as for pack")
-    add("other", type=user_path, nargs="?", help="another one, to be compared with the first, too")
-    add("--out", type=user_path, help="folder of the results (default: PATH-audit beside it)")
+    add("path", type=user_place, help="packed folder or its URL, or a source as for pack")
+    add("other", type=user_place, nargs="?", help="another one, to be compared with the first, too")
+    add("--out", type=user_path, help="folder of the results (default: PATH-audit beside it; of a URL, here)")
     add("--threshold", type=int, default=7, help="key points that must agree for a pair to count (default 7)")
     add("--threads", type=int, default=0, help="threads (default: one a core)")
+    _add_cache_options(command)
     add_column_options(command.add_argument_group("source"))
     command.set_defaults(run=_audit)
 

@@ -15,6 +15,7 @@ from shards.catalogue import REQUIRED, Catalogue
 from shards.index import TABLE_COLUMNS, Dataset, load, load_table
 from shards.public_data import Columns
 from shards.reader import SplitReader
+from shards.remote import DEFAULT_ACCESS, Access
 from shards.sources import read_source
 
 CORE = ("data", "split", "image_id", "group", "label")
@@ -45,14 +46,18 @@ class Collection:
         return (self.table["data"] + "/" + self.table["group"]).to_numpy()
 
 
-def open_collection(path: Path, columns: Columns) -> Collection:
+def open_collection(path: Path | str, columns: Columns, access: Access = DEFAULT_ACCESS) -> Collection:
     """The images of a packed dataset, or of a source as `pack` reads it.
+
+    Args:
+        path: a folder, a table, or the URL of a packed dataset, which is read as `access` says.
 
     Raises:
         FileNotFoundError, ValueError: as `index.load` and `sources.read_source`.
     """
-    if (path / "dataset.json").is_file():
-        return _packed(path, load(path))
+    if isinstance(path, str) or (path / "dataset.json").is_file():
+        dataset = load(path, access)
+        return _packed(str(dataset.folder), dataset)
     return _unpacked(path, read_source(path, columns))
 
 
@@ -76,15 +81,15 @@ def join(first: Collection, second: Collection) -> Collection:
     )
 
 
-def _packed(path: Path, dataset: Dataset) -> Collection:
+def _packed(name: str, dataset: Dataset) -> Collection:
     tables, readers, places = [], {}, []
     for split in dataset.description.counts:
         readers[split] = SplitReader(dataset, split)
         for number, shard in enumerate(readers[split].shards):
             rows = load_table(dataset, shard)
-            names = rows["label"].map(dict(enumerate(dataset.classes)))
+            labels = rows["label"].map(dict(enumerate(dataset.classes)))
             known = rows.drop(columns=[name for name in TABLE_COLUMNS if name not in ("image_id", "group")])
-            tables.append(known.assign(data=str(path), split=split, label=names))
+            tables.append(known.assign(data=name, split=split, label=labels))
             places += [(split, number, row) for row in range(len(rows))]
 
     def read(row: int) -> bytes:
@@ -93,7 +98,7 @@ def _packed(path: Path, dataset: Dataset) -> Collection:
 
     table = _in_order(pd.concat(tables, ignore_index=True))
     versions = (f"{dataset.fingerprint} {split} {number} {row}" for split, number, row in places)
-    return Collection(table, read, list(versions), {str(path): dataset.fingerprint})
+    return Collection(table, read, list(versions), {name: dataset.fingerprint})
 
 
 def _unpacked(path: Path, source: Catalogue) -> Collection:

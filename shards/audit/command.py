@@ -14,21 +14,33 @@ from shards.audit.pairs import find_pairs, summarize, to_table
 from shards.audit.record import default_folder, describe
 from shards.files import write_atomically
 from shards.public_data import Columns
+from shards.remote import DEFAULT_ACCESS, Access
 
 LEAK = 1  # exit code
 
 
-def audit(path: Path, other: Path | None, out: Path | None, columns: Columns, threshold: int, threads: int = 0) -> int:
+def audit(
+    path: Path | str,
+    other: Path | str | None,
+    out: Path | None,
+    columns: Columns,
+    threshold: int,
+    threads: int = 0,
+    access: Access = DEFAULT_ACCESS,
+) -> int:
     """Audit one or two datasets; returns the exit code: 1 where a leak between splits was found, else 0.
+
+    Args:
+        path, other: folders, tables, or URLs of packed datasets, which are read as `access` says. out: for the results.
 
     Raises:
         FileNotFoundError, ValueError: no such dataset, or none that can be read.
     """
     if threshold < 1:
         raise ValueError(f"The '--threshold' must be at least 1. Got {threshold} instead.")
-    collection = open_collection(path, columns)
+    collection = open_collection(path, columns, access)
     if other:
-        collection = join(collection, open_collection(other, columns))
+        collection = join(collection, open_collection(other, columns, access))
     out = out or default_folder(path)
     features = extract(collection, out / "key_points", threads)
     pairs = find_pairs(collection, features, threads)
@@ -37,7 +49,7 @@ def audit(path: Path, other: Path | None, out: Path | None, columns: Columns, th
     write_atomically(out / "audit.csv", table.to_csv(index=False, lineterminator="\n").encode())
     write_atomically(out / "audit.html", write_page(pairs, table, collection, features, summary))
     write_atomically(out / "audit.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
-    print(f"{path}{f' and {other}' if other else ''}: {describe(summary)}")
+    print(f"{' and '.join(dict.fromkeys(collection.table['data']))}: {describe(summary)}")
     for kind, number in summary["kinds"].items():
         if number:
             print(f"  {number:>6} pairs: {SAID[kind]}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from shards.files import write_atomically
 from shards.index import Dataset
 from shards.shape import misfit, parse_json
+from shards.storage import without_secrets
 
 NAME = "audit.json"
 SHAPE = {
@@ -21,8 +22,10 @@ SHAPE = {
 }
 
 
-def default_folder(path: Path) -> Path:
-    """Where an audit is written: beside what was audited."""
+def default_folder(path: Path | str) -> Path:
+    """Where an audit is written: beside what was audited; of a URL, here."""
+    if isinstance(path, str):
+        return Path(f"{without_secrets(path).rstrip('/').rpartition('/')[2]}-audit")
     return path.resolve().with_name(f"{path.resolve().name}-audit")
 
 

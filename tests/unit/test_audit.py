@@ -22,6 +22,7 @@ from shards.duplicates import merge_duplicates
 from shards.index import load, load_table
 from shards.public_data import Columns
 from shards.sources import read_source
+from support.remote import serving
 
 WIDTH, HEIGHT = 320, 240
 
@@ -212,6 +213,15 @@ def test_a_leak_between_splits_has_an_exit_code_of_its_own_and_is_named(leaking,
     assert find_audit(load(packed)) == summary
     assert "1 pairs of images of one thing in the test split" in audit_warnings(load(packed), "test")[0]
     assert audit_warnings(load(packed), "val") == []
+
+
+def test_a_dataset_behind_a_url_is_audited_as_a_folder_is(leaking, tmp_path, monkeypatch):
+    _, packed = leaking
+    monkeypatch.chdir(tmp_path)
+    with serving(packed) as server:
+        assert audit(f"{server.url}/set", "--cache-dir", tmp_path / "cache") == 1
+    found = json.loads((tmp_path / "set-audit" / "audit.json").read_bytes())
+    assert (found["pairs"], found["leaks"], found["splits"]) == (1, 1, {"test and train": 1})
 
 
 def test_an_audit_of_other_bytes_is_none(leaking, tmp_path):
