@@ -19,6 +19,7 @@ from shards.terminal import replace_unprintable, user_path, user_place
 if TYPE_CHECKING:
     from shards.catalogue import Catalogue
     from shards.index import Dataset
+    from shards.tasks import Task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; no partial output was kept", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
 
 
@@ -46,38 +47,67 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _pack(options: argparse.Namespace) -> int:
     from shards import index
-    from shards.files import refuse_used_folder
-    from shards.pack import Packing, pack_several
+    from shards.outputs import Output, Packing, refuse_used
+    from shards.pack import pack_several
     from shards.split import choose_protocol
+    from shards.tasks import this_task
 
-    start = time.perf_counter()
-    refuse_used_folder(options.out)
+    start, task = time.perf_counter(), this_task()
     outputs = [(options.out, options.size, options.fit), *options.also]
     packings = [(out, Packing(size, fit, options.quality, options.shard_samples)) for out, size, fit in outputs]
+    refuse_used([Output(*packing) for packing in packings])
     parameters = options.seed, options.folds, options.fold, options.holdout
     protocol = choose_protocol(options.protocol or "lesion", *parameters)  # before anything is read
     source = _read_source(options)
     if source.split_column and not (options.protocol or options.folds or options.holdout):
         protocol = choose_protocol(f"column:{source.split_column}", *parameters)
-    if source.what:
-        print(f"{options.source}: {source.what}; {len(source.images)} images, {len(source.classes)} classes")
     source = replace(source, citation=options.citation or source.citation, license=options.license or source.license)
     split = protocol(source.images)
-    for note in split.notes:
-        print(note)
-    described = pack_several(source, split, packings, options.threads, on_bad_image=options.on_bad_image)[0]
-    seconds = time.perf_counter() - start
-    dataset = index.load(options.out)
+    if task.is_first:
+        if source.what:
+            print(f"{options.source}: {source.what}; {len(source.images)} images, {len(source.classes)} classes")
+        for note in split.notes:
+            print(note)
+    try:
+        packed = pack_several(source, split, packings, options.threads, on_bad_image=options.on_bad_image, task=task)
+    except (ValueError, OSError) as error:
+        if task.is_alone:
+            raise
+        raise (ValueError if isinstance(error, ValueError) else OSError)(f"{task}: {error}") from error
+    seconds, shown = time.perf_counter() - start, without_secrets(str(options.out))
+    if packed.unfinished:
+        _print_unfinished(shown, task, packed.unfinished, seconds)
+        return 0
+    _print_packed(shown, index.load(options.out, Access(cache_gb=0)), task, seconds)
+    return 0
+
+
+def _print_packed(shown: str, dataset: "Dataset", task: "Task", seconds: float) -> None:
+    """What is there now. Of several tasks, the seconds are those of the last one, so they say nothing of the speed of all."""
     images, size = sum(s.samples for s in dataset.shards), sum(s.bytes for s in dataset.shards)
+    described = dataset.description
+    speed = f"in {seconds:.0f} s, {images / seconds:.0f} images/s" if task.is_alone else f"by {task.size} tasks"
     print(
-        f"packed {images} images into {len(dataset.shards)} shards ({size / 1e6:.0f} MB) in {seconds:.0f} s, "
-        f"{images / seconds:.0f} images/s; left out {described.left_out} (left_out.csv says why)"
+        f"packed {images} images into {len(dataset.shards)} shards ({size / 1e6:.0f} MB) {speed}; "
+        f"left out {described.left_out} (left_out.csv says why)"
     )
     for note, times in described.source.items():
         if note not in ("name", "images", "fingerprint"):
             print(f"{times} images: {note}")
-    _print_table(options.out, dataset)
-    return 0
+    _print_table(shown, dataset)
+
+
+def _print_unfinished(shown: str, task: "Task", unfinished: dict[int, str], seconds: float) -> None:
+    """This task is done, and the dataset is not there yet: what has to happen, and what to do if it does not."""
+    ranks = [str(rank) for rank in unfinished]
+    print(
+        f"{task} is done after {seconds:.0f} s. {shown} is NOT complete yet: {len(ranks)} of {task.size} tasks are not done "
+        f"({', '.join(ranks)}). The last one to be done completes it. If one was killed or failed, start it again alone: the same "
+        f"command with RANK={ranks[0]} WORLD_SIZE={task.size}"
+    )
+    for rank, error in unfinished.items():
+        if error:
+            print(f"task {rank} FAILED: {error}")
 
 
 def _read_source(options: argparse.Namespace) -> "Catalogue":
@@ -160,12 +190,12 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _output(text: str) -> tuple[Path, tuple[int, int], str]:
+def _output(text: str) -> tuple[Path | str, tuple[int, int], str]:
     out, _, stored = text.rpartition("=")
     size, _, fit = stored.partition(":")
     if not out:
         raise argparse.ArgumentTypeError(f"another output is OUT=SIZE:FIT, as data/small=280x224:squeeze. Got {text!r}")
-    return user_path(out), _size(size), fit or "cover"
+    return user_place(out), _size(size), fit or "cover"
 
 
 def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
@@ -214,9 +244,9 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
 def _add_pack(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("source", type=user_path, help="folder of a public data set, folder with one folder a class, or a table")
-    add("out", type=user_path, help="folder to make")
+    add("out", type=user_place, help="folder to make, or its URL in object storage (s3://BUCKET/NAME, ...)")
     add("--seed", type=int, default=0, help="a different seed gives a different split (default 0)")
-    add("--threads", type=int, default=0, help="decoding threads (default: one a core)")
+    add("--threads", type=int, default=0, help="decoding threads of each task (default: one a core)")
     add(
         "--on-bad-image",
         choices=("fail", "skip"),
