@@ -252,9 +252,10 @@ class Storage:
             raise FileNotFoundError(
                 f"{self.url(name)} is missing ({reason}). Copy the dataset there again, or correct the URL."
             )
+        hint = "the bucket may be missing, or" if done == "written" else "a signed URL may have expired, or"
         raise PermissionError(
-            f"{self.url(name)} may not be {done} ({reason}). Give credentials where the library of such URLs looks for them (S3: "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws); a signed URL may have expired."
+            f"{self.url(name)} may not be {done} ({reason}): {hint} credentials are needed. Give them where the library of such URLs "
+            "looks for them (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws)."
         )
 
     def _give_up(self, name: str, reason: str, done: str = "read") -> NoReturn:

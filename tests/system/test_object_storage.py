@@ -311,7 +311,7 @@ def test_three_tasks_pack_to_s3_what_one_packs_to_a_folder(
     for name in ("out", "small"):
         assert contents(s3, f"packed/{name}") == of_folder(one_process / name)
         assert verify(f"s3://shards/packed/{name}", Access(str(tmp_path / "cache"))) == []
-    assert {path.rpartition("/")[2] for path in s3.files().ls("shards/packed", detail=False)} == {"out", "small"}
+    assert not [path for path in s3.files().find("shards/packed") if ".packing" in path]
     words = [sys.executable, "-m", "shards", "show", out, "--sheet", str(tmp_path / "sheet.png"), "--cache-gb", "0"]
     assert "images" in subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment()).stdout
     done = train(tiny, tmp_path / "run", "--data.path", out, "--data.cache_dir", tmp_path / "cache")
@@ -326,7 +326,7 @@ def test_tasks_killed_at_any_moment_leave_no_dataset_in_s3_until_all_is_there(
 ):
     name, kills, began = f"killed{size}/out", 0, time.monotonic()
     words, files = words_of(damaged, f"s3://shards/{name}"), s3.files()
-    proxy.rate = 150_000  # bytes/s of answers: a task takes seconds
+    proxy.rate = 300_000  # bytes/s of answers: a task takes seconds
     for rank in range(size):
         for left in (1, 4, 9, None):  # files that there are more when it is killed
             before = len(list_of(files, name))
@@ -355,9 +355,10 @@ def list_of(files, name: str) -> set[str]:
     return set()
 
 
-def test_a_bucket_that_is_missing_or_a_server_that_is_away_is_said_when_packing(url, proxy, damaged):
+def test_a_bucket_that_is_missing_is_said_when_packing(url, proxy, damaged):
     words = words_of(damaged, "s3://none/set")
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == 1
-    assert "none.packing" not in done.stderr or "cannot be written" in done.stderr
-    assert "Make the bucket first" in done.stderr
+    assert "may not be written" in done.stderr  # this server does not tell a bucket that is missing from one that is another's
+    assert "the bucket may be missing" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
