@@ -18,8 +18,6 @@ from shards.terminal import replace_unprintable, user_path, user_place
 
 if TYPE_CHECKING:
     from shards.catalogue import Catalogue
-    from shards.index import Dataset
-    from shards.tasks import Task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +48,7 @@ def _pack(options: argparse.Namespace) -> int:
     from shards.outputs import Output, Packing, refuse_used
     from shards.pack import pack_several
     from shards.split import choose_protocol
+    from shards.summary import print_packed, print_unfinished
     from shards.tasks import this_task
 
     start, task = time.perf_counter(), this_task()
@@ -76,38 +75,10 @@ def _pack(options: argparse.Namespace) -> int:
         raise (ValueError if isinstance(error, ValueError) else OSError)(f"{task}: {error}") from error
     seconds, shown = time.perf_counter() - start, without_secrets(str(options.out))
     if packed.unfinished:
-        _print_unfinished(shown, task, packed.unfinished, seconds)
+        print_unfinished(shown, task, packed.unfinished, seconds)
         return 0
-    _print_packed(shown, index.load(options.out, Access(cache_gb=0)), task, seconds)
+    print_packed(shown, index.load(options.out, Access(cache_gb=0)), task, seconds)
     return 0
-
-
-def _print_packed(shown: str, dataset: "Dataset", task: "Task", seconds: float) -> None:
-    """What is there now. Of several tasks, the seconds are those of the last one, so they say nothing of the speed of all."""
-    images, size = sum(s.samples for s in dataset.shards), sum(s.bytes for s in dataset.shards)
-    described = dataset.description
-    speed = f"in {seconds:.0f} s, {images / seconds:.0f} images/s" if task.is_alone else f"by {task.size} tasks"
-    print(
-        f"packed {images} images into {len(dataset.shards)} shards ({size / 1e6:.0f} MB) {speed}; "
-        f"left out {described.left_out} (left_out.csv says why)"
-    )
-    for note, times in described.source.items():
-        if note not in ("name", "images", "fingerprint"):
-            print(f"{times} images: {note}")
-    _print_table(shown, dataset)
-
-
-def _print_unfinished(shown: str, task: "Task", unfinished: dict[int, str], seconds: float) -> None:
-    """This task is done, and the dataset is not there yet: what has to happen, and what to do if it does not."""
-    ranks = [str(rank) for rank in unfinished]
-    print(
-        f"{task} is done after {seconds:.0f} s. {shown} is NOT complete yet: {len(ranks)} of {task.size} tasks are not done "
-        f"({', '.join(ranks)}). The last one to be done completes it. If one was killed or failed, start it again alone: the same "
-        f"command with RANK={ranks[0]} WORLD_SIZE={task.size}"
-    )
-    for rank, error in unfinished.items():
-        if error:
-            print(f"task {rank} FAILED: {error}")
 
 
 def _read_source(options: argparse.Namespace) -> "Catalogue":
@@ -150,32 +121,15 @@ def _access(options: argparse.Namespace) -> Access:
 def _show(options: argparse.Namespace) -> int:
     from shards import index
     from shards.contact_sheet import dataset_rows, draw_sheet
+    from shards.summary import print_table
 
     dataset = index.load(options.out, _access(options))
-    _print_table(str(dataset.folder), dataset)
+    print_table(str(dataset.folder), dataset)
     beside = dataset.folder.resolve().parent if isinstance(dataset.folder, Path) else Path()
     sheet = options.sheet or beside / f"{dataset.name}-sheet.png"
     draw_sheet(dataset_rows(dataset), sheet, f"{dataset.name}, {dataset.describe_split()}")
     print(f"contact sheet: {sheet}")
     return 0
-
-
-def _print_table(out: Path | str, dataset: "Dataset") -> None:
-    about = dataset.description
-    print(f"{out}: {about.source['name']}, {dataset.width}x{dataset.height}, fingerprint {dataset.fingerprint[:12]}")
-    print(dataset.describe_split())
-    names = list(about.counts)
-    print(f"{'class':<12}" + "".join(f"{name:>8}" for name in names))
-    for label in dataset.classes:
-        print(f"{label:<12}" + "".join(f"{about.counts[name][label]:>8}" for name in names))
-    print(f"{'images':<12}" + "".join(f"{sum(about.counts[name].values()):>8}" for name in names))
-    for what in ("citation", "license"):
-        if text := getattr(about, what):
-            print(f"{what}: {text}")
-    for alias, real in about.aliases.items():
-        print(f"{alias} is {real} under another name")
-    for warning in about.warnings:
-        print(f"warning: {warning}")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -205,7 +159,11 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="draw lesions in HAM10000's layout"))
     pack = commands.add_parser(
-        "pack", help="pack images into shards", formatter_class=argparse.RawDescriptionHelpFormatter
+        "pack",
+        help="pack images into shards, by one process or many tasks",
+        description="Pack images into shards. Started by srun or torchrun (or with RANK and WORLD_SIZE set), each task packs its share; the\n"
+        "last one to be done completes the dataset. A task that was killed is started again alone, by the same command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_pack(pack)
     if describes_protocols:  # the import is slow, and packing needs it anyway

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
+
+from shards.refusals import give_up, refusal_of, refuse
 
 LOGGER = logging.getLogger("dermharness")
 CHUNK = 4 * 2**20  # bytes of a request
@@ -23,7 +25,6 @@ LEAST_RATE = 2**18  # bytes/s of a line on which a file can be sent
 ATTEMPT_S = 30.0  # a request that takes longer is on a dead connection, or asks for too much
 PAUSE_S, LONGEST_PAUSE_S = 0.2, 15.0
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least: C:\ is a drive
-REFUSED = {400, 401, 403, 404, 405, 410, 451}  # answers of HTTP that asking again does not change
 WRONG_CALLS = ImportError | TypeError | AttributeError | NameError | AssertionError | NotImplementedError
 T = TypeVar("T")
 
@@ -121,7 +122,11 @@ class Storage:
                 position, since = position + len(data), time.monotonic()
                 yield data
             elif time.monotonic() - since > self.patience:
-                self._give_up(name, f"{position} of {size} bytes came, and no more for {self.patience:g} s")
+                give_up(
+                    self.url(name),
+                    f"{position} of {size} bytes came, and no more for {self.patience:g} s",
+                    self.patience,
+                )
             else:
                 time.sleep(PAUSE_S)
 
@@ -142,7 +147,12 @@ class Storage:
         def request() -> None:
             self.call("put_file", str(path), self.path(name), n_bytes=size)
 
-        self.insist(name, request, "written")
+        try:
+            self.insist(name, request, "written")
+        except NotImplementedError:
+            raise ValueError(
+                f"{self.shown}: the library of such URLs can only read. Give a folder, or a bucket: s3://BUCKET/NAME."
+            ) from None
 
     def remove(self, *names: str, at_once: int = 500) -> None:
         """Have files no more; they may be gone already.
@@ -197,14 +207,14 @@ class Storage:
             ) as error:  # of many libraries, each with its own: all but those of a wrong call are tried again
                 if isinstance(error, WRONG_CALLS):
                     raise
-                refusal, reason = _refusal(error), _reason(error)
+                refusal, reason = refusal_of(error), _reason(error)
                 if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
                     self._chunk = max(LEAST_CHUNK, self._chunk // 2)
             # Outside of `except`: the error that is raised carries none of a library, which may name a secret.
             if refusal is not None:
-                self._refuse(name, refusal, reason, done)
+                refuse(self.url(name), refusal, reason, done)
             if time.monotonic() + pause - began > self.patience:
-                self._give_up(name, reason, done)
+                give_up(self.url(name), reason, self.patience, done)
             if not said:
                 said = True
                 LOGGER.warning(f"{self.url(name)}: {reason}; tried again for up to {self.patience:g} s")
@@ -242,39 +252,6 @@ class Storage:
         if error is not None:
             raise error
         return result
-
-    def _refuse(self, name: str, kind: type[OSError], reason: str, done: str) -> NoReturn:
-        if kind is FileNotFoundError and done == "written":
-            raise FileNotFoundError(
-                f"{self.url(name)} cannot be written: there is no such place ({reason}). Make the bucket first, or correct the URL."
-            )
-        if kind is FileNotFoundError:
-            raise FileNotFoundError(
-                f"{self.url(name)} is missing ({reason}). Copy the dataset there again, or correct the URL."
-            )
-        hint = "the bucket may be missing, or" if done == "written" else "a signed URL may have expired, or"
-        raise PermissionError(
-            f"{self.url(name)} may not be {done} ({reason}): {hint} credentials are needed. Give them where the library of such URLs "
-            "looks for them (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws)."
-        )
-
-    def _give_up(self, name: str, reason: str, done: str = "read") -> NoReturn:
-        again = "continues a run from its last checkpoint; --data.patience_s waits longer"
-        if done == "written":
-            again = "goes on where it was"
-        raise ConnectionError(
-            f"{self.url(name)} could not be {done} for {self.patience:g} s ({reason}). Is the server there? The same command {again}."
-        )
-
-
-def _refusal(error: Exception) -> type[OSError] | None:
-    """Whether asking again does not help: because a file is missing, or may not be read."""
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) or status in (404, 410):
-        return FileNotFoundError
-    if isinstance(error, PermissionError) or status in REFUSED or "Credentials" in type(error).__name__:
-        return PermissionError
-    return None
 
 
 def _reason(error: Exception) -> str:

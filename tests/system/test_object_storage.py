@@ -359,6 +359,8 @@ def test_a_bucket_that_is_missing_is_said_when_packing(url, proxy, damaged):
     words = words_of(damaged, "s3://none/set")
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == 1
-    assert "may not be written" in done.stderr  # this server does not tell a bucket that is missing from one that is another's
+    assert (
+        "may not be written" in done.stderr
+    )  # this server does not tell a bucket that is missing from one that is another's
     assert "the bucket may be missing" in done.stderr
     assert len(done.stderr.splitlines()) == 1
