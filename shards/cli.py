@@ -20,7 +20,6 @@ from shards.terminal import replace_unprintable, user_path, user_place
 
 if TYPE_CHECKING:
     from shards.catalogue import Catalogue
-    from shards.index import Dataset
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; no partial output was kept", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
 
 
@@ -48,40 +47,42 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _pack(options: argparse.Namespace) -> int:
     from shards import index
-    from shards.files import refuse_used_folder
-    from shards.pack import Packing, pack_several
+    from shards.outputs import Output, Packing, refuse_used
+    from shards.pack import pack_several
     from shards.split import choose_protocol
+    from shards.summary import print_packed, print_unfinished
+    from shards.tasks import this_task
 
-    start = time.perf_counter()
-    refuse_used_folder(options.out)
+    start, task = time.perf_counter(), this_task()
     outputs = [(options.out, options.size, options.fit), *options.also]
     packings = [(out, Packing(size, fit, options.quality, options.shard_samples)) for out, size, fit in outputs]
+    refuse_used([Output(*packing) for packing in packings])
     parameters = options.seed, options.folds, options.fold, options.holdout
     protocol = choose_protocol(options.protocol or "lesion", *parameters)  # before anything is read
     source = _read_source(options)
     if source.split_column and not (options.protocol or options.folds or options.holdout):
         protocol = choose_protocol(f"column:{source.split_column}", *parameters)
-    if source.what:
-        print(f"{options.source}: {source.what}; {len(source.images)} images, {len(source.classes)} classes")
     source = replace(source, citation=options.citation or source.citation, license=options.license or source.license)
     source, united = _without_duplicates(source, options)
     split = protocol(source.images)
-    for note in split.notes:
-        print(note)
     if united:
         split = replace(split, protocol=split.protocol | {"united_pairs": united})
-    described = pack_several(source, split, packings, options.threads, on_bad_image=options.on_bad_image)[0]
-    seconds = time.perf_counter() - start
-    dataset = index.load(options.out)
-    images, size = int(dataset.shards.samples.sum()), int(dataset.shards.bytes.sum())
-    print(
-        f"packed {images} images into {len(dataset.shards)} shards ({size / 1e6:.0f} MB) in {seconds:.0f} s, "
-        f"{images / seconds:.0f} images/s; left out {described.left_out} (left_out.csv says why)"
-    )
-    for note, times in described.source.items():
-        if note not in ("name", "images", "fingerprint"):
-            print(f"{times} images: {note}")
-    _print_table(options.out, dataset)
+    if task.is_first:
+        if source.what:
+            print(f"{options.source}: {source.what}; {len(source.images)} images, {len(source.classes)} classes")
+        for note in split.notes:
+            print(note)
+    try:
+        packed = pack_several(source, split, packings, options.threads, on_bad_image=options.on_bad_image, task=task)
+    except (ValueError, OSError) as error:
+        if task.is_alone:
+            raise
+        raise (ValueError if isinstance(error, ValueError) else OSError)(f"{task}: {error}") from error
+    seconds, shown = time.perf_counter() - start, without_secrets(str(options.out))
+    if packed.unfinished:
+        print_unfinished(shown, task, packed.unfinished, seconds)
+        return 0
+    print_packed(shown, index.load(options.out, Access(cache_gb=0)), task, seconds)
     return 0
 
 
@@ -145,9 +146,10 @@ def _access(options: argparse.Namespace) -> Access:
 def _show(options: argparse.Namespace) -> int:
     from shards import index
     from shards.contact_sheet import dataset_rows, draw_sheet
+    from shards.summary import print_table
 
     dataset = index.load(options.out, _access(options))
-    _print_table(str(dataset.folder), dataset)
+    print_table(str(dataset.folder), dataset)
     beside = dataset.folder.resolve().parent if isinstance(dataset.folder, Path) else Path()
     sheet = options.sheet or beside / f"{dataset.name}-sheet.png"
     draw_sheet(dataset_rows(dataset), sheet, f"{dataset.name}, {dataset.describe_split()}")
@@ -155,30 +157,12 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(out: Path | str, dataset: "Dataset") -> None:
-    about = dataset.description
-    print(f"{out}: {about.source['name']}, {dataset.width}x{dataset.height}, fingerprint {dataset.fingerprint[:12]}")
-    print(dataset.describe_split())
-    names = list(about.counts)
-    print(f"{'class':<12}" + "".join(f"{name:>8}" for name in names))
-    for label in dataset.classes:
-        print(f"{label:<12}" + "".join(f"{about.counts[name][label]:>8}" for name in names))
-    print(f"{'images':<12}" + "".join(f"{sum(about.counts[name].values()):>8}" for name in names))
-    for what in ("citation", "license"):
-        if text := getattr(about, what):
-            print(f"{what}: {text}")
-    for alias, real in about.aliases.items():
-        print(f"{alias} is {real} under another name")
-    for warning in about.warnings:
-        print(f"warning: {warning}")
-
-
-def _output(text: str) -> tuple[Path, tuple[int, int], str]:
+def _output(text: str) -> tuple[Path | str, tuple[int, int], str]:
     out, _, stored = text.rpartition("=")
     size, _, fit = stored.partition(":")
     if not out:
         raise argparse.ArgumentTypeError(f"another output is OUT=SIZE:FIT, as data/small=280x224:squeeze. Got {text!r}")
-    return user_path(out), parse_size(size), fit or "cover"
+    return user_place(out), parse_size(size), fit or "cover"
 
 
 def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
@@ -189,7 +173,11 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="draw lesions in HAM10000's layout"))
     add_fetch(commands.add_parser("fetch", help="download a public data set, as pack reads it"))
     pack = commands.add_parser(
-        "pack", help="pack images into shards", formatter_class=argparse.RawDescriptionHelpFormatter
+        "pack",
+        help="pack images into shards, by one process or many tasks",
+        description="Pack images into shards. Started by srun or torchrun (or with RANK and WORLD_SIZE set), each task packs its share; the\n"
+        "last one to be done completes the dataset. A task that was killed is started again alone, by the same command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_pack(pack)
     if describes_protocols:  # the import is slow, and packing needs it anyway
@@ -233,9 +221,9 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
 def _add_pack(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("source", type=user_path, help="folder of a public data set, folder with one folder a class, or a table")
-    add("out", type=user_path, help="folder to make")
+    add("out", type=user_place, help="folder to make, or its URL in object storage (s3://BUCKET/NAME, ...)")
     add("--seed", type=int, default=0, help="a different seed gives a different split (default 0)")
-    add("--threads", type=int, default=0, help="decoding threads (default: one a core)")
+    add("--threads", type=int, default=0, help="decoding threads of each task (default: one a core)")
     add(
         "--on-bad-image",
         choices=("fail", "skip"),

@@ -11,17 +11,21 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
+
+from shards.refusals import give_up, refusal_of, refuse
 
 LOGGER = logging.getLogger("dermharness")
 CHUNK = 4 * 2**20  # bytes of a request
 LEAST_CHUNK = 2**16  # on a line so slow that more does not come in time
+LEAST_RATE = 2**18  # bytes/s of a line on which a file can be sent
 ATTEMPT_S = 30.0  # a request that takes longer is on a dead connection, or asks for too much
 PAUSE_S, LONGEST_PAUSE_S = 0.2, 15.0
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least: C:\ is a drive
-REFUSED = {400, 401, 403, 404, 405, 410, 451}  # answers of HTTP that asking again does not change
+WRONG_CALLS = ImportError | TypeError | AttributeError | NameError | AssertionError | NotImplementedError
 T = TypeVar("T")
 
 
@@ -93,7 +97,7 @@ class Storage:
             FileNotFoundError, PermissionError: it is not there, or may not be read.
             ConnectionError: no byte came for `patience` seconds.
         """
-        data = self._insist(name, lambda: self._call("cat_file", self._path(name), start=start, end=stop))
+        data = self.insist(name, lambda: self.call("cat_file", self.path(name), start=start, end=stop))
         if start is not None and stop is not None and len(data) > stop - start:  # the server does not range
             return data[start:stop]
         return data
@@ -109,29 +113,63 @@ class Storage:
             stop = min(position + self._chunk, size)
 
             def request(start: int = position, stop: int = stop) -> bytes:
-                return self._call("cat_file", self._path(name), start=start, end=stop)
+                return self.call("cat_file", self.path(name), start=start, end=stop)
 
-            data = self._insist(name, request)
+            data = self.insist(name, request)
             if len(data) > stop - position:  # the server does not range: all of the file came
                 data = data[position:size]
             if data:
                 position, since = position + len(data), time.monotonic()
                 yield data
             elif time.monotonic() - since > self.patience:
-                self._give_up(name, f"{position} of {size} bytes came, and no more for {self.patience:g} s")
+                give_up(
+                    self.url(name),
+                    f"{position} of {size} bytes came, and no more for {self.patience:g} s",
+                    self.patience,
+                )
             else:
                 time.sleep(PAUSE_S)
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where the server does not say."""
-        info = self._insist(name, lambda: self._call("info", self._path(name)))
+        info = self.insist(name, lambda: self.call("info", self.path(name)))
         return info.get("size")
+
+    def send(self, path: Path, name: str) -> None:
+        """Have a file of this machine there, over one of that name: in one piece, or in parts as the library sends large ones.
+
+        Raises:
+            FileNotFoundError, PermissionError: there is no such place (bucket), or it may not be written.
+            ConnectionError: it could not be sent for `patience` seconds.
+        """
+        size = path.stat().st_size
+
+        def request() -> None:
+            self.call("put_file", str(path), self.path(name), n_bytes=size)
+
+        try:
+            self.insist(name, request, "written")
+        except NotImplementedError:
+            raise ValueError(
+                f"{self.shown}: the library of such URLs can only read. Give a folder, or a bucket: s3://BUCKET/NAME."
+            ) from None
+
+    def remove(self, *names: str, at_once: int = 500) -> None:
+        """Have files no more; they may be gone already.
+
+        Raises:
+            PermissionError, ConnectionError: as `send`.
+        """
+        for start in range(0, len(names), at_once):
+            paths = [self.path(name) for name in names[start : start + at_once]]
+            with suppress(FileNotFoundError):
+                self.insist(names[start], lambda paths=paths: self.call("rm", paths), "written")
 
     def names(self) -> set[str] | None:
         """Names of the files of the folder; None where it cannot be listed (HTTP)."""
         if self.shown.lower().startswith("http"):
             return None
-        entries = self._insist("", lambda: self._call("ls", self._root, detail=False))
+        entries = self.insist("", lambda: self.call("ls", self._root, detail=False))
         return {str(entry).rstrip("/").rpartition("/")[2] for entry in entries}
 
     @contextmanager
@@ -145,11 +183,20 @@ class Storage:
             with self._lock:
                 self._reads -= 1
 
-    def _path(self, name: str) -> str:
+    def path(self, name: str) -> str:
+        """What the library calls a file."""
         return f"{self._root}/{name}{self._query}"
 
-    def _insist(self, name: str, request: Callable[[], T]) -> T:
-        """What a request returns, at last."""
+    def insist(self, name: str, request: Callable[[], T], done: str = "read") -> T:
+        """What a request returns, at last.
+
+        Args:
+            done: what is done to the file, for errors: read, written.
+
+        Raises:
+            FileNotFoundError, PermissionError: there is no such place, or no access to it.
+            ConnectionError: it failed for `patience` seconds.
+        """
         began, pause, said = time.monotonic(), PAUSE_S, False
         while True:
             try:
@@ -158,16 +205,16 @@ class Storage:
             except (
                 Exception
             ) as error:  # of many libraries, each with its own: all but those of a wrong call are tried again
-                if isinstance(error, ImportError | TypeError | AttributeError | NameError | AssertionError):
+                if isinstance(error, WRONG_CALLS):
                     raise
-                refusal, reason = _refusal(error), _reason(error)
+                refusal, reason = refusal_of(error), _reason(error)
                 if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
                     self._chunk = max(LEAST_CHUNK, self._chunk // 2)
             # Outside of `except`: the error that is raised carries none of a library, which may name a secret.
             if refusal is not None:
-                self._refuse(name, refusal, reason)
+                refuse(self.url(name), refusal, reason, done)
             if time.monotonic() + pause - began > self.patience:
-                self._give_up(name, reason)
+                give_up(self.url(name), reason, self.patience, done)
             if not said:
                 said = True
                 LOGGER.warning(f"{self.url(name)}: {reason}; tried again for up to {self.patience:g} s")
@@ -175,13 +222,16 @@ class Storage:
                 time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def _call(self, method: str, *words: object, **options: object) -> Any:
+    def call(self, method: str, *words: object, n_bytes: int = 0, **options: object) -> Any:
         """Call a method of the file system, for as long as an attempt may take.
+
+        Args:
+            n_bytes: that are sent in one piece, and take their time.
 
         Raises:
             TimeoutError: it took longer.
         """
-        limit = min(ATTEMPT_S, max(1.0, self.patience / 4))
+        limit = min(ATTEMPT_S, max(1.0, self.patience / 4)) + n_bytes / LEAST_RATE
         if getattr(self._files, "async_impl", False):
             from fsspec.asyn import sync
 
@@ -202,32 +252,6 @@ class Storage:
         if error is not None:
             raise error
         return result
-
-    def _refuse(self, name: str, kind: type[OSError], reason: str) -> NoReturn:
-        if kind is FileNotFoundError:
-            raise FileNotFoundError(
-                f"{self.url(name)} is missing ({reason}). Copy the dataset there again, or correct the URL."
-            )
-        raise PermissionError(
-            f"{self.url(name)} may not be read ({reason}). Give credentials where the library of such URLs looks for them (S3: "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws); a signed URL may have expired."
-        )
-
-    def _give_up(self, name: str, reason: str) -> NoReturn:
-        raise ConnectionError(
-            f"{self.url(name)} could not be read for {self.patience:g} s ({reason}). Is the server there? The same command "
-            "continues a run from its last checkpoint; --data.patience_s waits longer."
-        )
-
-
-def _refusal(error: Exception) -> type[OSError] | None:
-    """Whether asking again does not help: because a file is missing, or may not be read."""
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) or status in (404, 410):
-        return FileNotFoundError
-    if isinstance(error, PermissionError) or status in REFUSED or "Credentials" in type(error).__name__:
-        return PermissionError
-    return None
 
 
 def _reason(error: Exception) -> str:

@@ -14,11 +14,11 @@ from shards.grouping import Split
 WARNED_SHARE = 0.001  # of images that cannot be read: from here on, whoever reads a score is told
 
 
-def all_in_one_error(bad: dict[int, str], most: int = 20) -> str:
+def all_in_one_error(bad: dict[int, str], kept: str = "nothing was kept", most: int = 20) -> str:
     """One error for all images that cannot be decoded."""
     lines = "\n  ".join(list(bad.values())[:most])
     more = f"\n  and {len(bad) - most} more" if len(bad) > most else ""
-    return f"{len(bad)} image(s) cannot be read, and nothing was kept. Mend them, or leave them out: --on-bad-image skip\n  {lines}{more}"
+    return f"{len(bad)} image(s) cannot be read, and {kept}. Mend them, or leave them out: --on-bad-image skip\n  {lines}{more}"
 
 
 def without(split: Split, bad: dict[int, str], labels: pd.Series) -> Split:

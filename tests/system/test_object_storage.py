@@ -16,6 +16,7 @@ import pytest
 
 from shards.index import Dataset, load, verify
 from shards.remote import Access
+from support.packing import draw_source, pack_task, words_of
 from support.processes import ROOT, deterministic_log, environment, launch, state
 from support.remote import S3, Proxy, s3_variables, serving
 
@@ -264,3 +265,102 @@ def test_a_cache_on_a_full_or_read_only_disk_is_named_and_keeps_nothing(many, tm
                 load(server.url, Access(str(disk / "cache"), 1.0, 3.0))
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+def pack_tasks(words: list[str], size: int, ranks=None) -> list[subprocess.Popen]:
+    """Tasks of one packing, begun together."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return [
+        subprocess.Popen(words, env=environment(RANK=str(rank), WORLD_SIZE=str(size)), **pipes)
+        for rank in (range(size) if ranks is None else ranks)
+    ]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> Path:
+    """Images of which six are damaged."""
+    draw_source(folder := tmp_path_factory.mktemp("damaged") / "source", (0, 9, 31, 46, 47, 80))
+    return folder
+
+
+def contents(s3: S3, name: str) -> dict[str, bytes]:
+    files = s3.files()
+    return {path.rpartition("/")[2]: files.cat_file(path) for path in files.ls(f"shards/{name}", detail=False)}
+
+
+def of_folder(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def one_process(damaged, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    pack_task(damaged, [folder / "out", folder / "small"], bad="skip")
+    return folder
+
+
+def test_three_tasks_pack_to_s3_what_one_packs_to_a_folder(
+    s3, url, proxy, damaged, one_process, tiny, tmp_path, capsys
+):
+    out, small = "s3://shards/packed/out", "s3://shards/packed/small"
+    proxy.fault, proxy.after, proxy.most = "drop", 2_000, 3
+    tasks = pack_tasks(words_of(damaged, out, small), 3)
+    said = [task.communicate(timeout=200) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0, 0], said
+    assert sum("by 3 tasks" in words for words, _ in said) >= 1
+    for name in ("out", "small"):
+        assert contents(s3, f"packed/{name}") == of_folder(one_process / name)
+        assert verify(f"s3://shards/packed/{name}", Access(str(tmp_path / "cache"))) == []
+    assert not [path for path in s3.files().find("shards/packed") if ".packing" in path]
+    words = [sys.executable, "-m", "shards", "show", out, "--sheet", str(tmp_path / "sheet.png"), "--cache-gb", "0"]
+    assert "images" in subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment()).stdout
+    done = train(tiny, tmp_path / "run", "--data.path", out, "--data.cache_dir", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    again = subprocess.run(words_of(damaged, out), capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert (again.returncode, "is a dataset already" in again.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_tasks_killed_at_any_moment_leave_no_dataset_in_s3_until_all_is_there(
+    s3, url, proxy, damaged, one_process, size, capsys
+):
+    name, kills, began = f"killed{size}/out", 0, time.monotonic()
+    words, files = words_of(damaged, f"s3://shards/{name}"), s3.files()
+    proxy.rate = 300_000  # bytes/s of answers: a task takes seconds
+    for rank in range(size):
+        for left in (1, 4, 9, None):  # files that there are more when it is killed
+            before = len(list_of(files, name))
+            (task,) = pack_tasks(words, size, [rank])
+            while task.poll() is None and (left is None or len(list_of(files, name)) < before + left):
+                time.sleep(0.01)
+            kills += task.poll() is None
+            task.kill()
+            _, error = task.communicate()
+            if left is None:
+                assert task.returncode == 0, error
+            is_complete = "dataset.json" in list_of(files, name)
+            if is_complete:
+                assert contents(s3, name) == of_folder(one_process / "out")
+                break
+    assert is_complete
+    assert kills >= 2
+    with capsys.disabled():
+        print(f"\n{size} task(s): {kills} kills, {time.monotonic() - began:.0f} s")
+
+
+def list_of(files, name: str) -> set[str]:
+    files.invalidate_cache()
+    with suppress(FileNotFoundError):
+        return {path.rpartition("/")[2] for path in files.ls(f"shards/{name}", detail=False)}
+    return set()
+
+
+def test_a_bucket_that_is_missing_is_said_when_packing(url, proxy, damaged):
+    words = words_of(damaged, "s3://none/set")
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 1
+    assert (
+        "may not be written" in done.stderr
+    )  # this server does not tell a bucket that is missing from one that is another's
+    assert "the bucket may be missing" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
