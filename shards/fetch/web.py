@@ -16,7 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from shards.storage import ATTEMPT_S, LONGEST_PAUSE_S, PAUSE_S, REFUSED, without_secrets
+from shards.refusals import REFUSED
+from shards.storage import ATTEMPT_S, LONGEST_PAUSE_S, PAUSE_S, without_secrets
 
 LOGGER = logging.getLogger("dermharness")
 CERTIFICATE = -1  # in place of a status: a certificate that is not trusted
