@@ -175,9 +175,10 @@ class S3:
         grpc = {f"{name}.port.grpc": free_port() for name in ("master", "volume", "filer", "s3")}
         folder.mkdir(parents=True, exist_ok=True)
         options = [f"-dir={folder}", "-s3", "-ip=127.0.0.1", f"-s3.port={self.port}", "-volume.max=20"]
-        options += [f"-{name}.port={port}" for name, port in ports.items()] + [
-            f"-{name}={port}" for name, port in grpc.items()
-        ]
+        options += [f"-{name}.port={port}" for name, port in ports.items()]
+        options += [f"-{name}={port}" for name, port in grpc.items()]
+        # What it would serve on ports of its own choice: two servers of one machine would want the same.
+        options += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         program = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         with open(folder / "weed.log", "w") as log:
             self.process = subprocess.Popen([program, "server", *options], stdout=log, stderr=log)
