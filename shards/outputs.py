@@ -150,6 +150,11 @@ class Output:
             shutil.rmtree(self._beside("partial"), ignore_errors=True)
             self.work.clear()
 
+    def tidy(self) -> None:
+        """Remove what tasks told each other. What was packed is said until the end: who is started again knows that it was this."""
+        self.work.clear(but=plans(self.work.names()))
+        self.work.clear()
+
     def read_description(self) -> Description:
         """What the complete dataset says of itself."""
         return parse_description(self.final.read(MARK), f"{self.shown}/{MARK}")

@@ -104,8 +104,8 @@ def pack_several(
             _give_up(made, task, error)
             raise
         descriptions = [output.read_description() for output in made]
-        for output in made:
-            output.work.clear()
+        for output in reversed(made):
+            output.tidy()
     return Packed(descriptions)
 
 

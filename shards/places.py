@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from shards.files import sha256, sync, write_durably
@@ -58,9 +59,15 @@ class FolderPlace:
         """Have a file no more, if it is there."""
         (self.folder / name).unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Have nothing any more, and no folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def clear(self, but: Collection[str] = ()) -> None:
+        """Have nothing any more, but these; without any, no folder either."""
+        if not but:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for name in self.names() - {*but}:
+            if (path := self.folder / name).is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class UrlPlace:
@@ -131,9 +138,9 @@ class UrlPlace:
         """Have a file no more, if it is there."""
         self.storage.remove(name)
 
-    def clear(self) -> None:
-        """Have nothing any more."""
-        self.storage.remove(*self.names())
+    def clear(self, but: Collection[str] = ()) -> None:
+        """Have nothing any more, but these."""
+        self.storage.remove(*self.names() - {*but})
 
 
 Place = FolderPlace | UrlPlace

@@ -275,7 +275,7 @@ def test_a_complete_dataset_is_refused_and_a_task_that_comes_late_finds_it(whole
         pack_task(whole, [tmp_path / "out"], 0, 2)
     shutil.rmtree(tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FolderPlace, "clear", lambda self: None)  # killed before it could tidy up
+        patch.setattr(FolderPlace, "clear", lambda self, but=(): None)  # killed before it could tidy up
         finish(whole, [tmp_path / "out"], [0, 1], 2)
     assert (tmp_path / "out.packing").exists()
     assert pack_task(whole, [tmp_path / "out"], 0, 2).descriptions
