@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from support.remote import running
+
 DOI = "doi:10.7910/DVN/DBW86T"
 
 
@@ -125,15 +127,8 @@ def describe(path: Path, number: int) -> dict:
 @contextmanager
 def publishing(folder: Path, fault: Callable[[str, int], str] = lambda name, number: "") -> Iterator[Publisher]:
     """A publisher, for a while."""
-    server = Publisher(folder, fault)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with running(Publisher(folder, fault)) as server:
         yield server
-    finally:
-        server.over.set()
-        server.shutdown()
-        server.server_close()
 
 
 def zip_files(archive: Path, files: dict[str, bytes]) -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from support.processes import free_port
 
@@ -89,18 +90,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
 
 
+ServerT = TypeVar("ServerT", bound=http.server.ThreadingHTTPServer)
+
+
 @contextmanager
-def serving(folder: Path, fault: Callable[[str, int], str] = lambda name, number: "") -> Iterator[FileServer]:
-    """A file server, for a while."""
-    server = FileServer(folder, fault)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
+def running(server: ServerT) -> Iterator[ServerT]:
+    """A server in a thread of its own, for a while; `over` is set at its end, for answers that wait."""
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield server
     finally:
         server.over.set()
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def serving(folder: Path, fault: Callable[[str, int], str] = lambda name, number: "") -> Iterator[FileServer]:
+    """A file server, for a while."""
+    with running(FileServer(folder, fault)) as server:
+        yield server
 
 
 class Proxy:
