@@ -8,11 +8,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
-from shards.files import sha256
+from shards.originals import digests
+from shards.tree import of_cell, size_and_version
 
 REQUIRED = ("image_id", "path", "label", "group")
 NO_GROUPS = "the source names no groups (lesions, patients): images of one of them may be in several splits"
@@ -23,7 +23,8 @@ class Catalogue:
     """A checked table of images.
 
     images: one row an image, all columns text: `image_id, path, label, group`, then what else the source knows
-        (blank where unknown). `label` is a class name, `group` what must never be cut by a split (the lesion).
+        (blank where unknown). `label` is a class name, `group` what must never be cut by a split (the lesion). `path` is a
+        `RemotePath` where the image is behind a URL: `tree.of_cell` opens either.
     classes: class names; a class's number is its place here.
     name: human-readable, where the images came from.
     warnings: what a reader of a score must be told of the source.
@@ -95,9 +96,9 @@ def validate(catalogue: Catalogue) -> Catalogue:
             "All images of a lesion must have one label: correct the metadata."
         )
     for path in images["path"]:
-        if not Path(path).is_file():
+        if not of_cell(path).is_file():
             raise FileNotFoundError(f"The image {path} of {name} does not exist. Restore it or remove its row.")
-        if Path(path).stat().st_size == 0:
+        if size_and_version(of_cell(path))[0] == 0:
             raise ValueError(f"The image {path} is empty (0 bytes). Download it again or remove its row.")
     return catalogue
 
@@ -122,20 +123,22 @@ def _refuse_names(names: Iterable[str], column: str, source: str) -> None:
 def unite_copies(images: pd.DataFrame) -> pd.DataFrame:
     """Images whose files are the same bytes get one group, that of the first of them: copies must not be in two splits.
 
+    Files that share their size with another are read for that.
+
     Raises:
         ValueError: copies with different labels, of which at most one can be right.
     """
     by_size: dict[int, list[int]] = {}
     for row, path in enumerate(images["path"]):
-        by_size.setdefault(Path(path).stat().st_size, []).append(row)
+        by_size.setdefault(size_and_version(of_cell(path))[0], []).append(row)
     paths, labels, groups = (images[column].tolist() for column in ("path", "label", "group"))
+    rows = [row for size, rows in by_size.items() if len(rows) > 1 and size for row in rows]
     first, conflicts = {}, []
-    for size, rows in by_size.items():
-        for row in rows if len(rows) > 1 and size else ():
-            original = first.setdefault((size, sha256(Path(paths[row]))), row)
-            groups[row] = groups[original]
-            if labels[row] != labels[original]:
-                conflicts.append((original, row))
+    for row, digest in zip(rows, digests(of_cell(paths[row]) for row in rows), strict=True):
+        original = first.setdefault(digest, row)
+        groups[row] = groups[original]
+        if labels[row] != labels[original]:
+            conflicts.append((original, row))
     if conflicts:
         one, other = conflicts[0]
         raise ValueError(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from shards.column_options import add_column_options, columns_of, parse_size
 from shards.fetch.command import add_fetch
 from shards.remote import Access
-from shards.storage import without_secrets
-from shards.terminal import replace_unprintable, user_path, user_place
+from shards.storage import PATIENCE_S, without_secrets
+from shards.terminal import local_path, replace_unprintable, user_path, user_place
 
 if TYPE_CHECKING:
     from shards.catalogue import Catalogue
@@ -56,7 +56,7 @@ def _pack(options: argparse.Namespace) -> int:
     start, task = time.perf_counter(), this_task()
     outputs = [(options.out, options.size, options.fit), *options.also]
     packings = [(out, Packing(size, fit, options.quality, options.shard_samples)) for out, size, fit in outputs]
-    refuse_used([Output(*packing) for packing in packings])
+    refuse_used([Output(*packing, options.patience) for packing in packings])
     parameters = options.seed, options.folds, options.fold, options.holdout
     protocol = choose_protocol(options.protocol or "lesion", *parameters)  # before anything is read
     source = _read_source(options)
@@ -69,11 +69,14 @@ def _pack(options: argparse.Namespace) -> int:
         split = replace(split, protocol=split.protocol | {"united_pairs": united})
     if task.is_first:
         if source.what:
-            print(f"{options.source}: {source.what}; {len(source.images)} images, {len(source.classes)} classes")
+            print(
+                f"{without_secrets(str(options.source))}: {source.what}; {len(source.images)} images, {len(source.classes)} classes"
+            )
         for note in split.notes:
             print(note)
     try:
-        packed = pack_several(source, split, packings, options.threads, on_bad_image=options.on_bad_image, task=task)
+        how = {"on_bad_image": options.on_bad_image, "task": task, "patience": options.patience}
+        packed = pack_several(source, split, packings, options.threads, **how)
     except (ValueError, OSError) as error:
         if task.is_alone:
             raise
@@ -103,6 +106,7 @@ def _without_duplicates(source: "Catalogue", options: argparse.Namespace) -> tup
 def _read_source(options: argparse.Namespace) -> "Catalogue":
     from shards.ham10000 import read_isic2018
     from shards.sources import read_source
+    from shards.tree import open_source
 
     if (options.protocol == "isic2018") != (options.test_source is not None):
         raise ValueError(
@@ -110,8 +114,8 @@ def _read_source(options: argparse.Namespace) -> "Catalogue":
             f"and no other protocol takes it. Got --protocol {options.protocol or 'lesion'}."
         )
     if options.protocol == "isic2018":
-        return read_isic2018(options.source, options.test_source)
-    return read_source(options.source, columns_of(options))
+        return read_isic2018(*(open_source(each, options.patience) for each in (options.source, options.test_source)))
+    return read_source(open_source(options.source, options.patience), columns_of(options, options.patience))
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -220,7 +224,11 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
 
 def _add_pack(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("source", type=user_path, help="folder of a public data set, folder with one folder a class, or a table")
+    add(
+        "source",
+        type=user_place,
+        help="folder of a public data set, folder with one folder a class, or a table; or the URL of one (s3://BUCKET/SOURCE, ...)",
+    )
     add("out", type=user_place, help="folder to make, or its URL in object storage (s3://BUCKET/NAME, ...)")
     add("--seed", type=int, default=0, help="a different seed gives a different split (default 0)")
     add("--threads", type=int, default=0, help="decoding threads of each task (default: one a core)")
@@ -229,6 +237,12 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
         choices=("fail", "skip"),
         default="fail",
         help="images that cannot be decoded: name them all and keep nothing (default), or leave them out and list them",
+    )
+    add(
+        "--patience",
+        type=float,
+        default=PATIENCE_S,
+        help=f"seconds without a byte from or to a URL, tried again, until it is an error (default {PATIENCE_S:g})",
     )
     _add_source_options(command.add_argument_group("source"))
     _add_split_options(command.add_argument_group("split"))
@@ -253,7 +267,7 @@ def _add_source_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--citation", default="", help="how to cite the images (HAM10000 and ISIC 2018 are cited by themselves)")
     add("--license", default="", help="licence of the images (that of HAM10000 and ISIC 2018 is known)")
-    add("--test-source", type=user_path, help="folder of the ISIC 2018 test images and their ground truth")
+    add("--test-source", type=user_place, help="folder or URL of the ISIC 2018 test images and their ground truth")
 
 
 def _add_split_options(group: argparse._ArgumentGroup) -> None:
@@ -266,7 +280,7 @@ def _add_split_options(group: argparse._ArgumentGroup) -> None:
     add("--fold", type=int, default=0, help="which fold is the test split, from 0 (default 0)")
     add(
         "--merge-duplicates",
-        type=user_path,
+        type=local_path,
         metavar="AUDIT.CSV",
         help="unite the groups of the pairs of an audit whose column `same` says yes",
     )

@@ -6,7 +6,8 @@ In: the parser of a command. Out: `Columns`.
 import argparse
 from typing import TYPE_CHECKING
 
-from shards.terminal import user_path
+from shards.storage import PATIENCE_S
+from shards.terminal import user_place
 
 if TYPE_CHECKING:
     from shards.public_data import Columns  # imports pandas, and --help waits for it no more than it must
@@ -16,7 +17,7 @@ def add_column_options(group: argparse._ArgumentGroup) -> None:
     """--image-column, --image-root, --label-column, --label-columns, --class-names, --group-column."""
     add = group.add_argument
     add("--image-column", default="", help="of a table: paths of the images, from its folder, or their names")
-    add("--image-root", type=user_path, help="folder of the images (default: the table's)")
+    add("--image-root", type=user_place, help="folder of the images, or its URL (default: the table's)")
     add("--label-column", default="", help="of a table: class names")
     add(
         "--label-columns",
@@ -40,18 +41,21 @@ def add_column_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def columns_of(options: argparse.Namespace) -> "Columns":
-    """What these options say.
+def columns_of(options: argparse.Namespace, patience: float = PATIENCE_S) -> "Columns":
+    """What these options say. patience: seconds without a byte after which reading behind a URL fails.
 
     Raises:
         ValueError: two of them say the same thing in two ways.
+        OSError: images behind a URL cannot be listed.
     """
     from shards.public_data import Columns
+    from shards.tree import open_source
 
     if options.label_column and options.label_columns:
         raise ValueError("Give --label-column or --label-columns, not both.")
     labels = (options.label_column,) if options.label_column else options.label_columns
-    return Columns(options.image_column, labels, options.group_column, options.class_names, options.image_root)
+    root = options.image_root and open_source(options.image_root, patience)
+    return Columns(options.image_column, labels, options.group_column, options.class_names, root)
 
 
 def parse_names(text: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ In: a folder. Out: image files in a fixed order, or rows of a catalogue with cla
 hidden files are no images; every other file that is not taken is counted; a tree that may mean two things is refused.
 """
 
+import io
 import os
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from shards.image import image_suffixes
 from shards.tables import find_separator, is_table
+from shards.tree import RemotePath, SourcePath, read_start, to_cell
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 PART = re.compile(r"(^|[_\- ])(part|images?|imgs?|pictures?|photos?)([_\- ]?\d+)?($|[_\- ])", re.IGNORECASE)
@@ -18,8 +20,10 @@ COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  #
 NOT_OURS = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # made by systems, beside hidden files
 
 
-def walk(root: Path) -> list[Path]:
+def walk(root: SourcePath) -> list[SourcePath]:
     """All files below a folder, sorted; links to folders are followed; hidden files and folders are left out."""
+    if isinstance(root, RemotePath):
+        return [path for path in root.walk() if not any(map(is_hidden, path.relative_to(root).parts))]
     found, seen = [], set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -40,12 +44,14 @@ def is_hidden(name: str) -> bool:
 class ImageFinder:
     """Image files that a table names, below a folder: by path, or by a name that only one file has."""
 
-    def __init__(self, root: Path):
-        """Nothing is listed before a path is not found as it stands."""
+    def __init__(self, root: SourcePath):
+        """Nothing is listed before a path is not found as it stands; behind a URL, everything at once: the table may name many folders."""
         self.root = root
-        self._by_name: dict[str, list[Path]] | None = None
+        self._by_name: dict[str, list[SourcePath]] | None = None
+        if isinstance(root, RemotePath):
+            root.walk()
 
-    def find(self, name: str) -> Path | None:
+    def find(self, name: str) -> SourcePath | None:
         """The file that a table means, None if there is none.
 
         As a path from the folder, with or without its ending. Otherwise by its name alone, in any case, with `_downsampled` behind it, or
@@ -73,8 +79,8 @@ class ImageFinder:
                 return found[0]
         return None
 
-    def _list(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
+    def _list(self) -> dict[str, list[SourcePath]]:
+        found: dict[str, list[SourcePath]] = {}
         for path in walk(self.root):
             if path.suffix.lower() in image_suffixes():
                 stem = _stem(path.name)
@@ -90,7 +96,7 @@ def _stem(name: str) -> str:
     return last.removesuffix(ending) if ending in image_suffixes() else last
 
 
-def find_classes(root: Path) -> tuple[list[dict[str, str]], str]:
+def find_classes(root: SourcePath) -> tuple[list[dict[str, str | RemotePath]], str]:
     """The images of class folders, or of class folders inside folders named train, val and test.
 
     Returns:
@@ -124,7 +130,7 @@ def find_classes(root: Path) -> tuple[list[dict[str, str]], str]:
             raise ValueError(
                 f"{path} is in no class folder: {root} has {'/'.join(parts[:depth])}/CLASS/image. Move it into one."
             )
-        row = {"image_id": str(Path(*parts).with_suffix("").as_posix()), "path": str(path), "label": parts[depth]}
+        row = {"image_id": str(Path(*parts).with_suffix("").as_posix()), "path": to_cell(path), "label": parts[depth]}
         rows.append(row | ({"split": splits[parts[0]]} if splits else {}))
     _refuse_parts(root, sorted({row["label"] for row in rows}))
     what = "class folders" + (f" in {', '.join(splits)}" if splits else "")
@@ -133,7 +139,7 @@ def find_classes(root: Path) -> tuple[list[dict[str, str]], str]:
     return rows, what + (f"; not images, left out: {left}" if left else "")
 
 
-def _refuse_tables(root: Path, files: list[Path]) -> None:
+def _refuse_tables(root: SourcePath, files: list[SourcePath]) -> None:
     if tables := [path for path in files if path.parent == root and is_table(path) and _has_columns(path)]:
         raise ValueError(
             f"{root} has a table ({tables[0].name}) beside its folders of images. If it names the classes, give it: python -m "
@@ -141,18 +147,17 @@ def _refuse_tables(root: Path, files: list[Path]) -> None:
         )
 
 
-def _has_columns(path: Path) -> bool:
+def _has_columns(path: SourcePath) -> bool:
     """Whether a .txt file is a table at all, and not somebody's notes; others are tables by their names."""
     if path.suffix.lower() != ".txt":
         return True
-    with open(path, encoding="utf-8", errors="replace") as file:
-        header = file.readline(10_000)
+    header = io.TextIOWrapper(io.BytesIO(read_start(path, 40_000)), encoding="utf-8", errors="replace").readline(10_000)
     return header.count(find_separator(header)) > 0 and len(header.split()) <= 2 * (
         header.count(find_separator(header)) + 1
     )
 
 
-def _refuse_parts(root: Path, classes: list[str]) -> None:
+def _refuse_parts(root: SourcePath, classes: list[str]) -> None:
     if len(classes) == 1:
         raise ValueError(
             f"{root} has images in one class folder alone ({classes[0]}). A classifier needs two classes: give the folder "

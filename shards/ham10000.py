@@ -4,17 +4,16 @@ In: folders. Out: a `Catalogue`, checked. Invariants: classes are in the order o
 are kept as extra columns; a missing image is an error, never a dropped row.
 """
 
-import filecmp
-from pathlib import Path
-
 import pandas as pd
 
 from shards.catalogue import REQUIRED, Catalogue, extras, preview, validate
 from shards.folders import walk
 from shards.image import image_suffixes
 from shards.labels import read_labels
+from shards.originals import are_same
 from shards.public_data import CC_BY_NC, HAM10000_CITATION, ISIC2018_CITATION
 from shards.tables import read_table_file
+from shards.tree import RemotePath, SourcePath, open_source, to_cell
 
 HAM10000_CLASSES = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")  # the order of the ISIC 2018 challenge
 METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")  # as Kaggle and as Dataverse name it
@@ -23,7 +22,7 @@ DRAWN = "drawn"  # the `dx_type` of the demo's images, which nobody owns
 COLUMNS = {"image_id": "image_id", "dx": "label", "lesion_id": "group"}
 
 
-def read_ham10000(folder: Path, table: Path | None = None) -> Catalogue:
+def read_ham10000(folder: SourcePath | str, table: SourcePath | None = None) -> Catalogue:
     """Read HAM10000 as it is downloaded: its metadata with the images in any folders beside it.
 
     Args:
@@ -34,7 +33,7 @@ def read_ham10000(folder: Path, table: Path | None = None) -> Catalogue:
         FileNotFoundError: no folder, no metadata file, or rows without an image.
         ValueError: missing columns, an unknown `dx`, a repeated image id, a lesion with two labels, an empty image.
     """
-    folder = Path(folder)
+    folder = open_source(folder)
     text, what = read_table_file(table or find_metadata(folder))
     rows = _ham_rows(text, folder, folder)
     is_demo = "dx_type" in rows.columns and bool((rows["dx_type"] == DRAWN).all())
@@ -52,7 +51,7 @@ def read_ham10000(folder: Path, table: Path | None = None) -> Catalogue:
     )
 
 
-def read_isic2018(folder: Path, test: Path) -> Catalogue:
+def read_isic2018(folder: SourcePath | str, test: SourcePath | str) -> Catalogue:
     """HAM10000 with the ISIC 2018 challenge's test images; the column `part` says which is which.
 
     Args:
@@ -63,8 +62,9 @@ def read_isic2018(folder: Path, test: Path) -> Catalogue:
     Raises:
         FileNotFoundError, ValueError: as `read_ham10000`; also classes unknown to it, and rows that are not one-hot.
     """
-    ham, test = read_ham10000(folder), Path(test)
-    files = [file for name in GROUND_TRUTH for file in (sorted(test.rglob(name)) if test.is_dir() else [])]
+    ham, test = read_ham10000(folder), open_source(test)
+    below = walk(test)
+    files = [file for name in GROUND_TRUTH for file in below if file.name == name]
     if not files:
         raise FileNotFoundError(
             f"No {GROUND_TRUTH[1]} in {test}. Give the folder that holds it (or Dataverse's {GROUND_TRUTH[0]}) and the "
@@ -85,7 +85,7 @@ def read_isic2018(folder: Path, test: Path) -> Catalogue:
     )
 
 
-def find_metadata(folder: Path) -> Path:
+def find_metadata(folder: SourcePath) -> SourcePath:
     """HAM10000's table in its folder.
 
     Raises:
@@ -104,7 +104,7 @@ def find_metadata(folder: Path) -> Path:
     )
 
 
-def _ham_rows(table: pd.DataFrame, images: Path, named: Path) -> pd.DataFrame:
+def _ham_rows(table: pd.DataFrame, images: SourcePath, named: SourcePath) -> pd.DataFrame:
     """Rows of a table with HAM10000's columns, `named` in errors."""
     missing = [column for column in COLUMNS if column not in table.columns]
     if missing:
@@ -119,7 +119,7 @@ def _ham_rows(table: pd.DataFrame, images: Path, named: Path) -> pd.DataFrame:
     return pd.concat([table[list(REQUIRED)], extras(table, set(REQUIRED))], axis=1)
 
 
-def _one_hot_rows(truth: pd.DataFrame, images: Path, file: Path) -> pd.DataFrame:
+def _one_hot_rows(truth: pd.DataFrame, images: SourcePath, file: SourcePath) -> pd.DataFrame:
     columns = [column for column in truth.columns if column != "image"]
     if "image" not in truth.columns or {column.lower() for column in columns} - set(HAM10000_CLASSES):
         raise ValueError(
@@ -131,15 +131,18 @@ def _one_hot_rows(truth: pd.DataFrame, images: Path, file: Path) -> pd.DataFrame
     return pd.DataFrame({"image_id": ids, "label": labels, "group": ids, "path": _paths(ids, images)})
 
 
-def _paths(image_ids: list[str], folder: Path) -> list[str]:
+def _paths(image_ids: list[str], folder: SourcePath) -> list[str | RemotePath]:
     """The file of each image id; the same image twice (Kaggle's download repeats its folders) is no error."""
-    found: dict[str, Path] = {}
-    wanted = set(image_ids)
+    found: dict[str, SourcePath] = {}
+    wanted, repeated = set(image_ids), []
     for path in walk(folder):
         if path.suffix.lower() not in image_suffixes() or path.stem not in wanted:
             continue
         first = found.setdefault(path.stem, path)
-        if first is not path and not filecmp.cmp(first, path, shallow=False):
+        if first is not path:
+            repeated.append((first, path))
+    for (first, path), is_same in zip(repeated, are_same(repeated), strict=True):
+        if not is_same:
             raise ValueError(f"Two different images for {path.stem}: {first} and {path}. Keep one of them.")
     absent = [image_id for image_id in image_ids if image_id not in found]
     if absent:
@@ -147,4 +150,4 @@ def _paths(image_ids: list[str], folder: Path) -> list[str]:
             f"{preview(absent)} of the metadata: no image of that name (such as .jpg or .png) lies below "
             f"{folder}. Unpack every part of the download there, or remove those rows from the metadata."
         )
-    return [str(found[image_id]) for image_id in image_ids]
+    return [to_cell(found[image_id]) for image_id in image_ids]

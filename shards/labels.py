@@ -6,11 +6,11 @@ class without a row is left out, and said.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
 from shards.catalogue import preview
+from shards.tree import SourcePath
 
 TRUTH = {"true": "1", "false": "0"}
 
@@ -25,7 +25,7 @@ class Labels:
 
 
 def read_labels(
-    table: pd.DataFrame, path: Path, ids: Sequence[str], columns: Sequence[str], names: Sequence[str]
+    table: pd.DataFrame, path: SourcePath, ids: Sequence[str], columns: Sequence[str], names: Sequence[str]
 ) -> Labels:
     """Labels from one column, or from several of which each row has exactly one 1.
 
@@ -62,7 +62,7 @@ def in_small_letters(labels: Labels) -> Labels:
     )
 
 
-def _from_columns(table: pd.DataFrame, path: Path, ids: Sequence[str], columns: Sequence[str]) -> Labels:
+def _from_columns(table: pd.DataFrame, path: SourcePath, ids: Sequence[str], columns: Sequence[str]) -> Labels:
     cells = table[list(columns)].apply(lambda column: column.str.strip().str.lower().replace(TRUTH))
     hot = cells.apply(pd.to_numeric, errors="coerce")
     odd = [
@@ -78,7 +78,7 @@ def _from_columns(table: pd.DataFrame, path: Path, ids: Sequence[str], columns: 
     return Labels(values, classes, f"classes from the columns {', '.join(columns)}" + _unused(columns, classes))
 
 
-def _named(values: list[str], path: Path, column: str, names: Sequence[str]) -> Labels:
+def _named(values: list[str], path: SourcePath, column: str, names: Sequence[str]) -> Labels:
     found = sorted(set(values) - {""})
     numbers = {str(number): name for number, name in enumerate(names)}
     numbers |= {f"{number}.0": name for number, name in enumerate(names)}  # as tables with gaps write whole numbers

@@ -18,11 +18,10 @@ from shards.files import refuse_used_folder, sync
 from shards.image import FITS
 from shards.places import FolderPlace, Place, open_place
 from shards.records import plans
-from shards.storage import is_url, without_secrets
+from shards.storage import PATIENCE_S, is_url, without_secrets
 from shards.tasks import Task
 
 MARK = "dataset.json"
-PATIENCE_S = 300.0  # without a byte, of what is behind a URL
 
 
 @dataclass(frozen=True)

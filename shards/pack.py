@@ -23,6 +23,7 @@ from shards.leaks import check_split, missing_classes
 from shards.outputs import Output, Packing, clear_way
 from shards.records import Records, identity
 from shards.share import Job, keeps_what_is_done, pack_share
+from shards.storage import PATIENCE_S
 from shards.tasks import ALONE, Task, cut
 
 
@@ -71,8 +72,11 @@ def pack_several(
     quiet: bool = False,
     on_bad_image: str = "fail",
     task: Task = ALONE,
+    patience: float = PATIENCE_S,
 ) -> Packed:
     """Pack one split in several sizes with one pass over the originals, this task's share of it; otherwise as `pack`.
+
+    patience: seconds without an answer after which writing to a URL fails.
 
     The last of the tasks to be done makes the datasets complete. What a task that was killed had done stays done when it is started again.
 
@@ -81,7 +85,7 @@ def pack_several(
     """
     check_split(catalogue.images, split)
     split = replace(split, warnings=(*split.warnings, *missing_classes(catalogue.images["label"], split)))
-    made = [Output(out, packing) for out, packing in outputs]
+    made = [Output(out, packing, patience) for out, packing in outputs]
     _check_outputs(made)
     plan = _plan(catalogue, split, made, task)
     clear_way(made, plan, task)
@@ -152,10 +156,12 @@ def _complete(job: Job, split: Split, tries: int = 3) -> None:
 def _give_up(outputs: list[Output], task: Task, error: BaseException) -> None:
     """One process that packs folders keeps nothing; what tasks have done, or what is behind a URL, stays for the next start.
 
+    So does all where a source behind a URL could not be read any more: the next start goes on.
+
     Raises:
         OSError: a full disk, with what to do.
     """
-    if not (keeps := keeps_what_is_done(outputs, task)):
+    if not (keeps := keeps_what_is_done(outputs, task) or isinstance(error, ConnectionError)):
         for output in outputs:
             output.discard()
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -6,7 +6,8 @@ user names overrides what is known; a table that matches none is nobody's.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+
+from shards.tree import SourcePath
 
 HAM10000_CITATION = (
     "Tschandl, Rosendahl, Kittler: The HAM10000 dataset, Scientific Data 5, 180161 (2018), doi:10.1038/sdata.2018.161"
@@ -35,7 +36,7 @@ class Columns:
     labels: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
-    image_root: Path | None = None
+    image_root: SourcePath | None = None
 
 
 @dataclass(frozen=True)

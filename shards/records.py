@@ -18,6 +18,7 @@ from shards.catalogue import Catalogue
 from shards.grouping import Split
 from shards.places import Place, write
 from shards.tasks import Cut, Task
+from shards.tree import of_cell, size_and_version
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,10 @@ def join_digests(digests: list[bytes]) -> str:
 
 
 def state_of_originals(members: pd.DataFrame) -> str:
-    """What changes when an image file is replaced: a hash of the sizes and times of all files of a shard."""
+    """What changes when an image file is replaced: a hash of the sizes and times (behind a URL: ETags) of all files of a shard."""
     sha = hashlib.sha256()
     for path in members["path"]:
-        found = Path(path).stat()
-        sha.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+        sha.update("{} {}\n".format(*size_and_version(of_cell(path))).encode())
     return sha.hexdigest()
 
 

@@ -20,11 +20,13 @@ def refusal_of(error: Exception) -> type[OSError] | None:
 
 
 def refuse(url: str, kind: type[OSError], reason: str, done: str) -> NoReturn:
-    """Say that a file is missing, or that there is no access to it. done: read or written."""
+    """Say that a file is missing, or that there is no access to it. done: read, written or listed."""
     if kind is FileNotFoundError and done == "written":
         raise FileNotFoundError(
             f"{url} cannot be written: there is no such place ({reason}). Make the bucket first, or correct the URL."
         )
+    if kind is FileNotFoundError and done == "listed":
+        raise FileNotFoundError(f"{url} cannot be listed: there is no such place ({reason}). Correct the URL.")
     if kind is FileNotFoundError:
         raise FileNotFoundError(f"{url} is missing ({reason}). Copy the dataset there again, or correct the URL.")
     hint = "the bucket may be missing, or" if done == "written" else "a signed URL may have expired, or"

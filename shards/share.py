@@ -5,12 +5,12 @@ originals, is not packed again; a bounded number of images is under way, and one
 """
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from threading import Semaphore
 
 import pandas as pd
 from tqdm import tqdm
@@ -19,11 +19,13 @@ from shards.catalogue import Catalogue
 from shards.commit import readable_members
 from shards.files import sha256
 from shards.image import encode, fit, open_noted
+from shards.originals import in_order, n_readers, threads_of
 from shards.outputs import Output, Packing
 from shards.places import write
 from shards.records import Record, Records, join_digests, state_of_originals
 from shards.tars import Sample, sample_table, write_tars
 from shards.tasks import Cut, Task, share
+from shards.tree import RemotePath, of_cell
 from shards.unreadable import all_in_one_error
 
 
@@ -48,19 +50,21 @@ def pack_share(job: Job, threads: int, quiet: bool) -> None:
     task, own, bad = job.task, share(job.cuts, job.task), dict[int, str]()
     job.records.unsign(task)
     recorded = job.records.place.names()
-    with ThreadPoolExecutor(threads) as pool, tqdm(
+    readers = n_readers(job.catalogue.images["path"], threads)
+    with threads_of(readers) as pool, tqdm(
         total=sum(len(shard.rows) for shard in own),
         unit=" images",
         desc="packing" if task.is_alone else str(task),
         disable=True if quiet else None,
     ) as bar:  # fmt: skip
+        encoder = Encoder(pool, Semaphore(threads), max(64, readers))
         for shard in own:
             members = job.catalogue.images.iloc[shard.rows]
             originals = state_of_originals(members)
             if f"{shard.name}.json" in recorded and _is_packed(job, shard, originals):
                 bar.update(len(members))
                 continue
-            bad |= _pack_shard(job, shard, members, originals, pool, bar)
+            bad |= _pack_shard(job, shard, members, originals, encoder, bar)
     if bad and not job.skips:
         error = all_in_one_error(bad, _what_is_kept(job))
         job.records.sign(task, error.splitlines()[0])
@@ -84,11 +88,11 @@ def _is_packed(job: Job, shard: Cut, originals: str) -> bool:
 
 
 def _pack_shard(
-    job: Job, shard: Cut, members: pd.DataFrame, originals: str, pool: ThreadPoolExecutor, bar: tqdm
+    job: Job, shard: Cut, members: pd.DataFrame, originals: str, encoder: "Encoder", bar: tqdm
 ) -> dict[int, str]:
     """Pack one shard of each output and record it; returns row -> problem of images that cannot be decoded."""
     first_key = job.records.first_key(shard, job.cuts) if job.skips else shard.first
-    samples = _encoded(pool, members, [output.packing for output in job.outputs])
+    samples = encoder.encoded(members["path"], [output.packing for output in job.outputs])
     paths = [output.scratch / f"{shard.name}.tar" for output in job.outputs]
     written = write_tars(paths, samples, members, job.catalogue, first_key, bar.update)
     bad = {int(shard.rows[place]): problem for place, problem in written.bad.items()}
@@ -112,6 +116,19 @@ def _pack_shard(
     return bad
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """Threads that read and encode images, `most` at a time. Each may wait for a network; `cores` of them decode and encode."""
+
+    pool: ThreadPoolExecutor
+    cores: Semaphore
+    most: int
+
+    def encoded(self, paths: Iterable[str | RemotePath], packings: list[Packing]) -> Iterator[Sample | str]:
+        """Stored JPEGs, SHA-256 of the original and notes for each image, or what is wrong with it, in order; a bounded number is under way."""
+        return in_order(self.pool, partial(_try_encode, packings=packings, cores=self.cores), paths, self.most)
+
+
 def _what_is_kept(job: Job) -> str:
     """Where images cannot be decoded: what becomes of the others, in the middle of a sentence."""
     if not keeps_what_is_done(job.outputs, job.task):
@@ -125,32 +142,23 @@ def keeps_what_is_done(outputs: list[Output], task: Task) -> bool:
     return not task.is_alone or not all(output.is_local for output in outputs)
 
 
-def _encoded(pool: ThreadPoolExecutor, members: pd.DataFrame, packings: list[Packing]) -> Iterator[Sample | str]:
-    """Stored JPEGs, SHA-256 of the original and notes for each row, or what is wrong with it, in order; a bounded number is under way."""
-    waiting: deque = deque()
-    try:
-        for path in members["path"]:
-            waiting.append(pool.submit(_try_encode, path, packings))
-            if len(waiting) > 64:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+def _try_encode(path: str | RemotePath, packings: list[Packing], cores: Semaphore) -> Sample | str:
+    """Stored JPEGs, SHA-256 of the original and notes, or what is wrong with the image.
 
-
-def _try_encode(path: str, packings: list[Packing]) -> Sample | str:
+    Raises:
+        OSError: it cannot be read, which is no fault of the image: nobody may leave it out for that.
+    """
+    original = of_cell(path).read_bytes()
     try:
-        return _encode_one(path, packings)
+        with cores:
+            return _encode(original, str(path), packings)
     except ValueError as error:
         return str(error)
 
 
-def _encode_one(path: str, packings: list[Packing]) -> Sample:
-    original = Path(path).read_bytes()
+def _encode(original: bytes, name: str, packings: list[Packing]) -> Sample:
     if not original:
-        raise ValueError(f"The image {path} is empty (0 bytes). Download it again or remove its row.")
-    image, notes = open_noted(original, path)
+        raise ValueError(f"The image {name} is empty (0 bytes). Download it again or remove its row.")
+    image, notes = open_noted(original, name)
     stored = [encode(fit(image, packing.size, packing.fit), packing.quality) for packing in packings]
     return stored, hashlib.sha256(original).digest(), notes

@@ -1,6 +1,6 @@
 """Sources as people have them: HAM10000, a public data set's table, a folder for each class, any CSV or Parquet file.
 
-In: a folder or a file. Out: a `Catalogue`, checked. Invariants: what a source was taken for is said in one line; columns that the
+In: a folder or a file, or the URL of one. Out: a `Catalogue`, checked. Invariants: what a source was taken for is said in one line; columns that the
 shards do not need are kept as extra columns; a missing image is an error, never a dropped row.
 """
 
@@ -19,21 +19,22 @@ from shards.labels import in_small_letters, read_labels
 from shards.public_data import Columns, PublicData, fill, recognise
 from shards.stratify import connect
 from shards.tables import is_table, read_header, read_table_file
+from shards.tree import SourcePath, open_source, to_cell
 
 DEEPEST = 3  # folders below the source's in which its table is looked for
 
 
-def read_source(path: Path, columns: Columns) -> Catalogue:
+def read_source(path: SourcePath | str, columns: Columns) -> Catalogue:
     """Read a source by what it is: HAM10000, a table, a folder with the table of a public data set, or one folder a class.
 
     Args:
-        path: a folder or a table. columns: what the user names of its table.
+        path: a folder or a table, or the URL of one. columns: what the user names of its table.
 
     Raises:
         FileNotFoundError, ValueError: as `read_table`, `read_class_folders` and `read_ham10000`; columns named for a folder without a
             table; a folder with several tables that may be meant.
     """
-    path = Path(path)
+    path = open_source(path)
     names_columns = columns != Columns(image_root=columns.image_root)
     if path.is_file() or is_table(path):
         return _read_ham10000_or_table(path, columns, path.parent)
@@ -60,7 +61,7 @@ def read_source(path: Path, columns: Columns) -> Catalogue:
     return read_class_folders(path)
 
 
-def read_class_folders(root: Path) -> Catalogue:
+def read_class_folders(root: SourcePath | str) -> Catalogue:
     """Read `root/CLASS/**`, or `root/train/CLASS/**` beside `val` and `test`: the folders' names are the classes.
 
     Classes are in alphabetical order. Each image is a group, with its exact copies.
@@ -69,7 +70,7 @@ def read_class_folders(root: Path) -> Catalogue:
         FileNotFoundError: no folder, or no images in folders below it.
         ValueError: folders that may be no classes, as `folders.find_classes` says it.
     """
-    root = Path(root)
+    root = open_source(root)
     rows, what = find_classes(root)
     images = pd.DataFrame([row | {"group": row["image_id"]} for row in rows])
     columns = [*REQUIRED, *(["split"] if "split" in images else [])]
@@ -85,7 +86,7 @@ def read_class_folders(root: Path) -> Catalogue:
     )
 
 
-def read_table(path: Path, columns: Columns, prefix: str = "") -> Catalogue:
+def read_table(path: SourcePath | str, columns: Columns, prefix: str = "") -> Catalogue:
     """Read any CSV or Parquet file with one row an image.
 
     Args:
@@ -98,7 +99,7 @@ def read_table(path: Path, columns: Columns, prefix: str = "") -> Catalogue:
         FileNotFoundError: the file does not exist, or paths in it do not.
         ValueError: columns that are missing or not named, blanks, repeated images, labels as `labels.read_labels` refuses them.
     """
-    path = Path(path)
+    path = open_source(path)
     table, what = read_table_file(path)
     known = recognise(table.columns)
     if known:
@@ -115,7 +116,7 @@ def read_table(path: Path, columns: Columns, prefix: str = "") -> Catalogue:
     core = {
         "image_id": prefix
         + given.map(lambda name: name.removesuffix(Path(name).suffix) if _is_image_file(name) else name),
-        "path": [str(file) for file in files],
+        "path": [to_cell(file) for file in files],
         "label": labels.values,
         "group": groups,
     }
@@ -140,7 +141,7 @@ def read_table(path: Path, columns: Columns, prefix: str = "") -> Catalogue:
     )
 
 
-def _read_ham10000_or_table(table: Path, columns: Columns, root: Path) -> Catalogue:
+def _read_ham10000_or_table(table: SourcePath, columns: Columns, root: SourcePath) -> Catalogue:
     """A table whose images lie below a folder; HAM10000's has classes in an order of their own, where its user names none."""
     root = columns.image_root or root
     known = recognise(read_header(table)) if table.is_file() else None
@@ -149,7 +150,7 @@ def _read_ham10000_or_table(table: Path, columns: Columns, root: Path) -> Catalo
     return read_table(table, replace(columns, image_root=root))
 
 
-def _read_tables_of_splits(root: Path, tables: list[Path], columns: Columns) -> Catalogue:
+def _read_tables_of_splits(root: SourcePath, tables: list[SourcePath], columns: Columns) -> Catalogue:
     """Tables in folders named train, val and test, of one data set."""
     parts = []
     for table in tables:
@@ -166,13 +167,13 @@ def _read_tables_of_splits(root: Path, tables: list[Path], columns: Columns) -> 
     return validate(replace(first, images=images, classes=in_order, name=root.name, what=what, split_column="split"))
 
 
-def _known_tables(root: Path) -> list[Path]:
+def _known_tables(root: SourcePath) -> list[SourcePath]:
     """Tables of public data sets in a folder."""
     tables = [path for path in walk(root) if is_table(path) and len(path.relative_to(root).parts) <= DEEPEST]
     return [path for path in tables if recognise(read_header(path))]
 
 
-def _with_companion(table: pd.DataFrame, path: Path, known: PublicData) -> tuple[pd.DataFrame, Path | None]:
+def _with_companion(table: pd.DataFrame, path: SourcePath, known: PublicData) -> tuple[pd.DataFrame, SourcePath | None]:
     """The table with the columns of another that names its lesions, beside it or in a folder beside its own."""
     names = {path.name.replace("_GroundTruth", ending) for ending in known.companions} - {path.name}
     places = [path.parent, path.parent.parent, *(place for place in path.parent.parent.iterdir() if place.is_dir())]
@@ -186,7 +187,7 @@ def _with_companion(table: pd.DataFrame, path: Path, known: PublicData) -> tuple
     return table.merge(other[new], how="left", on=known.image).fillna(""), found
 
 
-def _check_columns(path: Path, table: pd.DataFrame, columns: Columns, known: PublicData | None) -> None:
+def _check_columns(path: SourcePath, table: pd.DataFrame, columns: Columns, known: PublicData | None) -> None:
     has = f"It has: {', '.join(table.columns)}."
     if not (columns.image and columns.labels):
         missing = [*([] if columns.image else ["--image-column"]), *([] if columns.labels else ["--label-column"])]
@@ -202,7 +203,7 @@ def _check_columns(path: Path, table: pd.DataFrame, columns: Columns, known: Pub
             raise ValueError(f"{path} has no column {column!r} ({option}). {has}")
 
 
-def _find_files(names: pd.Series, root: Path, path: Path) -> list[Path]:
+def _find_files(names: pd.Series, root: SourcePath, path: SourcePath) -> list[SourcePath]:
     finder = ImageFinder(root)
     found = [finder.find(name) for name in names]
     absent = [name for name, file in zip(names, found, strict=True) if file is None]

@@ -20,11 +20,13 @@ from shards.refusals import give_up, refusal_of, refuse
 
 LOGGER = logging.getLogger("dermharness")
 CHUNK = 4 * 2**20  # bytes of a request
+CONNECTIONS = 64  # to S3, at a time; its library makes 10 by default
 LEAST_CHUNK = 2**16  # on a line so slow that more does not come in time
 LEAST_RATE = 2**18  # bytes/s of a line on which a file can be sent
+PATIENCE_S = 300.0  # without a byte, of what is packed
 ATTEMPT_S = 30.0  # a request that takes longer is on a dead connection, or asks for too much
 PAUSE_S, LONGEST_PAUSE_S = 0.2, 15.0
-URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least: C:\ is a drive
+URL = re.compile(r"([a-z0-9]+::)*[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least: C:\ is a drive
 WRONG_CALLS = ImportError | TypeError | AttributeError | NameError | AssertionError | NotImplementedError
 T = TypeVar("T")
 
@@ -71,7 +73,8 @@ class Storage:
         try:
             from fsspec.core import url_to_fs
 
-            self._files, root = url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
+            options = _s3_options() if url.lower().startswith("s3") else {}
+            self._files, root = url_to_fs(address, use_listings_cache=False, skip_instance_cache=True, **options)
         except ImportError as error:
             hint = 'pip install -e ".[remote]" (gs:// needs gcsfs, too, and az:// adlfs)'
             raise ValueError(
@@ -145,7 +148,7 @@ class Storage:
         size = path.stat().st_size
 
         def request() -> None:
-            self.call("put_file", str(path), self.path(name), n_bytes=size)
+            self.call("put_file", str(path), self.path(name), grace=size / LEAST_RATE)
 
         try:
             self.insist(name, request, "written")
@@ -191,7 +194,7 @@ class Storage:
         """What a request returns, at last.
 
         Args:
-            done: what is done to the file, for errors: read, written.
+            done: what is done to the file, for errors: read, written, listed.
 
         Raises:
             FileNotFoundError, PermissionError: there is no such place, or no access to it.
@@ -222,16 +225,16 @@ class Storage:
                 time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def call(self, method: str, *words: object, n_bytes: int = 0, **options: object) -> Any:
+    def call(self, method: str, *words: object, grace: float = 0.0, **options: object) -> Any:
         """Call a method of the file system, for as long as an attempt may take.
 
         Args:
-            n_bytes: that are sent in one piece, and take their time.
+            grace: seconds more, for what takes its time in one piece.
 
         Raises:
             TimeoutError: it took longer.
         """
-        limit = min(ATTEMPT_S, max(1.0, self.patience / 4)) + n_bytes / LEAST_RATE
+        limit = min(ATTEMPT_S, max(1.0, self.patience / 4)) + grace
         if getattr(self._files, "async_impl", False):
             from fsspec.asyn import sync
 
@@ -252,6 +255,14 @@ class Storage:
         if error is not None:
             raise error
         return result
+
+
+def _s3_options() -> dict[str, dict]:
+    """Enough connections; what the user's fsspec configuration says of them goes first."""
+    from fsspec.config import conf
+
+    given = conf.get("s3", {}).get("config_kwargs", {})
+    return {"config_kwargs": {"max_pool_connections": CONNECTIONS} | given}
 
 
 def _reason(error: Exception) -> str:

@@ -9,8 +9,10 @@ import io
 import warnings
 import zlib
 from gzip import BadGzipFile
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING
+
+from shards.tree import RemotePath, SourcePath, read_start
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,12 +24,12 @@ HEADER_BYTES = 100_000  # no header is longer
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
-def is_table(path: Path) -> bool:
+def is_table(path: PurePath | RemotePath) -> bool:
     """Whether a file's name is that of a table."""
     return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
 
 
-def read_table_file(path: Path) -> tuple["pd.DataFrame", str]:
+def read_table_file(path: SourcePath) -> tuple["pd.DataFrame", str]:
     """A table of text from a CSV or Parquet file.
 
     Returns:
@@ -53,19 +55,15 @@ def read_table_file(path: Path) -> tuple["pd.DataFrame", str]:
     return _tidy(table), said + (f", {repeated} repeated headers left out" if repeated else "")
 
 
-def read_header(path: Path) -> list[str]:
+def read_header(path: SourcePath) -> list[str]:
     """The names of a table's columns; none where the file is no table, or cannot be read without its end (Parquet)."""
     if path.suffix.lower() == ".parquet":
         return []
-    with open(path, "rb") as file:
-        data = file.read(HEADER_BYTES)
+    data = read_start(path, HEADER_BYTES)
     if data.startswith(GZIP):
-        import gzip
-
         try:
-            with gzip.open(path) as file:
-                data = file.read(HEADER_BYTES)
-        except (BadGzipFile, EOFError, zlib.error):
+            data = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(data, HEADER_BYTES)  # 16: of gzip
+        except zlib.error:
             return []
     text = _decode(data)[0]
     header = next((line for line in text.splitlines() if line.strip()), "")
@@ -79,7 +77,7 @@ def find_separator(text: str) -> str:
     return max(columns, key=lambda separator: columns[separator])
 
 
-def _unzip(path: Path) -> bytes:
+def _unzip(path: SourcePath) -> bytes:
     data = path.read_bytes()
     if not data.startswith(GZIP):
         return data
@@ -102,7 +100,7 @@ def _decode(data: bytes) -> tuple[str, str]:
         return data.decode("cp1252", errors="replace"), "Windows-1252"
 
 
-def _parse(path: Path, text: str, separator: str) -> "pd.DataFrame":
+def _parse(path: SourcePath, text: str, separator: str) -> "pd.DataFrame":
     import pandas as pd
 
     try:
@@ -118,11 +116,11 @@ def _parse(path: Path, text: str, separator: str) -> "pd.DataFrame":
         ) from error
 
 
-def _read_parquet(path: Path) -> "pd.DataFrame":
+def _read_parquet(path: SourcePath) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        return pd.read_parquet(path).astype("string").fillna("").astype(object)
+        return pd.read_parquet(io.BytesIO(path.read_bytes())).astype("string").fillna("").astype(object)
     except ImportError as error:
         raise ValueError(f"{path} needs pyarrow: pip install pyarrow") from error
     except Exception as error:  # pyarrow's errors are its own kinds

@@ -1,5 +1,6 @@
 """Words on a terminal, whatever its encoding, and how a command ends."""
 
+import argparse
 import atexit
 import faulthandler
 import os
@@ -12,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from shards.storage import is_url
+from shards.storage import is_url, without_secrets
 
 END_S = 20.0  # for a process to end in good order after an error
 
@@ -32,6 +33,17 @@ def user_path(text: str) -> Path:
 def user_place(text: str) -> Path | str:
     """The same, or a URL as it is."""
     return text if is_url(text) else user_path(text)
+
+
+def local_path(text: str) -> Path:
+    """A path of the command line that may not be a URL.
+
+    Raises:
+        argparse.ArgumentTypeError: it is one.
+    """
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{without_secrets(text)} is a URL. Give a file of this machine.")
+    return user_path(text)
 
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:

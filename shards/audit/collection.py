@@ -17,6 +17,7 @@ from shards.public_data import Columns
 from shards.reader import SplitReader
 from shards.remote import DEFAULT_ACCESS, Access
 from shards.sources import read_source
+from shards.tree import RemotePath
 
 CORE = ("data", "split", "image_id", "group", "label")
 
@@ -56,7 +57,7 @@ def open_collection(path: Path | str, columns: Columns, access: Access = DEFAULT
         FileNotFoundError, ValueError: as `index.load` and `sources.read_source`.
     """
     if isinstance(path, str) or (path / "dataset.json").is_file():
-        dataset = load(path, access)
+        dataset = _load(path, access)
         return _packed(str(dataset.folder), dataset)
     return _unpacked(path, read_source(path, columns))
 
@@ -79,6 +80,15 @@ def join(first: Collection, second: Collection) -> Collection:
         first.versions + second.versions,
         first.fingerprints | second.fingerprints,
     )
+
+
+def _load(path: Path | str, access: Access) -> Dataset:
+    try:
+        return load(path, access)
+    except FileNotFoundError as error:
+        if isinstance(path, Path):
+            raise
+        raise FileNotFoundError(f"{error} A source is packed before it is audited behind a URL.") from None
 
 
 def _packed(name: str, dataset: Dataset) -> Collection:
@@ -108,6 +118,8 @@ def _unpacked(path: Path, source: Catalogue) -> Collection:
         known = known.drop(columns="split")
     split = known.get("split", "")
     table = _in_order(known.assign(data=str(path), split=split).reset_index(drop=True))
+    if any(isinstance(name, RemotePath) for name in images["path"]):
+        raise ValueError(f"The images of {path} are behind a URL. Pack them, and audit the packed dataset's URL.")
     paths = [Path(name).resolve() for name in images["path"]]
     versions = [f"{file} {(found := file.stat()).st_size} {found.st_mtime_ns}" for file in paths]
     return Collection(table, lambda row: paths[row].read_bytes(), versions, {})

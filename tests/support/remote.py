@@ -116,12 +116,12 @@ class Proxy:
     """A TCP proxy that stands between a client and a server.
 
     fault: "" (nothing), "drop" (a connection ends after `after` bytes of an answer), "stall" (it goes silent then), "refuse" (no
-    connection comes about). most: faults that happen, before all is well. rate: bytes/s of all answers together; 0 for no limit.
+    connection comes about), a status such as "503" (that is the answer). delay: seconds before each request goes on. most: faults that happen, before all is well. rate: bytes/s of all answers together; 0 for no limit.
     passed: bytes of answers so far.
     """
 
     def __init__(self, port: int):
-        self.to, self.fault, self.after, self.rate, self.passed = port, "", 100_000, 0.0, 0
+        self.to, self.fault, self.after, self.rate, self.passed, self.delay = port, "", 100_000, 0.0, 0, 0.0
         self.faults, self.most = 0, sys.maxsize
         self._due, self._lock = 0.0, threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -150,6 +150,11 @@ class Proxy:
                         data = end.recv(2**16)
                         if not data:
                             return
+                        if end is client and self.fault.isdigit() and self._is_due(self.fault):
+                            client.sendall(f"HTTP/1.1 {self.fault} Fault\r\nContent-Length: 0\r\n\r\n".encode())
+                            return
+                        if end is client and self.delay:
+                            time.sleep(self.delay)
                         (server if end is client else client).sendall(data)
                         if end is server:
                             answered += len(data)
@@ -207,12 +212,13 @@ class S3:
         return s3fs.S3FileSystem(key="any", secret="any", client_kwargs=options, skip_instance_cache=True)
 
     def put(self, folder: Path, name: str) -> str:
-        """Copy a folder there; its URL."""
+        """Copy a folder there, with all below; its URL."""
         files = self.files()
         if not files.exists("shards"):
             files.mkdir("shards")
-        for path in folder.iterdir():
-            files.put_file(str(path), f"shards/{name}/{path.name}")
+        for path in folder.rglob("*"):
+            if path.is_file():
+                files.put_file(str(path), f"shards/{name}/{path.relative_to(folder).as_posix()}")
         return f"s3://shards/{name}"
 
     def close(self) -> None:

@@ -1,0 +1,176 @@
+"""Sources in object storage, with a real S3 server: packing gives what it gives from a folder, or an error in time, and leaves nothing behind."""
+
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from shards import cli
+from shards.index import verify
+from shards.remote import Access
+from support.packing import draw_kinds, draw_source, pack_task, words_of
+from support.processes import ROOT, environment
+from support.remote import S3, Proxy, s3_variables
+
+pytestmark = pytest.mark.remote
+IMAGES = 84
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    server = S3(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch, tmp_path):
+    between = Proxy(s3.port)
+    for name, value in s3_variables(between.port).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield between
+    between.close()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    draw_source(folder := tmp_path_factory.mktemp("whole") / "source")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(s3, whole) -> str:
+    return s3.put(whole, "source")
+
+
+@pytest.fixture(scope="module")
+def one_process(whole, tmp_path_factory) -> dict[str, bytes]:
+    """What one process makes of the folder."""
+    pack_task(whole, [out := tmp_path_factory.mktemp("one") / "out"])
+    return of_folder(out)
+
+
+def of_folder(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def of_bucket(s3: S3, name: str) -> dict[str, bytes]:
+    files = s3.files()
+    return {path.rpartition("/")[2]: files.cat_file(path) for path in files.ls(f"shards/{name}", detail=False)}
+
+
+def begin(words: list[str], rank: int = 0, size: int = 1) -> subprocess.Popen:
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return subprocess.Popen(words, env=environment(**variables), **pipes)
+
+
+def test_each_kind_of_source_is_packed_from_s3_to_the_bytes_of_its_folder(s3, proxy, source, tmp_path):
+    kinds = draw_kinds(source, tmp_path / "root")
+    (root,), there = kinds.pop("root"), s3.put(tmp_path / "root", "kinds")
+    for kind, words in kinds.items():
+        for place, out in ((root, "folder"), (there, "s3")):
+            first, *more = [word.replace("ROOT", place) for word in words]
+            assert (
+                cli.main(["pack", first, str(tmp_path / kind / out), *more, "--size", "12x9", "--shard-samples", "9"])
+                == 0
+            )
+        assert of_folder(tmp_path / kind / "s3") == of_folder(tmp_path / kind / "folder"), kind
+
+
+def test_two_tasks_pack_from_s3_to_s3_and_one_that_was_killed_is_repeated_alone(s3, url, proxy, one_process, tmp_path):
+    words, files = words_of(url, "s3://shards/two/out"), s3.files()
+    proxy.delay = 0.05
+    first, other = (begin(words, rank, 2) for rank in range(2))
+    while first.poll() is None and not any("train" in path for path in files.find("shards/two")):
+        files.invalidate_cache()
+        time.sleep(0.01)
+    was_running = first.poll() is None
+    first.kill()
+    said = [task.communicate(timeout=200) for task in (first, other)]
+    assert (was_running, other.returncode) == (True, 0), said
+    assert "1 of 2 tasks are not done (0)" in said[1][0]
+    files.invalidate_cache()
+    assert "dataset.json" not in of_bucket(s3, "two/out")
+    shutil.rmtree(tmp_path / "tmp")  # of the killed one
+    (tmp_path / "tmp").mkdir()
+    again = begin(words, 0, 2)
+    said = again.communicate(timeout=200)
+    assert again.returncode == 0, said
+    assert of_bucket(s3, "two/out") == one_process
+    assert verify("s3://shards/two/out", Access(cache_gb=0)) == []
+
+
+@pytest.mark.parametrize("fault", ["drop", "stall", "refuse", "503"])
+def test_packing_goes_on_over_connections_that_break_or_go_silent(url, proxy, one_process, tmp_path, fault):
+    proxy.after, proxy.fault, proxy.most = 3_000, fault, 6
+    task = begin([*words_of(url, tmp_path / "out"), "--patience", "20"])
+    said = task.communicate(timeout=200)
+    assert task.returncode == 0, said
+    assert of_folder(tmp_path / "out") == one_process
+    assert proxy.faults == 6
+
+
+@pytest.mark.parametrize("fault", ["drop", "refuse", "503"])
+def test_a_server_that_stays_away_is_said_in_time_and_packing_goes_on_where_it_was(
+    url, proxy, one_process, tmp_path, fault
+):
+    words = [*words_of(url, tmp_path / "out"), "--patience", "4"]
+    proxy.delay = 0.1
+    task = begin(words)
+    while task.poll() is None and not list((tmp_path / "out.packing").glob("train-*.json")):
+        time.sleep(0.01)
+    proxy.after, proxy.fault = 0, fault
+    began = time.monotonic()
+    _, error = task.communicate(timeout=200)
+    assert (task.returncode, time.monotonic() - began < 60) == (1, True)
+    assert "could not be read for 4 s" in error
+    assert f"{url}/" in error
+    kept = {path.name: path.stat().st_ino for path in (tmp_path / "out.partial").glob("*.tar")}
+    proxy.fault = ""
+    task = begin(words)
+    said = task.communicate(timeout=200)
+    assert task.returncode == 0, said
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in kept} == kept
+    assert of_folder(tmp_path / "out") == one_process
+
+
+def test_an_original_replaced_between_two_starts_of_a_task_is_packed_again(s3, proxy, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "source")
+    url, out = s3.put(folder, "replaced"), "s3://shards/replaced-out/set"
+    pack_task(url, [out], 0, 2)
+    before = of_bucket(s3, "replaced-out/set")
+    name = next(path.name for path in sorted((folder / "n").iterdir()) if packs(path, before))
+    shutil.copy(folder / "n" / "01.png" if name != "01.png" else folder / "n" / "02.png", folder / "n" / name)
+    (folder / "n" / name).write_bytes((folder / "n" / name).read_bytes() + b"1")  # no exact copy
+    s3.put(folder, "replaced")
+    for rank in (0, 1):
+        pack_task(url, [out], rank, 2)
+    pack_task(folder, [tmp_path / "alone"])
+    assert of_bucket(s3, "replaced-out/set") == of_folder(tmp_path / "alone")
+
+
+def packs(path: Path, files: dict[str, bytes]) -> bool:
+    """Whether an image is in a shard."""
+    name = f"{path.parent.name}/{path.stem}".encode()
+    return any(name in data for file, data in files.items() if file.endswith(".csv") and file.startswith("train"))
+
+
+def test_what_is_missing_or_denied_is_said_at_once(url, proxy, tmp_path, capsys):
+    for place, said in {
+        "s3://shards/none": "The source s3://shards/none is not a folder",
+        "s3://no-such-bucket/source": "s3://no-such-bucket/source",
+    }.items():
+        assert cli.main(["pack", place, str(tmp_path / "out")]) == 1
+        assert said in capsys.readouterr().err
+    proxy.fault = "403"
+    assert cli.main(["pack", url, str(tmp_path / "out")]) == 1
+    assert f"{url} may not be listed" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
