@@ -8,11 +8,13 @@ import io
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, overload
 
 from shards.image import image_suffixes
 from shards.tables import find_separator, is_table
-from shards.tree import RemotePath, SourcePath, read_start, to_cell
+from shards.tree import RemotePath, SourcePath, read_start, relative, to_cell
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 PART = re.compile(r"(^|[_\- ])(part|images?|imgs?|pictures?|photos?)([_\- ]?\d+)?($|[_\- ])", re.IGNORECASE)
@@ -20,10 +22,14 @@ COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")  #
 NOT_OURS = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # made by systems, beside hidden files
 
 
-def walk(root: SourcePath) -> list[SourcePath]:
+@overload
+def walk(root: Path) -> list[Path]: ...
+@overload
+def walk(root: SourcePath) -> list[SourcePath]: ...
+def walk(root: SourcePath) -> Sequence[SourcePath]:
     """All files below a folder, sorted; links to folders are followed; hidden files and folders are left out."""
     if isinstance(root, RemotePath):
-        return [path for path in root.walk() if not any(map(is_hidden, path.relative_to(root).parts))]
+        return [path for path in root.walk() if not any(map(is_hidden, relative(path, root).parts))]
     found, seen = [], set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -96,7 +102,7 @@ def _stem(name: str) -> str:
     return last.removesuffix(ending) if ending in image_suffixes() else last
 
 
-def find_classes(root: SourcePath) -> tuple[list[dict[str, str | RemotePath]], str]:
+def find_classes(root: SourcePath) -> tuple[list[dict[str, Any]], str]:
     """The images of class folders, or of class folders inside folders named train, val and test.
 
     Returns:
@@ -107,13 +113,13 @@ def find_classes(root: SourcePath) -> tuple[list[dict[str, str | RemotePath]], s
         ValueError: folders that are no classes: parts of one set of images, some named as splits, beside a table, or one alone.
     """
     suffixes, files = image_suffixes(), walk(root)
-    images = [path for path in files if path.suffix.lower() in suffixes and len(path.relative_to(root).parts) > 1]
+    images = [path for path in files if path.suffix.lower() in suffixes and len(relative(path, root).parts) > 1]
     if not images:
         raise FileNotFoundError(
             f"No source in {root}: neither HAM10000_metadata.csv nor images (such as .jpg or .png) in one folder a class. Give such "
             "a folder, or a CSV or Parquet file with --image-column and --label-column."
         )
-    tops = sorted({path.relative_to(root).parts[0] for path in images})
+    tops = sorted({relative(path, root).parts[0] for path in images})
     splits = {top: SPLIT_WORDS[top.lower()] for top in tops if top.lower() in SPLIT_WORDS}
     _refuse_tables(root, files)
     if splits and len(splits) < len(tops):
@@ -125,7 +131,7 @@ def find_classes(root: SourcePath) -> tuple[list[dict[str, str | RemotePath]], s
     depth = 1 if splits else 0
     rows = []
     for path in images:
-        parts = path.relative_to(root).parts
+        parts = relative(path, root).parts
         if len(parts) < depth + 2:
             raise ValueError(
                 f"{path} is in no class folder: {root} has {'/'.join(parts[:depth])}/CLASS/image. Move it into one."

@@ -72,10 +72,12 @@ def _add_table(found: Inputs, path: Path, column: str, root: Path | None) -> Non
         raise ValueError(f"{path} needs --image-column. It has: {', '.join(table.columns)}.")
     if table.empty:
         raise FileNotFoundError(f"{path} has no rows.")
-    finder = ImageFinder(root or path.parent)
+    root = root or path.parent
+    finder = ImageFinder(root)
     for name in table[column]:
         file = finder.find(name)
+        assert file is None or isinstance(file, Path)
         if file is None:
-            found.missing[len(found.paths)] = f"{preview([name])} of {path}: no such image below {finder.root}."
-        found.paths.append(file or Path(finder.root, name))
+            found.missing[len(found.paths)] = f"{preview([name])} of {path}: no such image below {root}."
+        found.paths.append(file or Path(root, name))
         found.names.append(name)

@@ -18,7 +18,8 @@ from shards.storage import CONNECTIONS
 from shards.tree import RemotePath, SourcePath
 
 READS_PER_CORE = 16  # under way behind a URL: a core decodes about 200 images/s, and an answer takes 0.03 to 0.1 s
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def n_readers(paths: Iterable[object], threads: int) -> int:

@@ -40,5 +40,5 @@ def give_up(url: str, reason: str, patience: float, done: str = "read") -> NoRet
     """Say that storage stays silent. patience: seconds that it was asked for."""
     raise ConnectionError(
         f"{url} could not be {done} for {patience:g} s ({reason}). Is the server there? The same command goes on where it was: a run "
-        "from its last checkpoint (--data.patience_s waits longer), packing from its last complete shard."
+        "from its last checkpoint (--data.patience_s waits longer), packing from its last complete shard (--patience)."
     )

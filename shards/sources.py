@@ -19,7 +19,7 @@ from shards.labels import in_small_letters, read_labels
 from shards.public_data import Columns, PublicData, fill, recognise
 from shards.stratify import connect
 from shards.tables import is_table, read_header, read_table_file
-from shards.tree import SourcePath, open_source, to_cell
+from shards.tree import SourcePath, open_source, relative, to_cell
 
 DEEPEST = 3  # folders below the source's in which its table is looked for
 
@@ -155,7 +155,7 @@ def _read_tables_of_splits(root: SourcePath, tables: list[SourcePath], columns: 
     parts = []
     for table in tables:
         split = table.parent.name
-        part = read_table(table, columns, prefix=f"{table.parent.relative_to(root).as_posix()}/")
+        part = read_table(table, columns, prefix=f"{relative(table.parent, root).as_posix()}/")
         parts.append(replace(part, images=part.images.assign(split=SPLIT_WORDS[split.lower()])))
     first = parts[0]
     images = pd.concat([part.images for part in parts], ignore_index=True).fillna("")
@@ -169,7 +169,7 @@ def _read_tables_of_splits(root: SourcePath, tables: list[SourcePath], columns: 
 
 def _known_tables(root: SourcePath) -> list[SourcePath]:
     """Tables of public data sets in a folder."""
-    tables = [path for path in walk(root) if is_table(path) and len(path.relative_to(root).parts) <= DEEPEST]
+    tables = [path for path in walk(root) if is_table(path) and len(relative(path, root).parts) <= DEEPEST]
     return [path for path in tables if recognise(read_header(path))]
 
 

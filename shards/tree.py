@@ -8,8 +8,8 @@ what gives access; nothing takes a URL for a path of this machine.
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, total_ordering
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from shards.storage import ATTEMPT_S, CHUNK, PATIENCE_S, Storage, is_url, without_secrets
@@ -88,7 +88,6 @@ class Tree:
             self.folders.add(at)
 
 
-@total_ordering
 @dataclass(frozen=True, slots=True)
 class RemotePath:
     """A file or a folder of a tree. It is no `os.PathLike`: what opens files of this machine refuses it."""
@@ -100,9 +99,6 @@ class RemotePath:
         """Its URL, for people."""
         return self.tree.storage.url(self.at) if self.at else self.tree.storage.shown
 
-    def __lt__(self, other: "RemotePath") -> bool:
-        return self._parts < other._parts
-
     def __truediv__(self, name: str) -> "RemotePath":
         tree, at = self.tree, posixpath.normpath(posixpath.join(self.at, name))
         while at == ".." or at.startswith("../"):
@@ -110,13 +106,9 @@ class RemotePath:
         return RemotePath(tree, "" if at == "." else at)
 
     @property
-    def _parts(self) -> list[str]:
-        return str(self).split("/")
-
-    @property
     def name(self) -> str:
         """The last part of its path."""
-        return self._parts[-1]
+        return str(self).rpartition("/")[2]
 
     @property
     def stem(self) -> str:
@@ -227,6 +219,15 @@ def open_source(place: Path | str | RemotePath, patience: float = PATIENCE_S) ->
     tree.look_through()
     path = RemotePath(tree)
     return path.parent / path.name if path.is_file() else path
+
+
+def relative(path: SourcePath, root: SourcePath) -> PurePath:
+    """The way to a path from a folder above it, both of one kind."""
+    if isinstance(path, RemotePath):
+        assert isinstance(root, RemotePath)
+        return path.relative_to(root)
+    assert isinstance(root, Path)
+    return path.relative_to(root)
 
 
 def of_cell(cell: str | RemotePath) -> SourcePath:
