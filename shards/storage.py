@@ -90,8 +90,8 @@ class Storage:
         return self._reads > 0
 
     def url(self, name: str) -> str:
-        """The URL of a file, for people."""
-        return f"{self.shown}/{name}"
+        """The URL of a file, or of the folder itself, for people."""
+        return f"{self.shown}/{name}" if name else self.shown
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """A file, or its bytes [start, stop): fewer where it ends before.

@@ -72,14 +72,15 @@ class Tree:
             if method == "find":
                 raise
             return
-        top = self.storage.path("")
         for info in found.values() if isinstance(found, Mapping) else found:
-            name = str(info["name"])
-            self._add("" if f"{name}/" == top else name.removeprefix(top), info)
+            self._add(info["name"], info)
 
-    def _add(self, at: str, info: Mapping[str, Any]) -> None:
-        if info.get("type") == "directory" or at.endswith("/"):
-            self.folders.add(at.rstrip("/"))
+    def _add(self, name: str, info: Mapping[str, Any]) -> None:
+        at = f"{name.rstrip('/')}/".removeprefix(self.storage.path("")).rstrip("/")
+        if info.get("type") == "directory" or name.endswith(
+            "/"
+        ):  # with a slash: an empty file that S3 shows as a folder
+            self.folders.add(at)
         else:
             version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
             self.files[at] = (int(info.get("size") or 0), version)
@@ -97,7 +98,7 @@ class RemotePath:
 
     def __str__(self) -> str:
         """Its URL, for people."""
-        return self.tree.storage.url(self.at) if self.at else self.tree.storage.shown
+        return self.tree.storage.url(self.at)
 
     def __truediv__(self, name: str) -> "RemotePath":
         tree, at = self.tree, posixpath.normpath(posixpath.join(self.at, name))

@@ -352,7 +352,7 @@ def test_nothing_that_gives_access_is_written_or_said(whole, memory, tmp_path, c
         assert b"hunter2" not in data
 
 
-def test_a_listing_that_takes_long_is_given_more_time(monkeypatch):
+def test_a_listing_that_takes_long_is_given_more_time_and_marks_of_folders_are_no_files(monkeypatch):
     monkeypatch.setattr(storage_module, "PAUSE_S", 0.01)
     given = []
 
@@ -360,10 +360,14 @@ def test_a_listing_that_takes_long_is_given_more_time(monkeypatch):
         given.append(grace)
         if len(given) < 4:
             raise TimeoutError
-        return {"/bucket/source/a.png": {"name": "/bucket/source/a.png", "size": 3, "type": "file"}}
+        marks = [{"name": name, "size": 0, "type": "file"} for name in ("/bucket/source/", "/bucket/source/empty/")]
+        return {each["name"]: each for each in [*marks, {"name": "/bucket/source/a.png", "size": 3, "type": "file"}]}
 
     monkeypatch.setattr(Storage, "call", slow)
     tree = Tree("memory://bucket/source", 100.0)
     tree.look_through()
     assert given == [0.0, 30.0, 90.0, 100.0]
     assert RemotePath(tree, "a.png").listed == (3, "")
+    assert [path.at for path in RemotePath(tree).walk()] == ["a.png"]
+    assert not RemotePath(tree).is_file()  # an empty file with a slash at its end stands for a folder
+    assert (RemotePath(tree) / "empty").is_dir()
