@@ -61,7 +61,7 @@ class Storage:
         """
         self.patience = patience
         self.shown = without_secrets(url).rstrip("/")
-        self._chunk, self._reads, self._lock = CHUNK, 0, threading.Lock()
+        self.chunk, self._reads, self._lock = CHUNK, 0, threading.Lock()
         if "::" in url:
             raise ValueError(
                 f"{self.shown} is a chain of URLs. Give the last one alone: what is read is cached anyway."
@@ -113,7 +113,7 @@ class Storage:
         """
         position, since = 0, time.monotonic()
         while position < size:
-            stop = min(position + self._chunk, size)
+            stop = min(position + self.chunk, size)
 
             def request(start: int = position, stop: int = stop) -> bytes:
                 return self.call("cat_file", self.path(name), start=start, end=stop)
@@ -212,7 +212,7 @@ class Storage:
                     raise
                 refusal, reason = refusal_of(error), _reason(error)
                 if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
-                    self._chunk = max(LEAST_CHUNK, self._chunk // 2)
+                    self.chunk = max(LEAST_CHUNK, self.chunk // 2)
             # Outside of `except`: the error that is raised carries none of a library, which may name a secret.
             if refusal is not None:
                 refuse(self.url(name), refusal, reason, done)

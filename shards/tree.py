@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from shards.storage import ATTEMPT_S, CHUNK, PATIENCE_S, Storage, is_url, without_secrets
+from shards.storage import ATTEMPT_S, PATIENCE_S, Storage, is_url, without_secrets
 
 VERSIONS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")  # of libraries
 
@@ -176,21 +176,36 @@ class RemotePath:
             FileNotFoundError, PermissionError: it is gone, or may not be read.
             ConnectionError: no byte came for the patience of the source, or it has another size than it was listed with.
         """
-        storage, (size, _), found = self.tree.storage, self.listed, None
+        size, found = self.listed[0], 0
         for _ in range(2):  # what was cut off on its way comes whole the second time
             try:
-                data = storage.read(self.at) if size <= CHUNK else b"".join(storage.stream(self.at, size))
-                found = len(data) if size <= CHUNK else storage.size(self.at)
+                data = self._read(size) if size else b""
             except FileNotFoundError:
                 raise FileNotFoundError(
                     f"The file {self} was there when the source was listed, and is gone. Copy it there again, or start the same command again."
                 ) from None
-            if found in (size, None):
+            if (found := len(data)) == size:
                 return data
         raise ConnectionError(
             f"The file {self} has {found} bytes, and had {size} when the source was listed: it was replaced, or is cut off on its way. "
             "Start the same command again."
         )
+
+    def _read(self, size: int) -> bytes:
+        """The file, or one byte more than `size` where it has grown. In smaller and smaller pieces, where a line is too slow for all that is read."""
+        storage, data, asked = self.tree.storage, b"", [0]
+
+        def request() -> bytes:
+            stop = len(data) + storage.chunk
+            asked[0] = (size + 1 if stop >= size else stop) - len(data)
+            return storage.call("cat_file", storage.path(self.at), start=len(data), end=len(data) + asked[0])
+
+        while len(data) < size:
+            piece = storage.insist(self.at, request)
+            data += piece
+            if len(piece) < asked[0]:
+                break
+        return data
 
     def read_start(self, n_bytes: int) -> bytes:
         """The first bytes of the file."""

@@ -371,3 +371,19 @@ def test_a_listing_that_takes_long_is_given_more_time_and_marks_of_folders_are_n
     assert [path.at for path in RemotePath(tree).walk()] == ["a.png"]
     assert not RemotePath(tree).is_file()  # an empty file with a slash at its end stands for a folder
     assert (RemotePath(tree) / "empty").is_dir()
+
+
+def test_a_file_comes_in_pieces_that_a_slow_line_carries_in_time(memory, monkeypatch):
+    monkeypatch.setattr(storage_module, "PAUSE_S", 0.01)
+    memory.pipe_file("/bucket/source/a.tif", np.random.default_rng(0).bytes(10**6))
+    plain, asked = MemoryFileSystem.cat_file, []
+
+    def slow(self, path, start=None, end=None):
+        asked.append(end - start)
+        if end - start > 2**17:
+            raise TimeoutError
+        return plain(self, path, start=start, end=end)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", slow)
+    assert (open_source("memory://bucket/source") / "a.tif").read_bytes() == plain(memory, "/bucket/source/a.tif")
+    assert len(asked) < 20  # what came is not asked for again
