@@ -134,14 +134,14 @@ def test_a_server_that_stays_away_is_said_in_time_and_packing_goes_on(url, proxy
 
     thread = threading.Thread(target=break_off)
     thread.start()
-    with pytest.raises(ConnectionError, match=f"{url}/./...png could not be read for 4 s"):
-        pack_in(url, tmp_path / "out", 4.0)
+    with pytest.raises(ConnectionError, match=f"{url}/./...png could not be read for 12 s"):
+        pack_in(url, tmp_path / "out", 12.0)
     thread.join()
-    assert time.monotonic() - began[0] < 60  # most of it is the library's own tries
+    assert time.monotonic() - began[0] < 120  # most of it is the library's own tries
     kept = {path.name: path.stat().st_ino for path in (tmp_path / "out.partial").glob("*.tar")}
     assert kept
     proxy.fault, proxy.delay = "", 0.0
-    pack_in(url, tmp_path / "out", 4.0)
+    pack_in(url, tmp_path / "out", 12.0)
     assert {name: (tmp_path / "out" / name).stat().st_ino for name in kept} == kept
     assert of_folder(tmp_path / "out") == one_process
 
