@@ -25,7 +25,6 @@ from launch.bench.setup import training_input
 from launch.bench.streamed import Epoch, Reading, Sample, stored_samples, uploaded
 from shards.reader import SplitReader
 
-
 OURS = "this harness"
 
 
