@@ -123,6 +123,8 @@ def read_mds(url: str, cache: Path, reading: Reading) -> Epoch:
             return _decoded((sample["data"], sample["label"], sample["key"]))
 
     dataset = Images(remote=url, local=str(cache), shuffle=True, batch_size=reading.batch)
+    for stream in dataset.streams:  # else forked workers share the connection that read the index, and its answers
+        stream._downloader.clean_up()
     return _epoch(StreamingDataLoader(dataset, **_loader_options(reading)))
 
 
