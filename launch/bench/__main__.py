@@ -100,7 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     train, save, compare = (commands.choices[name] for name in ("train", "save", "compare"))
     train.add_argument("--batches", type=_positive, default=40, help="most batches of a round (default 40)")
-    commands.choices["remote"].add_argument("--url", help="of the dataset of data.path (default: its own file:// URL)")
+    remote = commands.choices["remote"]
+    remote.add_argument("--url", help="of the dataset of data.path (default: its own file:// URL)")
+    remote.add_argument(
+        "--peers",
+        metavar="URL",
+        help="compare with litdata and MosaicML Streaming, whichever is installed: their files are put below this URL, read, and removed",
+    )
     for command in (pack, plan, save, audit):
         command.add_argument("--scratch", type=user_path, help="folder for temporary files (default: the system's)")
     for command in (pack, compare):

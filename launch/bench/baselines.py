@@ -54,11 +54,11 @@ def pipelines(reader: SplitReader, source: Path, scratch: Path) -> dict[str, Pip
         "notebook, 2 workers": notebook(tree, 2, 2000),
         "WebDataset + DataLoader, 2 workers": webdataset_loader(shards, 2),
     }
-    if _installed("timm"):
+    if installed("timm"):
         found["timm create_loader, 2 workers"] = timm_loader(scratch / "stored", 2)
-    if _installed("litdata"):
+    if installed("litdata"):
         found["litdata, 2 workers"] = litdata_loader(blobs.__getitem__, len(blobs), scratch / "litdata", 2)
-    if _installed("nvidia.dali"):
+    if installed("nvidia.dali"):
         found["DALI CPU, 2 threads"] = dali_cpu(shards, 2, len(blobs))
     return found
 
@@ -110,7 +110,7 @@ def webdataset_loader(shards: list[Path], workers: int) -> Pipeline:
     from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]  it exports lazily
 
     dataset = WebDataset([str(path) for path in shards], shardshuffle=len(shards), workersplitter=_by_worker)
-    dataset = dataset.shuffle(1000).to_tuple("jpg", "cls").map_tuple(_decode, int)
+    dataset = dataset.shuffle(1000).to_tuple("jpg", "cls").map_tuple(decode, int)
     return _sizes(DataLoader(dataset, BATCH, num_workers=workers, persistent_workers=workers > 0))
 
 
@@ -156,11 +156,11 @@ def litdata_loader(blobs: Callable[[int], bytes], n: int, folder: Path, workers:
     method = multiprocessing.get_start_method()
     litdata.optimize(blobs, list(range(n)), str(folder), chunk_bytes="32MB", num_workers=0)
     multiprocessing.set_start_method(method, force=True)  # litdata changes it for the whole process
-    dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=_decode)
+    dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=decode)
     return _sizes(litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers))
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
     """Whether a package can be imported."""
     try:
         return importlib.util.find_spec(name) is not None
@@ -197,7 +197,8 @@ def _sizes(loader) -> Pipeline:
     return epoch
 
 
-def _decode(data: bytes) -> torch.Tensor:
+def decode(data: bytes) -> torch.Tensor:
+    """A JPEG as (3, H, W) uint8, by torchvision."""
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return cast(torch.Tensor, decode_jpeg(encoded, ImageReadMode.RGB))  # a list is given for a list alone
 

@@ -4,9 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from launch.bench import __main__ as bench
+from launch.bench.baselines import decode
+from launch.bench.remote import check_once, check_pixels
+from launch.bench.streamed import stored_samples
+from shards.reader import SplitReader
 from support.processes import launch
 
 
@@ -66,6 +71,19 @@ def test_pipelines_are_compared_on_the_same_images(source, packed, tiny, tmp_pat
     assert done.returncode == 0, done.stderr
     numbers = json.loads((tmp_path / "out.json").read_text())
     assert {"ours", "notebook, 0 workers", "WebDataset + DataLoader, 2 workers"} <= set(numbers)
+
+
+def test_an_epoch_of_another_package_counts_only_if_each_image_came_once_and_unchanged(dataset):
+    samples = stored_samples(SplitReader(dataset, "train"))
+    images, keys = torch.stack([decode(data) for data, _, _ in samples]), torch.tensor([key for _, _, key in samples])
+    check_pixels("peer", [(images, keys)], samples)
+    check_pixels("peer", [(images[part], keys[part]) for part in (slice(5, None), slice(5))], samples)
+    with pytest.raises(ValueError, match=f"gave {len(keys)} images, {len(keys) - 1} different ones"):
+        check_once("peer", [*keys.tolist()[1:], int(keys[1])], len(keys))
+    with pytest.raises(ValueError, match="instead of each of"):
+        check_pixels("peer", [(images[1:], keys[1:])], samples)
+    with pytest.raises(ValueError, match=f"other pixels for the image {int(keys[1])}"):
+        check_pixels("peer", [(images, torch.cat([keys[1:], keys[:1]]))], samples)
 
 
 def test_a_word_that_means_nothing_is_an_error(capsys):
