@@ -169,7 +169,7 @@ def training_seconds(parts: Parts, n_steps: int, overlapped: bool) -> float:
 def count_checkpoints(job: Job, training: float, n_steps: int) -> int:
     """Checkpoints of an epoch whose steps take so many seconds: one at its end, and others where the ranks synchronise and one is due."""
     inside = (n_steps - 1) // job.sync_every
-    return 1 + (min(inside, int(training // job.interval)) if job.interval else inside)
+    return 1 + (inside if training >= inside * job.interval else int(training // job.interval))
 
 
 def epoch_and_limit(job: Job, parts: Parts, n_steps: int, overlapped: bool) -> tuple[float, str]:

@@ -140,7 +140,7 @@ def _link(options: Namespace, said: dict[str, str]) -> float:
     if not options.gpu:
         raise ValueError(
             "How fast do the GPUs of a node exchange gradients? Give --link-gb-s (the bus bandwidth that nccl-tests measures, or the "
-            "GB/s of `torchrun --nproc-per-node N launch/doctor.py`), or --gpu KIND for its data sheet, or --gpus-per-node 1."
+            "GB/s of `torchrun --nproc-per-node 2 launch/doctor.py`), or --gpu KIND for its data sheet, or --gpus-per-node 1."
         )
     rate, title = LINKS[options.gpu]
     said["link"] = f"{rate} GB/s each way of a GPU in its node (data sheet of {title}: more than any program reaches)"
