@@ -18,6 +18,8 @@ from launch.bench.loader import bench_compare, bench_loader, bench_resume
 from launch.bench.packing import bench_pack
 from launch.bench.plan import bench_plan
 from launch.bench.remote import bench_remote
+from launch.bench.scaling_command import add_scaling_options, bench_scaling
+from launch.bench.setup import positive_whole
 from launch.bench.step import bench_augment, bench_evaluate, bench_save, bench_step, bench_train
 from shards.column_options import add_column_options, parse_names
 from shards.terminal import run_and_exit, user_path
@@ -29,17 +31,18 @@ def main(arguments: list[str] | None = None) -> int:
     if settings and options.run in (bench_pack, bench_plan, bench_audit):
         _parser().error(f"unknown words: {' '.join(settings)}")
     try:
-        options.config = read_config(settings)
+        options.config, options.settings = read_config(settings), settings
         numbers = options.run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    numbers["machine"] = {
-        "cores": available_cores(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    if options.run is not bench_scaling:  # it measures nothing
+        numbers["machine"] = {
+            "cores": available_cores(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
     for name, value in numbers.items():
         if isinstance(value, list):  # a row each
             print(f"{name}\n{pd.DataFrame(value).to_string(index=False, float_format='{:.3f}'.format, na_rep='')}")
@@ -66,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     pack = commands.add_parser("pack", help="images/s and memory of packing, beside a plain Pillow loop")
     pack.add_argument("--threads", type=int, default=0, help="decoding threads (default: one a core)")
-    pack.add_argument("--plain", type=_positive, default=1000, help="images of the plain loop (default 1000)")
+    pack.add_argument("--plain", type=positive_whole, default=1000, help="images of the plain loop (default 1000)")
     pack.set_defaults(run=bench_pack)
     plan = commands.add_parser("plan", help="memory and time of the order of very many samples, on one rank of many")
     for name, value, text in (
@@ -76,13 +79,19 @@ def _parser() -> argparse.ArgumentParser:
         ("batch", 256, "images of a process in a batch"),
         ("lanes", 64, "data.lanes, beside 1"),
     ):
-        plan.add_argument(f"--{name}", type=_positive, default=value, help=f"{text} (default {value})")
+        plan.add_argument(f"--{name}", type=positive_whole, default=value, help=f"{text} (default {value})")
     plan.add_argument(
         "--block-shards", type=int, default=0, help="data.shuffle_block_shards (default 0: all of a lane)"
     )
     plan.set_defaults(run=bench_plan)
     audit = commands.add_parser("audit", help="what an audit finds of copies planted among one's own images")
     _add_audit(audit)
+    text = "what limits a training on 1 to 512 GPUs, from what was measured on one: a prediction"
+    scaling = commands.add_parser(
+        "scaling", help=text, description=f"{text}. Takes the settings of launch/train.py, too."
+    )
+    add_scaling_options(scaling)
+    scaling.set_defaults(run=bench_scaling)
     for name, run, text in (
         ("loader", bench_loader, "images/s of reading and decoding, and its share of the decode ceiling"),
         ("step", bench_step, "an optimizer step on a batch in memory, and its augmentation"),
@@ -96,10 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         about = f"{text}. Takes the settings of launch/train.py, too."
         command = commands.add_parser(name, help=text, description=about)
-        command.add_argument("--rounds", type=_positive, default=3, help="repetitions; the best counts (default 3)")
+        command.add_argument(
+            "--rounds", type=positive_whole, default=3, help="repetitions; the best counts (default 3)"
+        )
         command.set_defaults(run=run)
     train, save, compare = (commands.choices[name] for name in ("train", "save", "compare"))
-    train.add_argument("--batches", type=_positive, default=40, help="most batches of a round (default 40)")
+    train.add_argument("--batches", type=positive_whole, default=40, help="most batches of a round (default 40)")
     remote = commands.choices["remote"]
     remote.add_argument("--url", help="of the dataset of data.path (default: its own file:// URL)")
     remote.add_argument(
@@ -119,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_audit(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("path", type=user_path, metavar="SOURCE", help="as `python -m shards audit` takes it")
-    add("--images", type=_positive, default=500, help="images that are copied (default 500)")
-    add("--others", type=_positive, default=3000, help="images beside them (default 3000)")
+    add("--images", type=positive_whole, default=500, help="images that are copied (default 500)")
+    add("--others", type=positive_whole, default=3000, help="images beside them (default 3000)")
     add("--seed", type=int, default=0, help="of the choice, and of the changes (default 0)")
     add("--kinds", type=parse_names, default=(), metavar="'JPEG 20,turn'", help="changes of the copies (default: all)")
     add(
@@ -131,12 +142,6 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     )
     add_column_options(command.add_argument_group("columns of a source's table"))
     command.set_defaults(run=bench_audit)
-
-
-def _positive(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {word!r}")
-    return int(word)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def bench_remote(options: Namespace) -> dict:
         "empty_cache_images_per_s": cold,
         "empty_cache_waited_s": waited,
         "cached_mb": kept / 1e6,
+        "images": sum(training_input(config)[0].shard_sizes),
     }
     return numbers | ({"pipelines": _beside_peers(config, url, options.peers, options.rounds)} if options.peers else {})
 

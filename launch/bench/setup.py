@@ -4,6 +4,7 @@ In: the settings of a run. Out: a `Trial` to step with, a reader with its plan, 
 and read as in training.
 """
 
+import argparse
 import time
 from collections.abc import Callable, Generator, Iterable
 
@@ -71,6 +72,18 @@ def training_input(config: Config, world: World | None = None) -> tuple[SplitRea
     )
     device = world.device if world else torch.device("cpu")
     return reader, plan, LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, device)
+
+
+def gradient_bytes(model: torch.nn.Module) -> int:
+    """Bytes that several processes sum in each step: gradients have the type of their weights, also under autocast."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+
+
+def positive_whole(word: str) -> int:
+    """The type of an option that takes a whole number from 1 on."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {word!r}")
+    return int(word)
 
 
 def rate(sizes: Iterable[int]) -> float:

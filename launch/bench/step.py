@@ -17,7 +17,7 @@ from harness.evaluation.predict import predict
 from harness.run.checkpoint import save_step
 from harness.run.progress import Progress
 from harness.run.provenance import Provenance
-from launch.bench.setup import Trial, seconds_of
+from launch.bench.setup import Trial, gradient_bytes, seconds_of
 from shards.index import load
 from shards.reader import SplitReader
 
@@ -35,6 +35,10 @@ def bench_step(options: Namespace) -> dict:
         "step_images_per_s": n / step,
         "augment_ms": 1e3 * augment,
         "augment_share_of_step": augment / step,
+        "batch": n,
+        "processes": trial.world.size,
+        "model": options.config.model.name,
+        "gradient_bytes": gradient_bytes(trial.model),
         "setting": trial.describe(),
     }
 

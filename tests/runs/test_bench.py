@@ -64,6 +64,75 @@ def test_an_unknown_kind_of_change_is_refused_with_those_that_are_known(source, 
     assert "JPEG 20" in capsys.readouterr().err
 
 
+def test_many_gpus_are_predicted_from_what_the_other_benchmarks_wrote(tiny, packed, tmp_path, capsys):
+    words = ["scaling", "--config", tiny, "--link-gb-s", 10, "--network-gb-s", 1, "--storage-mb-s", 100]
+    for name in ("step", "loader", "save", "remote"):
+        run(tmp_path, name, "--config", tiny, "--rounds", "1")
+        (tmp_path / "out.json").rename(tmp_path / f"{name}.json")
+        words += [f"--{name}", tmp_path / f"{name}.json"]
+    step = json.loads((tmp_path / "step.json").read_text())
+    capsys.readouterr()
+    numbers = run(tmp_path, *words)
+    one, two, *others = numbers["prediction"]
+    assert 0 < one["images_per_s_low"] <= one["images_per_s_high"] <= 1 + 12e3 / step["step_ms"]
+    assert (one["global_batch"], two["global_batch"]) == (12, 24)
+    assert others[-1]["limited_by"] == "images"
+    assert f"{step['gradient_bytes'] / 1e6:.1f} MB" in numbers["gradients"]
+    assert "step.json" in numbers["step of 12"]
+    assert "training split of" in numbers["images"]
+    assert "machine" not in numbers  # nothing was measured
+    shown = capsys.readouterr().out
+    assert all(key in shown for key in numbers)
+
+
+SCALING = ["scaling", "--step-ms", "20", "--batch", "64", "--model.name", "resnet18", "--images", "7009"]
+
+
+def test_without_a_network_one_node_is_predicted_and_the_data_sheet_is_named(tmp_path):
+    numbers = run(tmp_path, *SCALING, "--gpu", "H200", "--gpus-per-node", "4")
+    assert [row["gpus"] for row in numbers["prediction"]] == [1, 2, 4]
+    assert "450 GB/s each way" in numbers["link"]
+    assert "data sheet of H200" in numbers["link"]
+    assert "--network-gb-s" in numbers["more nodes"]
+
+
+STEP = {"step_ms": 9.0, "augment_ms": 1.0, "batch": 8, "processes": 1, "model": "a", "gradient_bytes": 4, "setting": ""}
+
+
+@pytest.mark.parametrize(
+    ("written", "words", "said"),
+    [
+        ({}, ["scaling", "--step", "FILE"], "has no 'step_ms'"),
+        ({"save_s": 1.0}, ["scaling", "--step", "FILE"], "give it as --save"),
+        ({"save_s": 0.0}, [*SCALING, "--gpu", "h100", "--save", "FILE"], "must be above 0"),
+        (STEP | {"step_ms": -1.0}, ["scaling", "--step", "FILE"], "must be above 0"),
+        (STEP | {"processes": 8}, ["scaling", "--step", "FILE"], "Measure on one"),
+        (STEP, ["scaling", "--step", "FILE"], "Give --images N"),
+        (STEP, ["scaling", "--step", "FILE", "FILE"], "same batch size"),
+        (STEP, [*SCALING, "--step", "FILE"], "needed, once"),
+        (STEP, ["scaling", "--images", "9"], "--step-ms with --batch"),
+        (STEP, SCALING, "--gpu KIND"),
+        (STEP, [*SCALING, "--gpu", "h100", "--storage-mb-s", "9"], "Give --image-kb"),
+        (STEP, [*SCALING, "--gpu", "h100", "--loader-gpus", "16"], "a node has 8 GPUs"),
+        (STEP, [*SCALING[:5], "--images", "9", "--gpu", "h100"], "Name the model"),
+    ],
+)
+def test_what_a_prediction_lacks_is_said_with_what_to_give(written, words, said, tmp_path, capsys):
+    (tmp_path / "file.json").write_text(json.dumps(written))
+    assert bench.main([word.replace("FILE", str(tmp_path / "file.json")) for word in words]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--gpu", "h900"], "Give --link-gb-s"), (["--link-gb-s", "0"], "above 0"), (["--batch", "-1"], "")],
+)
+def test_numbers_and_gpus_that_cannot_be_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["scaling", *words])
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_pipelines_are_compared_on_the_same_images(source, packed, tiny, tmp_path):
     words = ["--source", source, "--config", tiny, "--rounds", "1", "--json", tmp_path / "out.json"]
