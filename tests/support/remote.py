@@ -115,9 +115,9 @@ def serving(folder: Path, fault: Callable[[str, int], str] = lambda name, number
 class Proxy:
     """A TCP proxy that stands between a client and a server.
 
-    fault: "" (nothing), "drop" (a connection ends after `after` bytes of an answer), "stall" (it goes silent then), "refuse" (no
-    connection comes about), a status such as "503" (that is the answer). delay: seconds before each request goes on. most: faults that happen, before all is well. rate: bytes/s of all answers together; 0 for no limit.
-    passed: bytes of answers so far.
+    fault: "" (nothing), "drop" (a connection ends after `after` bytes of answers), "stall" (it goes silent then), "refuse" (no
+    connection comes about, and those that are open end), a status such as "503" (that is the answer). delay: seconds before each request goes on.
+    most: faults that happen, before all is well. rate: bytes/s of all answers together; 0 for no limit. passed: bytes of answers so far.
     """
 
     def __init__(self, port: int):
@@ -155,16 +155,23 @@ class Proxy:
                             return
                         if end is client and self.delay:
                             time.sleep(self.delay)
-                        (server if end is client else client).sendall(data)
-                        if end is server:
-                            answered += len(data)
-                            self.passed += len(data)
-                            self._pace(len(data))
-                    if answered > self.after and self._is_due("drop"):
-                        return
-                    if answered > self.after and self._is_due("stall"):
-                        time.sleep(60)
-                        return
+                        if self._is_due("refuse"):  # a server that is away ends what is open, too
+                            return
+                        if end is client:
+                            server.sendall(data)
+                            continue
+                        answered += len(data)
+                        is_over = answered > self.after
+                        drops, stalls = is_over and self._is_due("drop"), is_over and self._is_due("stall")
+                        if drops or stalls:
+                            data = data[: max(0, len(data) - (answered - self.after))]
+                        client.sendall(data)
+                        self.passed += len(data)
+                        self._pace(len(data))
+                        if stalls:
+                            time.sleep(60)
+                        if drops or stalls:
+                            return
 
     def _is_due(self, fault: str) -> bool:
         with self._lock:

@@ -116,10 +116,18 @@ def pack_in(place: str, out: Path, patience: float) -> None:
 
 @pytest.mark.parametrize("fault", ["drop", "stall", "refuse", "503"])
 def test_packing_goes_on_over_connections_that_break_or_go_silent(url, proxy, one_process, tmp_path, fault):
+    source = open_source(url, 20.0)
     proxy.after, proxy.fault, proxy.most = 3_000, fault, 6
-    pack_in(url, tmp_path / "out", 20.0)
+    pack_task(source, [tmp_path / "out"])
     assert of_folder(tmp_path / "out") == one_process
     assert proxy.faults == 6
+
+
+@pytest.mark.parametrize("fault", ["drop", "stall", "refuse", "503"])
+def test_a_list_that_is_cut_off_is_asked_for_again(url, proxy, fault):
+    proxy.after, proxy.fault, proxy.most = 3_000, fault, 1
+    assert len(open_source(url, 20.0).walk()) == 84
+    assert proxy.faults == 1
 
 
 @pytest.mark.parametrize("fault", ["drop", "refuse", "503"])
@@ -148,13 +156,13 @@ def test_a_server_that_stays_away_is_said_in_time_and_packing_goes_on(url, proxy
 
 def test_an_original_replaced_between_two_starts_of_a_task_is_packed_again(s3, proxy, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "source")
-    url, out = s3.put(folder, "replaced"), "s3://shards/replaced-out/set"
+    url, out = s3.put(folder, "replaced/source"), "s3://shards/replaced-out/set"
     pack_task(url, [out], 0, 2)
     before = of_bucket(s3, "replaced-out/set")
     name = next(path.name for path in sorted((folder / "n").iterdir()) if packs(path, before))
-    shutil.copy(folder / "n" / "01.png" if name != "01.png" else folder / "n" / "02.png", folder / "n" / name)
-    (folder / "n" / name).write_bytes((folder / "n" / name).read_bytes() + b"1")  # no exact copy
-    s3.put(folder, "replaced")
+    other = folder / "n" / ("00.png" if name != "00.png" else "03.png")
+    (folder / "n" / name).write_bytes(other.read_bytes() + b"1")  # no exact copy
+    s3.put(folder, "replaced/source")
     for rank in (0, 1):
         pack_task(url, [out], rank, 2)
     pack_task(folder, [tmp_path / "alone"])
