@@ -220,15 +220,24 @@ def test_a_preempted_task_of_an_array_is_requeued_alone(cluster, config, tmp_pat
     say(capsys, f"array {number}: task {last} preempted by {urgent} and requeued, the other undisturbed")
 
 
-def test_two_tasks_of_srun_pack_the_bytes_of_one_process(cluster, source, packed, tmp_path, capsys):
-    words = f"python -m shards pack {source} {tmp_path}/OUT --size 48x36 --shard-samples 10"
-    for name, command in {"shell": words, "step": f"srun -N2 --ntasks-per-node=1 {words}"}.items():
-        script = tmp_path / f"{name}.sh"
-        script.write_text(f"#!/usr/bin/env bash\nenv | grep ^SLURM | sort\n{command.replace('OUT', name)}\n")
-        options = ("-N2", "--ntasks=2", "--ntasks-per-node=1", "-o", tmp_path / "job-%j.log")
-        number = slurm(cluster, "sbatch", "--parsable", "--chdir", ROOT, *options, script)
-        assert ended(cluster, number)["JobState"] == "COMPLETED", log(tmp_path, number)
-        assert ("by 2 tasks" in log(tmp_path, number)) == (name == "step"), log(tmp_path, number)
-        for path in packed.iterdir():
-            assert path.read_bytes() == (tmp_path / name / path.name).read_bytes()
-        say(capsys, f"job {number}: packed by {'srun, 2 tasks' if name == 'step' else 'the shell of the job, 1 task'}")
+def test_the_job_script_packs_by_two_tasks_the_bytes_of_one_process(cluster, source, packed, tmp_path, capsys):
+    words = f"{source} {tmp_path}/out --size 48x36 --shard-samples 10"
+    number = submit(cluster, tmp_path, "pack.sh", "-N2", arguments=f"({words})")
+    assert ended(cluster, number)["JobState"] == "COMPLETED", log(tmp_path, number)
+    assert "by 2 tasks" in log(tmp_path, number)
+    for path in packed.iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    say(capsys, f"job {number}: packed by 2 tasks of srun")
+
+
+def test_the_shell_of_a_job_packs_alone(cluster, source, packed, tmp_path, capsys):
+    script = tmp_path / "shell.sh"
+    words = f"python -m shards pack {source} {tmp_path}/out --size 48x36 --shard-samples 10"
+    script.write_text(f"#!/usr/bin/env bash\nenv | grep ^SLURM | sort\n{words}\n")
+    options = ("-N2", "--ntasks=2", "--ntasks-per-node=1", "-o", tmp_path / "job-%j.log")
+    number = slurm(cluster, "sbatch", "--parsable", "--chdir", ROOT, *options, script)
+    assert ended(cluster, number)["JobState"] == "COMPLETED", log(tmp_path, number)
+    assert "by 2 tasks" not in log(tmp_path, number)
+    for path in packed.iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    say(capsys, f"job {number}: packed by the shell of the job, 1 task")
