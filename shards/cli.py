@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.column_options import add_column_options, columns_of, parse_size
+from shards.column_options import add_column_options, columns_of
 from shards.fetch.command import add_fetch
+from shards.pack_options import add_pack_options
 from shards.remote import Access
-from shards.storage import PATIENCE_S, without_secrets
-from shards.terminal import local_path, replace_unprintable, user_path, user_place
+from shards.storage import without_secrets
+from shards.terminal import replace_unprintable, user_path, user_place
 
 if TYPE_CHECKING:
     from shards.catalogue import Catalogue
@@ -161,14 +162,6 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _output(text: str) -> tuple[Path | str, tuple[int, int], str]:
-    out, _, stored = text.rpartition("=")
-    size, _, fit = stored.partition(":")
-    if not out:
-        raise argparse.ArgumentTypeError(f"another output is OUT=SIZE:FIT, as data/small=280x224:squeeze. Got {text!r}")
-    return user_place(out), parse_size(size), fit or "cover"
-
-
 def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m shards", description="Make packed datasets (WebDataset shards) and look at them."
@@ -183,7 +176,8 @@ def _parser(describes_protocols: bool) -> argparse.ArgumentParser:
         "last one to be done completes the dataset. A task that was killed is started again alone, by the same command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_pack(pack)
+    add_pack_options(pack)
+    pack.set_defaults(run=_pack)
     if describes_protocols:  # the import is slow, and packing needs it anyway
         from shards.split import describe_protocols
 
@@ -222,34 +216,6 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_demo)
 
 
-def _add_pack(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add(
-        "source",
-        type=user_place,
-        help="folder of a public data set, folder with one folder a class, or a table; or the URL of one (s3://BUCKET/SOURCE, ...)",
-    )
-    add("out", type=user_place, help="folder to make, or its URL in object storage (s3://BUCKET/NAME, ...)")
-    add("--seed", type=int, default=0, help="a different seed gives a different split (default 0)")
-    add("--threads", type=int, default=0, help="decoding threads of each task (default: one a core)")
-    add(
-        "--on-bad-image",
-        choices=("fail", "skip"),
-        default="fail",
-        help="images that cannot be decoded: name them all and keep nothing (default), or leave them out and list them",
-    )
-    add(
-        "--patience",
-        type=float,
-        default=PATIENCE_S,
-        help=f"seconds without a byte from or to a URL, tried again, until it is an error (default {PATIENCE_S:g})",
-    )
-    _add_source_options(command.add_argument_group("source"))
-    _add_split_options(command.add_argument_group("split"))
-    _add_storage_options(command.add_argument_group("storage"))
-    command.set_defaults(run=_pack)
-
-
 def _add_audit(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("path", type=user_place, help="packed folder or its URL, or a source as for pack")
@@ -260,45 +226,3 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     _add_cache_options(command)
     add_column_options(command.add_argument_group("source"))
     command.set_defaults(run=_audit)
-
-
-def _add_source_options(group: argparse._ArgumentGroup) -> None:
-    add_column_options(group)
-    add = group.add_argument
-    add("--citation", default="", help="how to cite the images (HAM10000 and ISIC 2018 are cited by themselves)")
-    add("--license", default="", help="licence of the images (that of HAM10000 and ISIC 2018 is known)")
-    add("--test-source", type=user_place, help="folder or URL of the ISIC 2018 test images and their ground truth")
-
-
-def _add_split_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--protocol",
-        help="how to split, see below (default lesion; column:split where folders are named train, val, test)",
-    )
-    add("--folds", type=int, default=0, help="number of cross-validation folds, 3 or more")
-    add("--fold", type=int, default=0, help="which fold is the test split, from 0 (default 0)")
-    add(
-        "--merge-duplicates",
-        type=local_path,
-        metavar="AUDIT.CSV",
-        help="unite the groups of the pairs of an audit whose column `same` says yes",
-    )
-    add("--allow-mixed-labels", action="store_true", help="also of pairs with two labels")
-    add("--holdout", type=float, default=0.0, help="share of groups cut as a common test set before all else")
-
-
-def _add_storage_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--size", type=parse_size, default=(341, 256), help="stored WIDTHxHEIGHT in pixels (default 341x256)")
-    add("--fit", default="cover", help="how an image is brought to that size: cover (default), contain or squeeze")
-    add("--quality", type=int, default=90, help="JPEG quality of stored images (default 90)")
-    add("--shard-samples", type=int, default=1000, help="most samples in one shard (default 1000)")
-    add(
-        "--also",
-        type=_output,
-        action="append",
-        default=[],
-        metavar="OUT=SIZE:FIT",
-        help="pack the same split in another size, too, in the same pass: data/small=280x224:squeeze; may be repeated",
-    )

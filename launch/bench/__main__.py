@@ -72,18 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--plain", type=positive_whole, default=1000, help="images of the plain loop (default 1000)")
     pack.set_defaults(run=bench_pack)
     plan = commands.add_parser("plan", help="memory and time of the order of very many samples, on one rank of many")
-    for name, value, text in (
-        ("shards", 100_000, "shards of the dataset"),
-        ("shard-samples", 10_000, "samples of each"),
-        ("ranks", 512, "processes of the run"),
-        ("batch", 256, "images of a process in a batch"),
-        ("lanes", 64, "data.lanes, beside 1"),
-    ):
-        plan.add_argument(f"--{name}", type=positive_whole, default=value, help=f"{text} (default {value})")
-    plan.add_argument(
-        "--block-shards", type=int, default=0, help="data.shuffle_block_shards (default 0: all of a lane)"
-    )
-    plan.set_defaults(run=bench_plan)
+    _add_plan(plan)
     audit = commands.add_parser("audit", help="what an audit finds of copies planted among one's own images")
     _add_audit(audit)
     text = "what limits a training on 1 to 512 GPUs, from what was measured on one: a prediction"
@@ -125,6 +114,21 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--json", type=user_path, help="write the numbers here, too")
     return parser
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    for name, value, text in (
+        ("shards", 100_000, "shards of the dataset"),
+        ("shard-samples", 10_000, "samples of each"),
+        ("ranks", 512, "processes of the run"),
+        ("batch", 256, "images of a process in a batch"),
+        ("lanes", 64, "data.lanes, beside 1"),
+    ):
+        command.add_argument(f"--{name}", type=positive_whole, default=value, help=f"{text} (default {value})")
+    command.add_argument(
+        "--block-shards", type=int, default=0, help="data.shuffle_block_shards (default 0: all of a lane)"
+    )
+    command.set_defaults(run=bench_plan)
 
 
 def _add_audit(command: argparse.ArgumentParser) -> None:
