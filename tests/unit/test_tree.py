@@ -276,7 +276,7 @@ def test_an_original_replaced_between_two_starts_is_packed_again(whole, memory, 
 
 def test_what_is_no_source_behind_a_url_is_refused_with_what_to_do(whole, memory, tmp_path, capsys):
     memory.pipe_file("/bucket/x.zip", b"PK")
-    table = tmp_path / "t.csv"
+    table, columns = tmp_path / "t.csv", ("--image-column", "image", "--label-column", "dx")
     table.write_text("image,dx\na,b\n")
     for words, said in {
         ("https://host/set",): "https://host/set: a web server does not list its files. Give a folder of a bucket",
@@ -284,38 +284,10 @@ def test_what_is_no_source_behind_a_url_is_refused_with_what_to_do(whole, memory
         ("simplecache::s3://b/set",): "is a chain of URLs. Give the last one alone",
         ("nothing://b/set",): "nothing://b/set cannot be opened",
         ("memory://bucket/none",): "The source memory://bucket/none is not a folder",
-        (
-            "memory://bucket/none.csv",
-            "--image-column",
-            "image",
-            "--label-column",
-            "dx",
-        ): "The file memory://bucket/none.csv does not exist",
-        (
-            "memory://bucket/x.zip",
-            "--image-column",
-            "image",
-            "--label-column",
-            "dx",
-        ): "memory://bucket/x.zip is an archive",
-        (
-            str(table),
-            "--image-column",
-            "image",
-            "--label-column",
-            "dx",
-            "--image-root",
-            "http://host/i",
-        ): "http://host/i: a web server",
-        (
-            str(table),
-            "--image-column",
-            "image",
-            "--label-column",
-            "dx",
-            "--image-root",
-            "memory://bucket/i",
-        ): "below memory://bucket/i",
+        ("memory://bucket/none.csv", *columns): "The file memory://bucket/none.csv does not exist",
+        ("memory://bucket/x.zip", *columns): "memory://bucket/x.zip is an archive",
+        (str(table), *columns, "--image-root", "http://host/i"): "http://host/i: a web server",
+        (str(table), *columns, "--image-root", "memory://bucket/i"): "below memory://bucket/i",
     }.items():
         assert cli.main(["pack", words[0], str(tmp_path / "out"), *words[1:]]) == 1
         assert said in capsys.readouterr().err
