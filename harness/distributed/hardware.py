@@ -4,8 +4,10 @@ In: a device, and what was asked for. Out: choices with their reasons. Invariant
 asked for is taken or refused, never replaced.
 """
 
+import ctypes
 import math
 import os
+import platform
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 from shards.files import usable_cores
 
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt(3), from glibc's malloc.h
 CUBLAS, REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # values with which cuBLAS repeats itself
 
 
@@ -162,6 +165,19 @@ def check_compile(device: torch.device) -> None:
         raise ValueError(
             f"'run.compile' needs a compiler ({' or '.join(names)}), and none was found. Install one, or set it to false."
         )
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory that tensors free, for those of the next step; where it is not glibc, do nothing.
+
+    What goes back to the system is cleared again, page by page, when it is taken again. Training EfficientNet-Lite0 at 128
+    pixels in batches of 64 (2 cores, bf16): 105 images/s in place of 89, a tenth of the page faults, and a peak of 2.4 GB in
+    place of 1.9.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TRIM_THRESHOLD, -1)
 
 
 def set_thread_device(device: torch.device) -> None:

@@ -16,7 +16,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import distributed
 
-from harness.distributed.hardware import available_cores, choose_memory_format, choose_precision, describe_arithmetic
+from harness.distributed.hardware import (
+    available_cores,
+    choose_memory_format,
+    choose_precision,
+    describe_arithmetic,
+    keep_freed_memory,
+)
 from harness.distributed.heartbeat import Heartbeat
 from harness.distributed.launcher import (
     asked_in_vain,
@@ -56,7 +62,9 @@ class World:
         in_vain = asked_in_vain(os.environ, cuda)  # before some of it is taken out of the environment
         with meet():
             self._accelerator = start_accelerator(self.precision, cuda)
-        if not cuda:  # launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two
+        if not cuda:
+            keep_freed_memory()
+            # Launchers set OMP_NUM_THREADS=1, also where one process has all cores: half the speed on two.
             torch.set_num_threads(available_cores())
         announced = int(os.environ.get("WORLD_SIZE", "1"))
         if announced != self._accelerator.num_processes:

@@ -1,5 +1,9 @@
 """Choices of precision follow the device, and a wheel without kernels for the GPU is refused with what to install."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -16,6 +20,7 @@ from harness.distributed.hardware import (
     set_thread_device,
 )
 from harness.training.machine import check_cores, check_shared_memory
+from tests.support.processes import ROOT
 
 NEW = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch 2.15's
 OLD = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # torch 2.7.1's
@@ -219,3 +224,22 @@ def test_deterministic_kernels_are_refused_where_cuda_started_before_cublas_was_
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(ValueError, match=r"'run.deterministic' needs CUBLAS_WORKSPACE_CONFIG=:4096:8"):
         set_arithmetic(True, deterministic=True)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_memory_that_tensors_free_is_taken_again_without_page_faults(keeps):
+    """A tensor of 1 MiB, 256 times: 256 pages each time where the memory went back to the system."""
+    code = f"""
+import resource, torch
+from harness.distributed.hardware import keep_freed_memory
+if {keeps}: keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**18); before = faults()
+for _ in range(256): torch.ones(2**18)
+print(faults() - before)
+"""
+    fixed = os.environ | {
+        "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"
+    }  # glibc's own grows with what is freed
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=fixed, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 4096) == keeps, done.stdout
