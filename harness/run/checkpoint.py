@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there.
 
-In: tensors and a `Progress`. Out: folders `RUN/checkpoints/step-00000123` and `RUN/checkpoints/best-00000100`. Invariants: a folder takes its name only when every byte is on disk; its manifest holds the SHA-256 of each file;
+In: tensors, or snapshots of them, and a `Progress`. Out: folders `RUN/checkpoints/step-00000123` and `RUN/checkpoints/best-00000100`. Invariants: a folder takes its name only when every byte is on disk; its manifest holds the SHA-256 of each file;
 nothing is deleted or loses its name before what replaces it is safe; a damaged checkpoint is named and the one before it is used.
 """
 
@@ -9,9 +9,10 @@ import io
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,15 +39,66 @@ MANIFEST, EMA_FILE = "manifest.json", "ema.safetensors"
 ASIDE = ".old"  # behind the name of a folder that is about to be replaced
 
 
+class Stateful(Protocol):
+    """A model, an optimizer, a loss scaler, or a snapshot of one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its tensors by name."""
+        ...
+
+
+class Snapshot:
+    """A copy on the host of something's state, that no later step changes. It is saved in its place."""
+
+    def __init__(self, source: Stateful, before: "Snapshot | None" = None):
+        """Copy into the memory of a snapshot of before, which is spoilt. On a GPU the copy has only begun."""
+        self._state: Any = _on_host(source.state_dict(), before and before._state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The copies by name."""
+        return self._state
+
+
+def snapshots(sources: Sequence[Stateful | None], before: Sequence[Snapshot | None] = ()) -> list[Snapshot | None]:
+    """Copies of all at this moment; None stays None. (Device sync.)
+
+    Args:
+        before: earlier ones of the same, whose memory is used again; or none.
+    """
+    before = before or [None] * len(sources)
+    taken = [
+        None if source is None else Snapshot(source, earlier) for source, earlier in zip(sources, before, strict=True)
+    ]
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return taken
+
+
+def _on_host(value, before):
+    """Dictionaries, lists and tensors in them, copied; anything else as it is. before: an earlier copy of the same, or None."""
+    if isinstance(value, torch.Tensor):
+        fits = isinstance(before, torch.Tensor) and before.dtype == value.dtype
+        if not fits or before.shape != value.shape or before.stride() != value.stride():
+            before = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return before.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        before = before if isinstance(before, dict) else {}
+        return {name: _on_host(item, before.get(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        before = before if isinstance(before, list) and len(before) == len(value) else [None] * len(value)
+        return [_on_host(*pair) for pair in zip(value, before, strict=True)]
+    return value
+
+
 def save_step(
     run: Path,
     progress: Progress,
     provenance: Provenance,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler,
+    model: Stateful,
+    optimizer: Stateful,
+    scaler: Stateful | None,
     keep: int,
-    ema: nn.Module | None = None,
+    ema: Stateful | None = None,
 ) -> None:
     """Save all that continues a run, then remove all but the newest `keep` checkpoints and the best weights.
 
@@ -70,7 +122,7 @@ def save_step(
             shutil.rmtree(leftover)
 
 
-def save_best(run: Path, progress: Progress, provenance: Provenance, model: nn.Module) -> None:
+def save_best(run: Path, progress: Progress, provenance: Provenance, model: Stateful) -> None:
     """Save the best weights so far; the ones before are removed by the next `save_step`, which points to these."""
     _save(run / "checkpoints" / f"best-{progress.best_step:08d}", progress, provenance, model)
 
@@ -154,9 +206,9 @@ def _save(
     folder: Path,
     progress: Progress,
     provenance: Provenance,
-    model: nn.Module,
+    model: Stateful,
     state: dict | None = None,
-    ema: nn.Module | None = None,
+    ema: Stateful | None = None,
 ) -> None:
     """Write a checkpoint beside its place and then give it its name.
 
@@ -209,12 +261,12 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def _files(
-    progress: Progress, provenance: Provenance, model: nn.Module, state: dict | None, ema: nn.Module | None
+    progress: Progress, provenance: Provenance, model: Stateful, state: dict | None, ema: Stateful | None
 ) -> Iterator[tuple[str, bytes | memoryview]]:
     """Names and contents of a checkpoint's files, one at a time."""
-    for name, module in (("model.safetensors", model), (EMA_FILE, ema)):
-        if module is not None:
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+    for name, weights in (("model.safetensors", model), (EMA_FILE, ema)):
+        if weights is not None:
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.state_dict().items()}
             yield name, save(tensors, metadata=weights_metadata(provenance))
     if state is not None:
         buffer = io.BytesIO()

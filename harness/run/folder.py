@@ -15,13 +15,13 @@ from harness.distributed.world import World
 from harness.run.console import LOGGER, console_log
 from harness.run.lock import RunLock
 from harness.run.log import Log
-from harness.run.mirror import CheckpointMirror
 from harness.run.profile import StepProfiler
 from harness.run.progress import Progress
 from harness.run.provenance import Checkpoint, Provenance
 from harness.run.recovery import latest_valid, repair_best
 from harness.run.state import CHANGES, changes, failure_noted, is_finished, write_state
 from harness.run.stop import StopRequest
+from harness.run.writer import CheckpointWriter
 from shards.files import write_atomically
 from shards.groups import load_groups
 from shards.index import Dataset
@@ -37,7 +37,7 @@ class Run:
     world: World
     lock: RunLock
     stop: StopRequest
-    mirror: CheckpointMirror
+    writer: CheckpointWriter
     log: Log
     profiler: StepProfiler
     provenance: Provenance
@@ -48,7 +48,7 @@ class Run:
 
     def find_start(self, dataset: Dataset) -> Checkpoint | None:
         """Collective: where to continue, as `find_start` says it, after copies in a local folder were compared."""
-        self.world.run_on_main(self.mirror.sync_on_start)
+        self.world.run_on_main(self.writer.sync_on_start)
         return self.world.run_on_main(find_start, self.folder, dataset)
 
     def write_state(self, status: str, progress: Progress, reason: str = "") -> None:
@@ -80,19 +80,22 @@ def open_run(config: Config, world: World, dataset: Dataset) -> Iterator[Run]:
     with (
         RunLock(folder) as lock,
         StopRequest(folder, config.run.time_limit_minutes) as stop,
-        CheckpointMirror(folder, config.run.checkpoint_dir) as mirror,
         Log() as log,
         StepProfiler(config.run.profile, folder, world.device, world.is_main) as profiler,
     ):
         world.run_on_main(claim_folder, folder, config, dataset, lock)
         world.run_on_main(stop.forget_old_file)
-        with console_log(folder, world.is_main), failure_noted(folder, world):
+        with (
+            console_log(folder, world.is_main),
+            failure_noted(folder, world),
+            CheckpointWriter(folder, config.run.checkpoint_dir) as writer,  # done before a failure is noted
+        ):
             yield Run(
                 folder=folder,
                 world=world,
                 lock=lock,
                 stop=stop,
-                mirror=mirror,
+                writer=writer,
                 log=log,
                 profiler=profiler,
                 provenance=provenance(config, dataset),

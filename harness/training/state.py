@@ -5,6 +5,7 @@ those of the checkpoint, or follow from the settings; they are the same on every
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from harness.model.loss import Loss
 from harness.model.optim import EMA, build_optimizer
 from harness.model.weights import load_weights
 from harness.run import checkpoint, recovery
+from harness.run.checkpoint import Snapshot
 from harness.run.folder import Run
 from harness.run.progress import Progress
 from harness.run.provenance import Checkpoint, Provenance
@@ -107,36 +109,34 @@ def build_or_resume(config: Config, world: World, data: Data, run: Run) -> tuple
 
 
 def save_checkpoint(config: Config, world: World, state: TrainState, run: Run, progress: Progress) -> None:
-    """Collective: a checkpoint of this moment, after the log of it.
+    """Collective: a checkpoint of this moment, after the log of it, is copied to the host and written while training goes on.
+
+    Until `run.writer.wait`, the one before is the latest.
 
     Raises:
         FloatingPointError: the weights contain NaN or Inf; the checkpoint before stays the latest.
-        OSError: it cannot be saved, or copied, or another job has taken over the run folder.
+        OSError: the one before could not be saved or copied, or another job has taken over the run folder.
     """
 
-    def write() -> None:
-        run.lock.check()
-        assert_finite_weights(state.model, progress)
-        eval_model = state.eval_model
-        run.log.flush()
-        run.mirror.wait()
-        folder = run.mirror.directory()
+    def write(model: Snapshot, optimizer: Snapshot, scaler: Snapshot | None, ema: Snapshot | None) -> None:
+        folder = run.writer.directory()
         if progress.best_step == progress.step and not progress.samples_seen:
-            checkpoint.save_best(folder, progress, run.provenance, eval_model)
-        checkpoint.save_step(
-            folder,
-            progress,
-            run.provenance,
-            state.model,
-            state.optimizer,
-            world.scaler,
-            config.run.keep_checkpoints,
-            eval_model if state.ema else None,
-        )
-        run.mirror.start()
+            checkpoint.save_best(folder, progress, run.provenance, ema or model)
+        keep = config.run.keep_checkpoints
+        checkpoint.save_step(folder, progress, run.provenance, model, optimizer, scaler, keep, ema)
         write_state(run.folder, "running", progress)
 
-    world.run_on_main(write)
+    def save() -> None:
+        run.lock.check()
+        assert_finite_weights(state.model, progress)
+        run.writer.wait()  # from here on, nobody reads the snapshots of before
+        run.log.flush()
+        ema = state.eval_model if state.ema else None
+        sources = (state.model, state.optimizer, world.scaler, ema)
+        run.writer.snapshots = checkpoint.snapshots(sources, run.writer.snapshots)
+        run.writer.start(partial(write, *run.writer.snapshots))
+
+    world.run_on_main(save)
 
 
 def assert_finite_weights(model: nn.Module, progress: Progress) -> None:
@@ -145,8 +145,11 @@ def assert_finite_weights(model: nn.Module, progress: Progress) -> None:
     Raises:
         FloatingPointError: naming the first tensor with NaN or Inf.
     """
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):  # device sync, at a checkpoint
+    named = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    # A sum is finite if all its terms are: float64 holds that of any float32 tensor. (One device sync.)
+    are_finite = torch.stack([tensor.sum(dtype=torch.float64) for tensor in named.values()]).isfinite().tolist()
+    for name, is_finite in zip(named, are_finite, strict=True):
+        if not is_finite:
             raise FloatingPointError(
                 f"Weights contain NaN or Inf at step {progress.step} (first: {name}). The checkpoint before is kept. Lower "
                 "optim.lr; --run.on_changed_settings accept continues from it with the new rate."

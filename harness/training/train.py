@@ -132,8 +132,8 @@ def validate_and_save(
 def end_training(
     config: Config, world: World, data: Data, run: Run, progress: Progress, epochs: list[EpochStats], reason: str
 ) -> None:
-    """Collective: wait for copies of checkpoints, and say why training ended and what limited it."""
-    world.run_on_main(run.mirror.wait)
+    """Collective: wait for checkpoints, and say why training ended and what limited it."""
+    world.run_on_main(run.writer.wait)
     say_verdict(config, world, data, epochs)
     kept = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
     if config.run.monitor == "last":
@@ -143,7 +143,7 @@ def end_training(
 
 def stopped(config: Config, world: World, data: Data, run: Run, progress: Progress, epochs: list[EpochStats]) -> str:
     """Collective: leave a run that was asked to stop; all that counts is saved."""
-    world.run_on_main(run.mirror.wait)
+    world.run_on_main(run.writer.wait)
     say_verdict(config, world, data, epochs)
     return run.stopped(progress)
 

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", bench_train, "the real loop, and its ratio to `step`"),
         ("evaluate", bench_evaluate, "one view and eight"),
         ("resume", bench_resume, "time to the first batch, at the start of an epoch and in its middle"),
-        ("save", bench_save, "seconds of a checkpoint"),
+        ("save", bench_save, "a checkpoint: ms that training waits, seconds of writing"),
         ("remote", bench_remote, "reading behind a URL, with an empty cache and a warm one, beside a disk"),
         ("compare", bench_compare, "other input pipelines on the same images, in turns"),
     ):

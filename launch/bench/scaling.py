@@ -21,7 +21,7 @@ class Job:
     measured: (images, seconds) of optimizer steps on one GPU; the images of the first are a GPU's share, unless `global_batch` is set.
     images: of an epoch. gradients: bytes that each step sums over GPUs, in so many buckets. link: of a GPU within its node. network: of a
     node. latency: of one message. loader: images/s of the cores that `loader_gpus` GPUs share. image_bytes: stored, mean. storage: of
-    the whole store, for all nodes together. lanes: `data.lanes`. checkpoint: of one, which all wait for. interval: between two inside an
+    the whole store, for all nodes together. lanes: `data.lanes`. checkpoint: of writing one. interval: between two inside an
     epoch. sync_every: `run.sync_every`. global_batch: images of a step over all GPUs, where that is fixed; else 0.
     """
 
@@ -175,12 +175,13 @@ def count_checkpoints(job: Job, training: float, n_steps: int) -> int:
 def epoch_and_limit(job: Job, parts: Parts, n_steps: int, overlapped: bool) -> tuple[float, str]:
     """Seconds of an epoch, and the part without which, at as many checkpoints, it would be shortest.
 
-    Of parts that hold it up equally, the first of `LIMITS`.
+    Checkpoints are written beside the training, one at a time: hidden by it where it lasts longer, or at worst all in the way of it. Of parts that hold it up equally, the first of `LIMITS`.
     """
     count = count_checkpoints(job, training_seconds(parts, n_steps, overlapped), n_steps)
 
     def seconds(of: Parts) -> float:
-        return training_seconds(of, n_steps, overlapped) + count * of.checkpoints
+        training, writing = training_seconds(of, n_steps, overlapped), count * of.checkpoints
+        return max(training, writing) if overlapped else training + writing
 
     return seconds(parts), min(LIMITS, key=lambda name: seconds(replace(parts, **{name: 0.0})))
 

@@ -13,7 +13,10 @@ from launch.bench.setup import positive_whole
 from shards.terminal import user_path
 
 FEW_STEPS, MANY_LEFT_OUT = 10, 0.1  # steps of an epoch, of which a training warns; share of its images
-BOUNDS = "low: gradients are summed after the backward pass, in rings; high: wholly during the step, in trees. DDP is between: it hides all but the last bucket"
+BOUNDS = (
+    "low: gradients are summed after the backward pass, in rings, and a checkpoint stops the training; high: wholly during the step, in trees, and a "
+    "checkpoint is hidden. DDP is between: it hides all but the last bucket"
+)
 NOT_IN_IT = (
     "stragglers, validation at the end of each epoch, the wait of run.sync_every, decoding threads that share Python and its cores with the step (`train` "
     "measures these), kernels of NCCL that take some of a GPU: the truth may be below `low`"

@@ -214,7 +214,7 @@ def _checkpoints(options: Namespace, files: dict[str, dict], said: dict[str, str
     source = GIVEN if options.checkpoint_s else source_of("save", options.save, files["save"])
     between = GIVEN if options.minutes_between else "setting run.save_every_minutes"
     said["checkpoints"] = (
-        f"{seconds:.2f} s ({source}), which rank 0 writes while all wait: at the end of each epoch, and after {minutes:g} minutes ({between})"
+        f"{seconds:.2f} s ({source}), which rank 0 writes, beside the training at best: at the end of each epoch, and after {minutes:g} minutes ({between})"
     )
     return seconds, 60 * minutes
 

@@ -112,7 +112,7 @@ def test_the_others_wait_for_rank_0_longer_than_a_collective_may(finished_run, t
     ranks = bare_ranks(config, run, "long-save@3:0", "--run.epochs", "1", **limits)
     said = [rank.communicate(timeout=90) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said[0][1] + said[1][1]
-    assert "rank 0 has been at 'write' for" in said[0][0]
+    assert "rank 0 has been at 'save' for" in said[0][0]
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 `python tests/support/crashes.py UNDISTURBED EVERY WORDS... --run.folder FOLDER` runs tests/support/driven.py with these words
 and keeps what is in the folder before each operation on its files, as Python's audit events tell them. That is what a kill
-leaves there: what is still in a process's own buffers is lost. A write is also seen empty and cut in its middle. Equal states
-are kept once. A lock is left out: its owner is dead.
+leaves there: what is still in a process's own buffers is lost. A write is also seen empty and cut in its middle. Checkpoints are
+written at once in the recorded run, not beside the training, so that the order of its operations is one. Equal states are kept once. A lock is left out: its owner is dead.
 
 Each state is put into FOLDER-again/N, and there the command goes on to its end, which is compared with UNDISTURBED, a run that
 nothing happened to. Left out are all but every 4th state of the evaluation, every 20th of the report, and every EVERYth
@@ -16,6 +16,7 @@ import pickle
 import sys
 import traceback
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,15 +32,33 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from harness.config import Config, read_config
 from harness.distributed.world import World
 from harness.report.page import draw_report
+from harness.run import writer
 from harness.training.train import train
 from shards.index import load
 
 CORES = sorted(os.sched_getaffinity(0))  # each process gets one of them: two that share them wait for each other
 
 
+class AtOnce:
+    """In place of the thread that writes checkpoints."""
+
+    def __init__(self, *_):
+        """As a ThreadPoolExecutor is made."""
+
+    def submit(self, task, *arguments) -> Future:
+        """Do it here; its error is raised here, too."""
+        done = Future()
+        done.set_result(task(*arguments))
+        return done
+
+    def shutdown(self) -> None:
+        """Nothing runs."""
+
+
 def record(states: Path, words: list[str]) -> None:
     """In a new process: run, and write {"places": their number, "states": [(place, contents)]}."""
     os.sched_setaffinity(0, CORES[:1])
+    writer.ThreadPoolExecutor = AtOnce
     recorder = Recorder(Path(words[-1]))
     sys.addaudithook(recorder)
     code = main(words)

@@ -1,7 +1,8 @@
 """launch/train.py with a fault at a chosen step: `DISTURB="die@3:1 ..." python tests/support/driven.py --config ...`.
 
 A disturbance is KIND@STEP or KIND@STEP:RANK (else on every rank). Kinds: stop (touch RUN/stop), die (SIGKILL), hang
-(sleep for ever), long-save (the checkpoint of that step takes SLOW_S), slow (from that step on sleep SLOW_S, else 0.3 s),
+(sleep for ever), long-save (the checkpoint of that step takes SLOW_S), late-save
+(it is written when one more step was made), slow (from that step on sleep SLOW_S, else 0.3 s),
 raise, memory (a bare MemoryError), bug (an error that is not expected), overflow (of gradients), nan (an image of the batch),
 inf (a weight), stop-val and stop-test (touch RUN/stop at unit number STEP of that split), fill-test (fill the disk then),
 elsewhere (as STEP 0, from the start: the working directory is its subfolder `elsewhere`).
@@ -170,6 +171,11 @@ def disturbed_units(reader, *rest, batches=harness.evaluation.predict.evaluation
 def disturbed_save(run, progress, *rest, save=harness.run.checkpoint.save_step):
     if disturbances("long-save", progress.step):
         time.sleep(float(os.environ["SLOW_S"]))
+    if disturbances("late-save", progress.step):
+        deadline = time.monotonic() + 60
+        while steps < progress.step + 1:
+            assert time.monotonic() < deadline, "no step was made while the checkpoint waited"
+            time.sleep(0.01)
     save(run, progress, *rest)
 
 

@@ -32,8 +32,8 @@ from harness.report.page import draw_report
 from harness.run import checkpoint, lock, recovery
 from harness.run.folder import check_folder
 from harness.run.log import Log
-from harness.run.mirror import CheckpointMirror
 from harness.run.state import changes, is_finished
+from harness.run.writer import CheckpointWriter
 from shards.contact_sheet import first_of_class
 from shards.groups import load_groups
 from shards.index import Dataset, load, verify
@@ -283,9 +283,9 @@ def read_run(folder: Path, model: torch.nn.Module, dataset: Dataset, config: Con
         held.acquire()
     with only_sentences(folder), Log() as log:
         log.start(folder, 2, writes=True, board=False)
-    with only_sentences(folder), CheckpointMirror(folder, str(local)) as mirror:
-        mirror.sync_on_start()
-        assert mirror.directory().parent == local
+    with only_sentences(folder), CheckpointWriter(folder, str(local)) as writer:
+        writer.sync_on_start()
+        assert writer.directory().parent == local
     shutil.rmtree(local, ignore_errors=True)
 
 
@@ -388,10 +388,10 @@ def test_an_index_file_of_a_dataset_lies_in_its_folder(data):
 def test_copies_of_checkpoints_never_land_in_the_folder_of_another(tmp_path, found):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "id").write_bytes(found.encode("utf-8", "surrogatepass"))
-    with CheckpointMirror(tmp_path / "run", str(tmp_path / "local")) as mirror:
-        assert mirror.directory().parent == tmp_path / "local"
-        assert mirror.directory() == mirror.directory()
-        assert len(mirror.directory().name) == 16
+    with CheckpointWriter(tmp_path / "run", str(tmp_path / "local")) as writer:
+        assert writer.directory().parent == tmp_path / "local"
+        assert writer.directory() == writer.directory()
+        assert len(writer.directory().name) == 16
 
 
 def samples_that_are_none() -> dict[str, bytes]:

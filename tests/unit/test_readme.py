@@ -46,7 +46,7 @@ FAULTS = {
     "a checkpoint was written by a newer version": "checkpoint::newer_format",
     "two jobs start on one run folder": "lock::two_jobs_on_one_run_folder",
     "a job died and left its lock": "lock::no_sign_of_life_loses_its_lock",
-    "the machine with `run.checkpoint_dir` is lost": "mirror::machine_is_lost",
+    "the machine with `run.checkpoint_dir` is lost": "writer::machine_is_lost",
     "a process sees another copy of the run folder": "ranks::another_copy_of_the_checkpoint",
     "an evaluation loses or repeats a sample": "ranks::lost_or_doubled",
 }

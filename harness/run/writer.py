@@ -1,33 +1,36 @@
-"""Checkpoints on two disks: saved on a fast local one, then copied to the run folder while training goes on.
+"""Checkpoints are written while training goes on; where there is a fast local disk, there first, and then copied to the run folder.
 
-In: a local folder and a run folder. Out: the same checkpoints in both. Invariants: a copy counts only when its
-files have the SHA-256 of its manifest, so a run folder on a disk whose renames and flushes promise little (a mounted
-Drive) is safe; nothing is removed from it before what replaces it has arrived.
+In: a run folder, perhaps a local one, and what writes a checkpoint. Out: the same checkpoints in both. Invariants: one is written
+at a time, in the order asked for; what goes wrong is raised before the next one, or at the end. A copy counts only when its files
+have the SHA-256 of its manifest, so a run folder on a disk whose renames and flushes promise little (a mounted Drive) is safe;
+nothing is removed from it before what replaces it has arrived.
 """
 
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from harness.run.checkpoint import ASIDE, put_in_place, temporary_of
+from harness.run.checkpoint import ASIDE, Snapshot, put_in_place, temporary_of
 from harness.run.console import LOGGER
 from harness.run.provenance import Checkpoint
 from harness.run.recovery import find_corruption, latest_valid
 from shards.files import write_atomically
 
 
-class CheckpointMirror:
-    """Where a run saves: its own folder, or a local one that is copied there."""
+class CheckpointWriter:
+    """Where a run saves, its own folder or a local one that is copied there, and the thread that does it."""
 
     def __init__(self, run: Path, local: str):
         """`run` is the run's folder, `local` is `run.checkpoint_dir`: empty to save in the run's folder."""
         self.run, self.local = run, Path(local) if local else None
-        self._pool = ThreadPoolExecutor(1, "copy")
-        self._copying: Future | None = None
+        self.snapshots: list[Snapshot | None] = []  # of the checkpoint that was written last: its memory is used again
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future | None = None
 
-    def __enter__(self) -> "CheckpointMirror":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, *error) -> None:
@@ -48,28 +51,32 @@ class CheckpointMirror:
         elif there and (not here or there.progress.step > here.progress.step):
             _mirror(self.run, place, check=True)
 
-    def start(self) -> None:
-        """After saving: copy beside the training. Waits for the copy before, and raises what went wrong with it."""
-        if self.local:
-            self.wait()
-            self._copying = self._pool.submit(_mirror, self.directory(), self.run)
+    def start(self, write: Callable[[], None]) -> None:
+        """Have a checkpoint written, and then copied. Waits for the one before, and raises what went wrong with it."""
+        self.wait()
+        self._writing = self._pool.submit(self._write_and_copy, write)
 
     def wait(self) -> None:
-        """Wait until all is copied.
+        """Wait until all is written and copied.
 
         Raises:
             OSError: it could not be.
         """
-        if self._copying:
-            try:
-                self._copying.result()
-            except OSError as error:
-                raise OSError(
-                    f"Cannot copy checkpoints to {self.run} ({error}). They are whole in {self.directory()}. Repair the disk, "
-                    "then start the same command again."
-                ) from error
-            finally:
-                self._copying = None
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def _write_and_copy(self, write: Callable[[], None]) -> None:
+        write()
+        if not self.local:
+            return
+        try:
+            _mirror(self.directory(), self.run)
+        except OSError as error:
+            raise OSError(
+                f"Cannot copy checkpoints to {self.run} ({error}). They are whole in {self.directory()}. Repair the disk, "
+                "then start the same command again."
+            ) from error
 
 
 def _mirror(source: Path, target: Path, check: bool = False) -> None:
