@@ -32,6 +32,7 @@ RUNTIME_KEYS = {
     "data.demo_images",
     "data.threads",
     "data.prefetch_batches",
+    "data.decoded_cache",
     "data.cache_dir",
     "data.cache_gb",
     "data.patience_s",

@@ -50,6 +50,9 @@ class Data:
     """decoding threads of each process; 0 means one for each core it may use"""
     prefetch_batches: int = 4
     """batches decoded ahead of the one in use"""
+    decoded_cache: Literal["none", "host", "device", "auto"] = "none"
+    """where decoded images of the training split are kept after their first use: host (memory that the processes of a machine share),
+    device (each GPU keeps all), auto: the first of device and host with room to spare; where one has not, the next is taken and said"""
     cache_dir: str = ""
     """of a URL: folder on a disk of this machine where its files are kept, for all processes; empty: the user's cache directory"""
     cache_gb: float = 20.0

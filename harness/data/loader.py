@@ -2,7 +2,7 @@
 
 In: an `ImageReader`, positions, and where each position is stored. Out: `Batch`es in the order asked for. Invariants: a
 whole batch is one task (but for the first ones, which would come late), so threads rarely contend; the number of batches
-in memory is bounded; a sample that cannot be decoded is named and fails the batch (or, where asked, is ignored); leaving
+in memory is bounded; what is kept of decoded images is not decoded again, and is the same; a sample that cannot be decoded is named and fails the batch (or, where asked, is ignored); leaving
 the loop early, for whatever reason, leaves no thread behind.
 """
 
@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from harness.data.decoded import DecodedCache
 from harness.data.threads import Buffers, TaskThreads
 from shards.ahead import Ahead, Need, evaluation_needs, training_needs
 from shards.plan import Plan, evaluation_ranges, locate_in_order, rank_slice
@@ -54,6 +56,8 @@ class LoaderOptions:
     """where batches go"""
     bad_keys: list[int] | None = None
     """list that keys of training samples that cannot be decoded are appended to; None: such a sample fails its batch"""
+    decoded: DecodedCache | None = None
+    """where training images are kept once they are decoded"""
     works: Callable[[], None] = lambda: None
     """called now and then while a batch waits for a download, so that nobody takes this rank for stuck"""
 
@@ -113,7 +117,8 @@ def evaluation_batches(
     ranges = evaluation_ranges(int(sizes.sum()), batch_size, rank, world_size)
     wanted = (np.arange(start, stop) for start, stop in ranges)
     locate, needs = partial(locate_in_order, sizes), partial(evaluation_needs, sizes, ranges)
-    return _load(reader, wanted, locate, replace(options, bad_keys=bad_keys), needs, 0)
+    options = replace(options, bad_keys=bad_keys, decoded=None)  # that is of the training split
+    return _load(reader, wanted, locate, options, needs, 0)
 
 
 def _load(
@@ -135,7 +140,7 @@ def _load(
     stream = _copy_stream(device) if cuda else None
     decoding, copying, buffers = deque(), deque(), Buffers()
     numbered, ahead = enumerate(wanted, start=1), max(options.prefetch, options.threads)
-    decode = partial(_decode, reader, locate, options.bad_keys is not None)
+    decode = partial(_decode, reader, locate, options.bad_keys is not None, options.decoded)
     threads = TaskThreads(options.threads, device)
     downloads: Ahead | None = None
     try:
@@ -156,7 +161,7 @@ def _load(
                 decoded = _wait_for(decoding.popleft(), reader, options)
                 waited += time.perf_counter() - began
                 with torch.cuda.stream(stream):  # does nothing without a GPU
-                    moved = [tensor.to(device, non_blocking=True) for tensor in decoded]
+                    moved = _move(decoded, options)
                     copying.append((moved, stream.record_event() if stream is not None else None))
             if not copying:
                 return
@@ -200,8 +205,29 @@ def _start_decoding(
     return _Decoding(images, positions, [threads.submit(task) for task in tasks])
 
 
-def _wait_for(batch: _Decoding, reader: ImageReader, options: LoaderOptions) -> tuple[torch.Tensor, ...]:
-    """Wait for a batch: images (b, H, W, 3) uint8, labels, positions, keys, each (b,) int64.
+class _Part(NamedTuple):
+    """What a thread found of n samples, each (n,): is_bad, is_kept and places are of the cache of decoded images."""
+
+    labels: np.ndarray
+    keys: np.ndarray
+    is_bad: np.ndarray
+    places: np.ndarray
+    is_kept: np.ndarray
+
+
+class _Decoded(NamedTuple):
+    """A batch on the host: images (b, H, W, 3) uint8, of which those that are kept on a GPU are missing; the rest (b,) each."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    keys: torch.Tensor
+    places: np.ndarray
+    is_kept: np.ndarray
+
+
+def _wait_for(batch: _Decoding, reader: ImageReader, options: LoaderOptions) -> _Decoded:
+    """Wait for a batch.
 
     An ignored sample keeps its place, with the label -1 and a copy of a good image of the batch (black if there is none),
     so that shapes, positions and the batch's statistics stay what they should be.
@@ -212,13 +238,24 @@ def _wait_for(batch: _Decoding, reader: ImageReader, options: LoaderOptions) -> 
         if error is not None:
             raise error
         found.append(result)
-    labels, keys, is_bad = map(np.concatenate, zip(*found, strict=True))
+    labels, keys, is_bad, places, is_kept = map(np.concatenate, zip(*found, strict=True))
     if bad_keys is not None and is_bad.any():
-        pixels = batch.images.numpy()
-        pixels[is_bad] = 0 if is_bad.all() else pixels[np.argmin(is_bad)]
+        pixels, good = batch.images.numpy(), np.argmin(is_bad)
+        pixels[is_bad] = 0 if is_bad.all() else pixels[good]
+        places[is_bad], is_kept[is_bad] = (-1, False) if is_bad.all() else (places[good], is_kept[good])
         labels[is_bad] = -1
         bad_keys.extend(keys[is_bad].tolist())
-    return batch.images, torch.from_numpy(labels), torch.from_numpy(batch.positions), torch.from_numpy(keys)
+    numbers = (torch.from_numpy(labels), torch.from_numpy(batch.positions), torch.from_numpy(keys))
+    return _Decoded(batch.images, *numbers, places, is_kept)
+
+
+def _move(decoded: _Decoded, options: LoaderOptions) -> list[torch.Tensor]:
+    """Images, labels, positions and keys on the device; images that a GPU keeps are gathered there."""
+    cache, images = options.decoded, decoded.images
+    if cache is not None and cache.device is not None and (decoded.places >= 0).all():
+        images = cache.exchange(decoded.places, decoded.is_kept, images)
+    moved = (images, decoded.labels, decoded.positions, decoded.keys)
+    return [tensor.to(options.device, non_blocking=True) for tensor in moved]
 
 
 def _get(part: SimpleQueue, reader: ImageReader, options: LoaderOptions) -> tuple:
@@ -232,21 +269,38 @@ def _get(part: SimpleQueue, reader: ImageReader, options: LoaderOptions) -> tupl
 
 
 def _decode(
-    reader: ImageReader, locate: Locate, ignores_bad: bool, positions: np.ndarray, pixels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read and decode samples into `pixels`, (n, H, W, 3) uint8; their labels, keys, and which are bad, each (n,).
+    reader: ImageReader,
+    locate: Locate,
+    ignores_bad: bool,
+    cache: DecodedCache | None,
+    positions: np.ndarray,
+    pixels: np.ndarray,
+) -> _Part:
+    """Read and decode samples into `pixels`, (n, H, W, 3) uint8; those that host memory keeps are copied, those of a GPU left out.
 
     Raises:
         ValueError: a sample that cannot be decoded, unless bad ones are to be ignored.
     """
     shards, rows = locate(positions)
+    places = np.zeros(len(positions), np.int64) if cache is None else cache.places(shards, rows)
     is_bad = np.zeros(len(positions), bool)
-    for place, data in reader.read(shards, rows):
+    is_kept = np.zeros(len(positions), bool) if cache is None else cache.is_kept(places)
+    needed = np.flatnonzero(~is_kept)
+    for number, data in reader.read(shards[needed], rows[needed]):
+        place = needed[number]
         try:
             reader.decode(int(shards[place]), int(rows[place]), data, pixels[place])
         except ValueError:
             if not ignores_bad:
                 raise
             is_bad[place] = True
+    if cache is not None and cache.device is None:
+        new = needed[~is_bad[needed]]
+        cache.put(places[new], pixels[new])
+        if is_kept.all():
+            cache.get(places, pixels)
+        elif is_kept.any():
+            cache.get(places[is_kept], copies := np.empty_like(pixels[is_kept]))
+            pixels[is_kept] = copies
     labels, keys = reader.labels_and_keys(shards, rows)
-    return labels, keys, is_bad
+    return _Part(labels, keys, is_bad, places, is_kept)

@@ -12,6 +12,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 from shards.files import usable_cores
@@ -220,17 +221,22 @@ def quota_cores(root: Path = Path("/")) -> int | None:
     Args:
         root: where /proc and /sys are.
     """
-    shares = []
+    shares = [share for group in _control_groups("cpu", root) if (share := _quota_of_group(group)) is not None]
+    return max(1, math.ceil(min(shares))) if shares else None
+
+
+def _control_groups(controller: str, root: Path) -> list[Path]:
+    """The control groups of this process for a controller, and all above them."""
+    found = []
     with suppress(OSError, UnicodeDecodeError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
             mount = root / "sys/fs/cgroup" / controllers
             names = [] if ".." in path else path.strip("/").split("/")
-            groups = [mount.joinpath(*names[:depth]) for depth in range(len(names) + 1)]
-            shares += [share for group in groups if (share := _quota_of_group(group)) is not None]
-    return max(1, math.ceil(min(shares))) if shares else None
+            found += [mount.joinpath(*names[:depth]) for depth in range(len(names) + 1)]
+    return found
 
 
 def _quota_of_group(group: Path) -> float | None:
@@ -241,6 +247,27 @@ def _quota_of_group(group: Path) -> float | None:
             if quota != "max" and int(quota) > 0:
                 return int(quota) / int(period)
     return None
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of host memory that this process may still take: of the machine, or of the tightest of its control groups.
+
+    What a group holds of files counts as free, as it does for the machine.
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    free = [psutil.virtual_memory().available]
+    for group in _control_groups("memory", root):
+        for limit, usage, files in (
+            ("memory.max", "memory.current", "inactive_file "),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+        ):
+            with suppress(OSError, ValueError):
+                most, used = (int((group / name).read_text(encoding="ascii")) for name in (limit, usage))
+                lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+                free.append(most - used + sum(int(line.split()[1]) for line in lines if line.startswith(files)))
+    return max(0, min(free))
 
 
 def decode_threads(asked: int) -> int:

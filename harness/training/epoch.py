@@ -185,7 +185,7 @@ def synchronise(
 def _batches(config: Config, world: World, data: Data, epoch: int, first: int, skipped: list[int] | None):
     """This rank's batches of an epoch, from number `first` on."""
     threads, prefetch = decode_threads(config.data.threads), config.data.prefetch_batches
-    options = LoaderOptions(threads, prefetch, world.device, skipped, world.works)
+    options = LoaderOptions(threads, prefetch, world.device, skipped, data.decoded, world.works)
     shares = world.rank, world.size
     return training_batches(data.train, data.plan, epoch, first, *shares, options, config.augment.group_size)
 

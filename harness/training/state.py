@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from harness.config import Config
+from harness.data.decoded import DecodedCache
 from harness.distributed.world import World
 from harness.model.build import build_model
 from harness.model.loss import Loss
@@ -29,13 +30,14 @@ from shards.reader import SplitReader
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is read: the dataset, its splits (test is `eval.split`), and the order of training samples."""
+    """What is read: the dataset, its splits (test is `eval.split`), the order of training samples, and where they are kept decoded."""
 
     dataset: Dataset
     train: SplitReader
     val: SplitReader
     test: SplitReader
     plan: Plan
+    decoded: DecodedCache | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

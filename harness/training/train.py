@@ -4,6 +4,8 @@ In: a `Config` and a `World`. Out: a run folder. Invariants: the weights after s
 not on how often the run was interrupted; rank 0 decides when to stop and what is best.
 """
 
+from dataclasses import replace
+
 from torch import nn
 
 from harness.config import Config, flat
@@ -21,6 +23,7 @@ from harness.run.folder import Run, open_run
 from harness.run.log import RESULT, verdict
 from harness.run.progress import Progress, after_epoch, should_stop
 from harness.run.state import changes, note_start
+from harness.training.cache import open_cache
 from harness.training.check import Check, refuse_failures
 from harness.training.efficiency import describe_mfu, efficiency
 from harness.training.epoch import EpochStats, train_epoch
@@ -52,6 +55,7 @@ def train(config: Config, world: World) -> str:
             return report_again(world, run)
         state, progress = build_or_resume(config, world, data, run)
         announce(config, world, data, run, progress, checks)
+        data = replace(data, decoded=open_cache(config, world, data.train))
         epochs: list[EpochStats] = []
         while (stop_reason := should_stop(progress, config.run.epochs, config.run.patience)) is None:
             if world.any_rank(run.stop.asked()):  # also in the warm-up, before the first step

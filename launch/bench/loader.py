@@ -3,34 +3,47 @@
 In: parsed options, with the settings of a run. Out: numbers by name. Invariants: what is compared runs in turns.
 """
 
+import mmap
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from harness.data.augment import training_view
-from harness.data.loader import training_batches
+from harness.data.decoded import DecodedCache, nbytes_of
+from harness.data.loader import LoaderOptions, training_batches
 from launch.bench import baselines
 from launch.bench.setup import rate, training_input
 
 
 def bench_loader(options: Namespace) -> dict:
-    """Images/s of the loader alone, and of threads that decode the same images from memory and do nothing else."""
+    """Images/s of the loader alone, with all decoded images kept, and of threads that decode the same ones from memory and do nothing else."""
     reader, plan, loader_options = training_input(options.config)
+    shape = reader.shard_sizes, reader.height, reader.width
+    cache = DecodedCache(*shape, memoryview(mmap.mmap(-1, nbytes_of(*shape))))
+    keeping = replace(loader_options, decoded=cache)
     blobs = baselines.all_images(reader)
-    ours, ceiling = [], []
+    ours, kept, ceiling = [], [], []
 
-    def sizes(epoch: int) -> Iterator[int]:
-        for batch in training_batches(reader, plan, epoch, 0, 0, 1, loader_options):
+    def sizes(epoch: int, how: LoaderOptions) -> Iterator[int]:
+        for batch in training_batches(reader, plan, epoch, 0, 0, 1, how):
             yield len(batch.keys)
 
+    for epoch in range(2):  # what one leaves out, the next one has
+        rate(sizes(epoch, keeping))
     for epoch in range(options.rounds):
-        ours.append(rate(sizes(epoch)))
+        ours.append(rate(sizes(epoch, loader_options)))
+        kept.append(rate(sizes(epoch, keeping)))
         ceiling.append(baselines.decode_from_memory(blobs, reader, loader_options.threads, plan.global_batch))
     return {
         "images_per_s": max(ours),
         "images_per_s_and_thread": max(ours) / loader_options.threads,
+        "kept_images_per_s": max(kept),
+        "kept_ratio": float(np.median(np.divide(kept, ours))),
         "decode_ceiling_images_per_s": max(ceiling),
         "share_of_the_ceiling": max(ours) / max(ceiling),
         "threads": loader_options.threads,

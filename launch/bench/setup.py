@@ -18,6 +18,7 @@ from harness.distributed.world import World
 from harness.model.build import build_model
 from harness.model.loss import Loss, Targets
 from harness.model.optim import build_optimizer
+from harness.training.cache import open_cache
 from harness.training.state import TrainState
 from harness.training.step import optimizer_step
 from shards.index import load
@@ -71,7 +72,9 @@ def training_input(config: Config, world: World | None = None) -> tuple[SplitRea
         reader.shard_sizes, config.data.global_batch_size, 0, config.data.lanes, config.data.shuffle_block_shards
     )
     device = world.device if world else torch.device("cpu")
-    return reader, plan, LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, device)
+    decoded = open_cache(config, world, reader) if world else None
+    threads = decode_threads(config.data.threads)
+    return reader, plan, LoaderOptions(threads, config.data.prefetch_batches, device, decoded=decoded)
 
 
 def gradient_bytes(model: torch.nn.Module) -> int:

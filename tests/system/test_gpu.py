@@ -9,6 +9,7 @@ import torch
 
 from harness.config import Augment
 from harness.data.augment import mix, training_view
+from harness.data.decoded import DecodedCache, nbytes_of
 from harness.data.loader import LoaderOptions, training_batches
 from harness.data.random import uniforms
 from harness.run.recovery import find_corruption
@@ -32,14 +33,17 @@ def run(entry: str, *arguments, disturb: str = "") -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
-@pytest.mark.parametrize("ahead", [1, 4])
-def test_batches_on_the_gpu_are_those_of_the_cpu_while_it_is_busy(dataset, ahead):
+@pytest.mark.parametrize(("ahead", "kept"), [(1, "none"), (4, "none"), (4, "host"), (4, "device")])
+def test_batches_on_the_gpu_are_those_of_the_cpu_while_it_is_busy(dataset, ahead, kept):
     reader = SplitReader(dataset, "train")
+    shape, cuda = (reader.shard_sizes, reader.height, reader.width), torch.device("cuda")
+    memory = {"none": None, "host": memoryview(bytearray(nbytes_of(*shape))), "device": cuda}[kept]
+    options = LoaderOptions(3, ahead, cuda, decoded=memory and DecodedCache(*shape, memory))
     plan = Plan(reader.shard_sizes, 12, seed=0)
     big = torch.randn(4096, 4096, device="cuda")
     for epoch in range(8):
         found = []
-        for batch in training_batches(reader, plan, epoch, 0, 0, 1, LoaderOptions(3, ahead, torch.device("cuda"))):
+        for batch in training_batches(reader, plan, epoch, 0, 0, 1, options):
             big = torch.tanh(big @ big)  # the GPU falls behind: what is read or freed too early is wrong below
             found.append((batch.images + 0, batch.labels + 0, batch.positions + 0, batch.keys + 0))
         wanted = list(training_batches(reader, plan, epoch, 0, 0, 1, LoaderOptions(3, 4, torch.device("cpu"))))

@@ -1,8 +1,10 @@
 """Choices of precision follow the device, and a wheel without kernels for the GPU is refused with what to install."""
 
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from harness.distributed.hardware import (
     choose_precision,
     decode_threads,
     describe_arithmetic,
+    free_memory,
     quota_cores,
     set_arithmetic,
     set_thread_device,
@@ -118,7 +121,7 @@ def cgroup(root, membership: str, **files: str):
     (root / "proc" / "self").mkdir(parents=True)
     (root / "proc" / "self" / "cgroup").write_text(membership)
     for name, text in files.items():
-        path = root / "sys" / "fs" / "cgroup" / name.replace("__", "/").replace("cpu_max", "cpu.max")
+        path = root / "sys" / "fs" / "cgroup" / re.sub("(cpu|memory)_(?=[a-z])", r"\1.", name.replace("__", "/"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     return root
@@ -151,6 +154,41 @@ def cgroup(root, membership: str, **files: str):
 )
 def test_the_cpu_quota_of_a_container_is_rounded_up(tmp_path, membership, files, cores):
     assert quota_cores(cgroup(tmp_path, membership, **files)) == cores
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "free"),
+    [
+        ("0::/\n", {}, 8000),
+        ("0::/\n", {"memory_max": "max", "memory_current": "10", "memory_stat": ""}, 8000),
+        (
+            "0::/\n",
+            {"memory_max": "5000", "memory_current": "3000", "memory_stat": "anon 1\ninactive_file 500\n"},
+            2500,
+        ),
+        ("0::/\n", {"memory_max": "5000", "memory_current": "6000", "memory_stat": ""}, 0),
+        (
+            "0::/pod/job\n",
+            {
+                **{"pod__memory_max": "4000", "pod__memory_current": "3000", "pod__memory_stat": ""},
+                **{"pod__job__memory_max": "9000", "pod__job__memory_current": "100", "pod__job__memory_stat": ""},
+            },
+            1000,
+        ),
+        (
+            "4:memory:/docker/ab\n",
+            {
+                "memory__memory.limit_in_bytes": "7000",
+                "memory__memory.usage_in_bytes": "3000",
+                "memory__memory.stat": "inactive_file 1\ntotal_inactive_file 100\n",
+            },
+            4100,
+        ),
+    ],
+)
+def test_free_memory_is_that_of_the_container_where_it_has_less(tmp_path, monkeypatch, membership, files, free):
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=8000))
+    assert free_memory(cgroup(tmp_path, membership, **files)) == free
 
 
 def test_where_there_are_no_control_groups_there_is_no_quota(tmp_path):
