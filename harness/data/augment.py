@@ -2,7 +2,8 @@
 
 In: (B, 3, H, W) uint8 and numbers that identify each image. Out: (B, 3, S, S) float32, normalised. Invariants: crop,
 scale, flip and rotation are one affine map and one interpolation; every random number is a hash of (seed, stream,
-position), so an image is augmented in the same way at any number of processes.
+position), so an image is augmented in the same way at any number of processes. What is drawn, and the matrices made of it, are
+computed where the positions are: on the host, so that a GPU is sent one array of numbers and few kernels.
 """
 
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def training_view(
     """One random view of each image.
 
     Args:
-        images: (B, 3, H, W) uint8. positions: (B,) int64, places in the epoch's stream. size: S in pixels.
+        images: (B, 3, H, W) uint8. positions: (B,) int64 on the host, places in the epoch's stream. size: S in pixels.
 
     Returns:
         (B, 3, S, S) float32, normalised.
@@ -70,17 +71,23 @@ def training_view(
     flips = torch.stack([_sign(draws.hflip < augment.hflip_prob), _sign(draws.vflip < augment.vflip_prob)], 1)
     rotates = (draws.rotates < augment.rotation_prob).float()
     angle = _between(draws.angle, -augment.rotation_degrees, augment.rotation_degrees) * rotates * (torch.pi / 180)
-    views = _warp(images, side, offset, flips, angle, size, augment)
-    if augment.brightness or augment.contrast or augment.saturation:
+    numbers = [_affine(images, side, offset, flips, angle, size, augment)]
+    if recolours := bool(augment.brightness or augment.contrast or augment.saturation):
         brightness = 1 + _between(draws.brightness, -1, 1) * augment.brightness
         contrast = 1 + _between(draws.contrast, -1, 1) * augment.contrast
         saturation = 1 + _between(draws.saturation, -1, 1) * augment.saturation
-        views = _recolour(views, brightness, contrast, saturation)
+        numbers += [_colour_matrix(brightness, contrast, saturation), brightness * (1 - contrast)]
+    if augment.cutout:
+        half = torch.full_like(draws.cutout_x, 0.5 * augment.cutout)
+        numbers += [_sides(draws.cutout_x, half, size), _sides(draws.cutout_y, half, size)]
+    affine, *numbers = _moved(numbers, images.device)
+    views = _warp(images, affine, size, augment)
+    if recolours:
+        views = _recolour(views, *numbers[:2])
     views = _normalise(views, augment)
     if augment.cutout:  # the mean colour is 0 after normalisation
-        centres = torch.stack([draws.cutout_x, draws.cutout_y], 1)
-        half = torch.full_like(draws.cutout_x, 0.5 * augment.cutout)
-        views = views * ~_boxes(centres, half, size)[:, None]
+        cut_x, cut_y = numbers[-2:]
+        views = views * (1 - cut_y[:, :, None] * cut_x[:, None])[:, None]
     return views
 
 
@@ -90,38 +97,51 @@ def mix(
     """Blend neighbours of the stream, or let them exchange a rectangle; some pairs stay as they are.
 
     Args:
-        views: (B, 3, S, S), pairs stand beside each other. positions: (B,) int64, even numbers first.
+        views: (B, 3, S, S), pairs stand beside each other. positions: (B,) int64 on the host, even numbers first.
 
     Returns:
         the views, and for each the share of it that is its own, (B,) float32; the rest is its neighbour's.
     """
     draws = named_uniforms(seed, MIXING + epoch, positions[::2], MixDraws)
-    size, own = views.shape[-1], views.new_ones((len(views) // 2, 1, *views.shape[2:]))  # (B/2, 1, S, S)
+    size = views.shape[-1]
     blended = draws.kind < augment.mixup_prob
     exchanged = (draws.kind >= augment.mixup_prob) & (draws.kind < augment.mixup_prob + augment.cutmix_prob)
     share = (draws.share * (torch.pi / 2)).sin().square()  # Beta(1/2, 1/2), by its inverse distribution function
-    own = torch.where(blended[:, None, None, None], share[:, None, None, None].to(own), own)
     half = 0.5 * (1 - draws.share).sqrt()  # area 1 - u, before its edges are cut
-    boxes = _boxes(torch.stack([draws.box_x, draws.box_y], 1), half, size)
-    own = torch.where((exchanged[:, None, None] & boxes)[:, None], torch.zeros_like(own), own)
+    numbers = [
+        torch.where(blended, share, torch.ones_like(share)),
+        _sides(draws.box_x, half, size) * exchanged[:, None],
+        _sides(draws.box_y, half, size),
+    ]
+    own, box_x, box_y = _moved(numbers, views.device)
+    own = (own[:, None, None] * (1 - box_y[:, :, None] * box_x[:, None]))[:, None].to(views)  # (B/2, 1, S, S)
     first, second = views[::2], views[1::2]
     mixed = torch.stack([own * first + (1 - own) * second, own * second + (1 - own) * first], 1).flatten(0, 1)
     return mixed.contiguous(memory_format=torch.channels_last), own.mean((1, 2, 3)).float().repeat_interleave(2)
 
 
-def _boxes(centres: torch.Tensor, half: torch.Tensor, size: int) -> torch.Tensor:
-    """Squares in images, cut off at their edges: (n, 2) centres and (n,) half sides, in sides, to (n, S, S) bool."""
+def _sides(centres: torch.Tensor, half: torch.Tensor, size: int) -> torch.Tensor:
+    """Which pixels of a row or column are in a square, cut off at the edge: (n,) centres and half sides, in sides, to (n, S) of 0 and 1."""
     places = (torch.arange(size, device=half.device) + 0.5) / size
-    inside = (places - centres[..., None]).abs() < half[:, None, None]  # (n, 2, S)
-    return inside[:, 1, :, None] & inside[:, 0, None, :]
+    return ((places - centres[:, None]).abs() < half[:, None]).float()
+
+
+def _moved(numbers: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Float32 tensors of any shapes, by one copy to a device that they are not on."""
+    if numbers[0].device == device:
+        return numbers
+    flat = torch.cat([tensor.flatten() for tensor in numbers])
+    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    parts = flat.split([tensor.numel() for tensor in numbers])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, numbers, strict=True)]
 
 
 def plain_view(images: torch.Tensor, augment: Augment, size: int) -> torch.Tensor:
     """The central square, upright: (B, 3, H, W) uint8 to (B, 3, S, S) float32, normalised."""
-    n = len(images)
-    upright = images.new_ones((n, 2), dtype=torch.float32)
-    nothing = images.new_zeros((n, 2), dtype=torch.float32)
-    return _normalise(_warp(images, upright[:, 0], nothing, upright, nothing[:, 0], size, augment), augment)
+    upright, nothing = torch.ones(len(images), 2), torch.zeros(len(images), 2)
+    affine = _affine(images, upright[:, 0], nothing, upright, nothing[:, 0], size, augment)
+    (affine,) = _moved([affine], images.device)
+    return _normalise(_warp(images, affine, size, augment), augment)
 
 
 def evaluation_views(
@@ -130,7 +150,7 @@ def evaluation_views(
     """The views of test-time augmentation, one after the other; only one is in memory.
 
     Args:
-        kind: none, flips, dihedral8 or spins:N. keys: (B,) int64, which choose the angles of spins.
+        kind: none, flips, dihedral8 or spins:N. keys: (B,) int64 on the host, which choose the angles of spins.
 
     Yields:
         (B, 3, S, S) float32, normalised. The first is the plain view, but for spins, which have none.
@@ -142,7 +162,9 @@ def evaluation_views(
             ones = torch.ones_like(draws.mirrors)
             flips = torch.stack([_sign(draws.mirrors < 0.5), ones], 1)
             angle = _between(draws.angle, -torch.pi, torch.pi)
-            yield _normalise(_warp(images, ones, torch.zeros_like(flips), flips, angle, size, augment), augment)
+            affine = _affine(images, ones, torch.zeros_like(flips), flips, angle, size, augment)
+            (affine,) = _moved([affine], images.device)
+            yield _normalise(_warp(images, affine, size, augment), augment)
         return
     plain = plain_view(images, augment, size)
     for turn in turns:
@@ -178,7 +200,17 @@ def _sign(mirrored: torch.Tensor) -> torch.Tensor:
     return 1.0 - 2.0 * mirrored.float()
 
 
-def _warp(
+def _shrink(images: torch.Tensor, size: int, augment: Augment) -> tuple[int, int, int]:
+    """By how much images (B, 3, H, W) are averaged before the interpolation, and then how many pixels they span across and down.
+
+    Bilinear interpolation alone would skip pixels: blocks are averaged first, as many as never enlarges.
+    """
+    height, width = images.shape[2:]
+    shrink = max(1, int(min(height, width) * augment.crop_side[0] / size))
+    return shrink, -(-width // shrink) * shrink, -(-height // shrink) * shrink
+
+
+def _affine(
     images: torch.Tensor,
     side: torch.Tensor,
     offset: torch.Tensor,
@@ -187,28 +219,33 @@ def _warp(
     size: int,
     augment: Augment,
 ) -> torch.Tensor:
-    """Cut a rotated, mirrored square out of each image.
+    """From the [-1, 1] of a rotated, mirrored square to that of the array that is sampled.
 
     Args:
-        images: (B, 3, H, W) uint8. side: (B,) of the square, offset: (B, 2) of its centre, both in short sides of the
-            image (offset in halves). flips: (B, 2) of +-1. angle: (B,) radians.
+        images: (B, 3, H, W), for their shape alone. side: (B,) of the square, offset: (B, 2) of its centre, both in short sides of
+            the image (offset in halves). flips: (B, 2) of +-1. angle: (B,) radians.
 
     Returns:
-        (B, 3, S, S) float32 in 0..255, black outside the image.
+        (B, 2, 3) float32, where `side` is.
     """
     height, width = images.shape[2:]
-    short = min(height, width)
-    pixels = images.float()
-    shrink = int(short * augment.crop_side[0] / size)
-    if shrink > 1:  # bilinear interpolation alone would skip pixels: average blocks first, as many as never enlarges
-        pixels = F.avg_pool2d(pixels, shrink, ceil_mode=True, count_include_pad=False)
-    across, down = pixels.shape[3] * max(1, shrink), pixels.shape[2] * max(1, shrink)  # pixels of the image
+    short, (_, across, down) = min(height, width), _shrink(images, size, augment)
     cos, sin = angle.cos(), angle.sin()
     (scale_x, scale_y), (offset_x, offset_y) = (side[:, None] * flips).unbind(1), offset.unbind(1)
     # From the square's [-1, 1] to pixels from the image's centre, then to the sampled array's [-1, 1].
     x = torch.stack([cos * scale_x, -sin * scale_y, offset_x + (width - across) / short], 1) * (short / across)
     y = torch.stack([sin * scale_x, cos * scale_y, offset_y + (height - down) / short], 1) * (short / down)
-    grid = F.affine_grid(torch.stack([x, y], 1), [len(images), 3, size, size], align_corners=False)  # (B, S, S, 2)
+    return torch.stack([x, y], 1)
+
+
+def _warp(images: torch.Tensor, affine: torch.Tensor, size: int, augment: Augment) -> torch.Tensor:
+    """Cut squares out of images: (B, 3, H, W) uint8 and (B, 2, 3) of `_affine` to (B, 3, S, S) float32 in 0..255, black outside."""
+    height, width = images.shape[2:]
+    short, (shrink, across, down) = min(height, width), _shrink(images, size, augment)
+    pixels = images.float()
+    if shrink > 1:
+        pixels = F.avg_pool2d(pixels, shrink, ceil_mode=True, count_include_pad=False)
+    grid = F.affine_grid(affine, [len(images), 3, size, size], align_corners=False)  # (B, S, S, 2)
     views = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if augment.fill == "black":  # beyond the central square there is nothing, as if cropped before the rotation
         from_centre_x = ((grid[..., 0] + 1) * across - width) / short  # in halves of the square's side
@@ -217,17 +254,18 @@ def _warp(
     return views.contiguous(memory_format=torch.channels_last)
 
 
-def _recolour(
-    views: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
-) -> torch.Tensor:
-    """Brightness, contrast (about the mean luminance) and saturation as one matrix; factors (B,), views in 0..255."""
-    luma = _constant(LUMA, views.device)
-    mean = (views.mean((2, 3)) * luma).sum(1)  # (B,)
-    identity = torch.eye(3, device=views.device)
+def _colour_matrix(brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast and saturation, factors (B,), as one matrix (B, 3, 3)."""
+    luma = _constant(LUMA, brightness.device)
+    identity = torch.eye(3, device=brightness.device)
     matrix = saturation[:, None, None] * identity + (1 - saturation)[:, None, None] * luma  # (B, 3, 3)
-    matrix = matrix * (brightness * contrast)[:, None, None]
-    shift = brightness * (1 - contrast) * mean
-    recoloured = torch.einsum("bij,bjhw->bihw", matrix, views) + shift[:, None, None, None]
+    return matrix * (brightness * contrast)[:, None, None]
+
+
+def _recolour(views: torch.Tensor, matrix: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Apply matrices (B, 3, 3), and add as much of the mean luminance, which contrast leaves as it is, as (B,) says; views in 0..255."""
+    mean = (views.mean((2, 3)) * _constant(LUMA, views.device)).sum(1)  # (B,)
+    recoloured = torch.einsum("bij,bjhw->bihw", matrix, views) + (shift * mean)[:, None, None, None]
     return recoloured.clamp(0, 255).contiguous(memory_format=torch.channels_last)
 
 

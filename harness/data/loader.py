@@ -32,9 +32,9 @@ Locate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions (n,)
 class Batch:
     """One rank's part of a batch.
 
-    images: (b, 3, H, W) uint8, channels last in memory. labels: (b,) int64, -1 where the sample is ignored. positions:
-    (b,) int64, places in the epoch's stream (training) or in the split (evaluation). keys: (b,) int64, the samples' keys.
-    waited: seconds that the loop stood still for this batch.
+    images: (b, 3, H, W) uint8, channels last in memory, and labels: (b,) int64, -1 where the sample is ignored, are on the device.
+    positions: (b,) int64, places in the epoch's stream (training) or in the split (evaluation), and keys: (b,) int64, the samples'
+    keys, stay on the host. waited: seconds that the loop stood still for this batch.
     """
 
     images: torch.Tensor
@@ -161,14 +161,15 @@ def _load(
                 decoded = _wait_for(decoding.popleft(), reader, options)
                 waited += time.perf_counter() - began
                 with torch.cuda.stream(stream):  # does nothing without a GPU
-                    moved = _move(decoded, options)
-                    copying.append((moved, stream.record_event() if stream is not None else None))
+                    images, labels = _move(decoded, options)
+                    copied = stream.record_event() if stream is not None else None
+                copying.append((images, labels, decoded.positions, decoded.keys, copied))
             if not copying:
                 return
-            (images, labels, positions, keys), copied = copying.popleft()
+            images, labels, positions, keys, copied = copying.popleft()
             if cuda:
                 torch.cuda.current_stream(device).wait_event(copied)
-                for tensor in (images, labels, positions, keys):
+                for tensor in (images, labels):
                     tensor.record_stream(torch.cuda.current_stream(device))
             yield Batch(images.permute(0, 3, 1, 2), labels, positions, keys, waited)
     finally:
@@ -249,13 +250,13 @@ def _wait_for(batch: _Decoding, reader: ImageReader, options: LoaderOptions) -> 
     return _Decoded(batch.images, *numbers, places, is_kept)
 
 
-def _move(decoded: _Decoded, options: LoaderOptions) -> list[torch.Tensor]:
-    """Images, labels, positions and keys on the device; images that a GPU keeps are gathered there."""
+def _move(decoded: _Decoded, options: LoaderOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels on the device; images that a GPU keeps are gathered there."""
     cache, images = options.decoded, decoded.images
     if cache is not None and cache.device is not None and (decoded.places >= 0).all():
         images = cache.exchange(decoded.places, decoded.is_kept, images)
-    moved = (images, decoded.labels, decoded.positions, decoded.keys)
-    return [tensor.to(options.device, non_blocking=True) for tensor in moved]
+    labels = decoded.labels.pin_memory() if options.device.type == "cuda" else decoded.labels
+    return images.to(options.device, non_blocking=True), labels.to(options.device, non_blocking=True)
 
 
 def _get(part: SimpleQueue, reader: ImageReader, options: LoaderOptions) -> tuple:

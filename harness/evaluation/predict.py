@@ -184,8 +184,8 @@ def _predict_batch(model: nn.Module, batch: Batch, config: Config, world: World)
     size, n, n_rows = config.eval.image_size or config.data.image_size, len(batch.keys), config.eval.batch_size
     images, keys = batch.images, batch.keys
     if n < n_rows:  # the last batch is padded with its last image, so that all have the same arithmetic
-        padded = torch.arange(n_rows, device=world.device).clamp(max=n - 1)
-        images, keys = images[padded], keys[padded]
+        padded = torch.arange(n_rows).clamp(max=n - 1)
+        images, keys = images[padded.to(world.device)], keys[padded]
     center = _probabilities(model, plain_view(images, config.augment, size), world)  # (n_rows, C)
     is_random = parse_views(config.eval.views)[2] > 0
     each = [] if is_random else [center]

@@ -51,13 +51,13 @@ class EpochStats:
 
 
 class Meter:
-    """Sums of the steps since the ranks last synchronised, on the device, and the clocks of an epoch."""
+    """Sums of the steps since the ranks last synchronised, on the device but for the checksum, and the clocks of an epoch."""
 
     def __init__(self, device: torch.device):
         self.began = self.synced = self.saved = time.perf_counter()
         self.waited_s, self.waited_first_s, self.images = 0.0, None, 0.0
-        # Loss, correct, images, steps that fp16 skipped, checksum of samples.
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, images, steps that fp16 skipped
+        self.samples = 0.0  # their checksum
         self.losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys (b,) and losses (b,) of each step
 
     @property
@@ -67,8 +67,8 @@ class Meter:
 
     def add(self, batch: Batch, sums: torch.Tensor, losses: torch.Tensor) -> None:
         """Take in a step: what `optimizer_step` returned for it."""
-        self.sums[:4] += sums
-        self.sums[4] += stream_checksum(batch.keys, batch.positions)
+        self.sums += sums
+        self.samples += stream_checksum(batch.keys, batch.positions).item()  # on the host
         self.losses.append((batch.keys, losses))
         self.waited_s += batch.waited
         if self.waited_first_s is None:
@@ -78,7 +78,7 @@ class Meter:
         """Start anew after a synchronisation, which counted so many images over all ranks."""
         self.images += images
         self.sums.zero_()
-        self.losses = []
+        self.samples, self.losses = 0.0, []
         self.synced = time.perf_counter()
 
     def images_per_s(self) -> float:
@@ -159,8 +159,9 @@ def synchronise(
         FloatingPointError: the loss became NaN or Inf, or fp16 skips too many steps.
     """
     due = time.perf_counter() - meter.saved > 60 * config.run.save_every_minutes
-    asked = torch.tensor([run.stop.asked(), due], dtype=torch.float64, device=world.device)
-    loss, correct, images, skipped, samples, stop, save = world.all_reduce_sum(torch.cat([meter.sums, asked])).tolist()
+    of_host = torch.tensor([meter.samples, run.stop.asked(), due], dtype=torch.float64, device=world.device)
+    sums = world.all_reduce_sum(torch.cat([meter.sums, of_host])).tolist()
+    loss, correct, images, skipped, samples, stop, save = sums
     if not abs(loss) < float("inf"):  # also NaN
         raise FloatingPointError(_describe_nan_loss(world, data, progress, meter, lr))
     seconds = time.perf_counter() - meter.synced
@@ -193,10 +194,11 @@ def _batches(config: Config, world: World, data: Data, epoch: int, first: int, s
 def _describe_nan_loss(world: World, data: Data, progress: Progress, meter: Meter, lr: float) -> str:
     """Collective: the first step with a NaN or Inf loss, and its samples; each rank looks at its own images."""
     bad = [
-        (keys[~losses.isfinite()], step) for step, (keys, losses) in enumerate(meter.losses, start=progress.step + 1)
+        (keys[~losses.isfinite().cpu()], step)
+        for step, (keys, losses) in enumerate(meter.losses, start=progress.step + 1)
     ]
     keys = torch.cat([keys for keys, _ in bad])
-    steps = torch.cat([torch.full((len(keys),), float(step), device=keys.device) for keys, step in bad])
+    steps = torch.cat([torch.full((len(keys),), float(step)) for keys, step in bad])
     keys, columns = gather_rows(world, keys, {"step": steps})
     return world.run_on_main(_nan_loss, keys, columns["step"], progress.step + meter.steps, data.plan.global_batch, lr)
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from harness.config import Augment
 from harness.config.sections import MEAN, STD
@@ -88,7 +90,7 @@ def test_an_image_is_augmented_alike_in_any_share_of_the_batch():
 def test_colour_changes_follow_torchvisions_definitions():
     from torchvision.transforms.v2 import functional
 
-    from harness.data.augment import _recolour
+    from harness.data.augment import _colour_matrix, _recolour
 
     images = smooth_images(3).float() / 2 + 40  # far from the ends: nothing is clamped
     factor = torch.tensor([0.9, 1.0, 1.1])
@@ -97,7 +99,8 @@ def test_colour_changes_follow_torchvisions_definitions():
         [functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation]
     ):
         factors = [factor if place == other else ones for other in range(3)]
-        ours = _recolour(images, *factors)
+        brightness, contrast, _ = factors
+        ours = _recolour(images, _colour_matrix(*factors), brightness * (1 - contrast))
         theirs = torch.stack([change(image / 255, float(f)) * 255 for image, f in zip(images, factor, strict=True)])
         assert (ours - theirs).abs().max() < 0.6  # torchvision rounds its grey
 
@@ -182,3 +185,30 @@ def test_cutout_blanks_a_square_of_its_side_inside_the_image_at_most():
     assert blank.max() == pytest.approx(0.25, abs=0.02)
     assert blank.min() > 0.05
     assert torch.equal(views != 0, (views != 0)[:, :1].expand_as(views))
+
+
+class DeviceOperators(TorchDispatchMode):
+    """Counts operators on the device `meta`, which computes nothing: what a GPU would be asked to run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        found = operator(*arguments, **(options or {}))
+        tensors = [leaf for leaf in tree_leaves((arguments, options, found)) if isinstance(leaf, torch.Tensor)]
+        self.count += not operator.is_view and any(tensor.device.type == "meta" for tensor in tensors)
+        return found
+
+
+def test_what_is_drawn_reaches_the_device_by_one_copy():
+    """Few operators run there, however many numbers are drawn; each costs a GPU about 10 us."""
+    images, positions = torch.empty(8, 3, 36, 48, dtype=torch.uint8, device="meta"), torch.arange(8)
+    augment = Augment(cutout=0.3, mixup_prob=0.4, cutmix_prob=0.4)
+    for _ in range(2):  # constants are made once
+        with DeviceOperators() as operators:
+            views = training_view(images, positions, 0, 0, augment, 32)
+        with DeviceOperators() as of_mix:
+            mix(views, positions, 0, 0, augment)
+    assert operators.count <= 20
+    assert of_mix.count <= 20
