@@ -112,13 +112,16 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         """Copy a model that is not wrapped yet; its weights are taken over at the first update."""
         self.model, self._decay, self._fresh = copy.deepcopy(model), decay, True
+        # Listed once: twice in each step took 0.27 ms for ResNet50.
+        self._averaged: list[torch.Tensor] = list(self.model.parameters())
+        self._current: list[torch.Tensor] = list(model.parameters())
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Average in the weights after a step, counted from 1."""
+    def update(self, step: int) -> None:
+        """Average in the model's weights after a step, counted from 1."""
         decay = 0.0 if self._fresh else min(self._decay, (1 + step) / (10 + step))
         self._fresh = False
-        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), None)
+        get_ema_multi_avg_fn(decay)(self._averaged, self._current, None)
 
     def copy_buffers(self, model: nn.Module) -> None:
         """Copy the model's buffers (statistics of batch normalisation), before the EMA is evaluated or saved."""

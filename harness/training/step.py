@@ -15,7 +15,7 @@ from torch import nn
 from harness.config import Config
 from harness.data.augment import mix, training_view
 from harness.data.loader import Batch
-from harness.data.random import noise_seed
+from harness.data.random import noise_seed, seed_generators
 from harness.distributed.world import World
 from harness.model.loss import Loss, Targets, mixed_targets
 from harness.model.optim import set_rate
@@ -90,7 +90,7 @@ def optimizer_step(
         # Halved: gradients overflowed, and nothing changed. A fused optimizer skips inside its kernel, and tells nobody.
         sums[3] = scale < before
     if state.ema and not (scale is not None and bool(sums[3])):  # device sync, in fp16 with an EMA
-        state.ema.update(state.model, step + 1)
+        state.ema.update(step + 1)
     return sums, torch.cat(losses)
 
 
@@ -108,7 +108,7 @@ def backward_parts(
     scale = world.size / config.data.global_batch_size
     pairs = zip(views.tensor_split(parts), targets.split(parts), strict=True)
     for number, (images, labels) in enumerate(pairs, start=1):
-        torch.manual_seed(noise_seed(config.run.seed, step, start))  # for dropout
+        seed_generators(world.device, noise_seed(config.run.seed, step, start))  # for dropout
         start += len(images)
         world.passes("forward")
         with nullcontext() if number == parts else world.without_sync(state.ddp_model):

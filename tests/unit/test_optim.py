@@ -42,7 +42,7 @@ def test_the_average_of_weights_equals_the_formula_and_takes_buffers():
         with torch.no_grad():
             model[0].weight.normal_()
             model[1].running_mean.normal_()
-        average.update(model, step)
+        average.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         weight = model[0].weight.detach().clone()
         expected = weight if expected is None else decay * expected + (1 - decay) * weight
@@ -55,14 +55,14 @@ def test_the_average_of_weights_equals_the_formula_and_takes_buffers():
 def test_an_average_goes_on_from_restored_weights():
     model = nn.Linear(3, 2)
     whole = EMA(model, 0.9)
-    whole.update(model, 1)
+    whole.update(1)
     half = EMA(model, 0.9)
     half.model.load_state_dict(whole.model.state_dict())
     half.mark_restored()
     with torch.no_grad():
         model.weight.add_(1)
-    whole.update(model, 2)
-    half.update(model, 2)
+    whole.update(2)
+    half.update(2)
     assert torch.equal(whole.model.weight, half.model.weight)
     assert not torch.equal(whole.model.weight, model.weight)
 
