@@ -232,6 +232,9 @@ class Run:
     VGG: adaptive pooling) fails at its first step; on a CPU runs repeat without it"""
     compile: bool = False
     """torch.compile the training step, minutes at the start; V100 and newer (no gain seen on a CPU, nor on an H200 at batch 64)"""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """torch.compile's: reduce-overhead replays the kernels of a pass as one CUDA graph (for small batches), max-autotune also tries out
+    kernels, many minutes; without run.compile of no effect"""
     sync_every: int = 10
     """steps between synchronisations of the ranks: then losses are logged, and stop requests and a NaN loss are noticed"""
     save_every_minutes: float = 10.0

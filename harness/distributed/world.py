@@ -147,21 +147,21 @@ class World:
             self.heartbeat = heartbeat
 
     def prepare(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, compile_mode: str | None = None
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         """Wrap for mixed precision and for averaging gradients over ranks; rank 0's weights become everyone's.
 
         Args:
-            compiled: the training step's passes become kernels made for this model and these shapes (torch.compile). The model
+            compile_mode: the training step's passes become kernels made for this model and these shapes (torch.compile). The model
                 itself stays as it is, so that what is evaluated does not depend on it.
         """
         self.passes("prepare")
-        if self.heartbeat:
-            self.heartbeat.is_long = (
-                compiled  # kernels are made in the first step: minutes, and not the same on each rank
-            )
+        if self.heartbeat:  # kernels are made in the first step: minutes, and not the same on each rank
+            self.heartbeat.is_long = compile_mode is not None
         ddp_model, optimizer = self._accelerator.prepare(model, optimizer)
-        return (cast(torch.nn.Module, torch.compile(ddp_model, dynamic=False)) if compiled else ddp_model), optimizer
+        if compile_mode is not None:
+            ddp_model = cast(torch.nn.Module, torch.compile(ddp_model, dynamic=False, mode=compile_mode))
+        return ddp_model, optimizer
 
     @contextmanager
     def reproducible_threads(self) -> Iterator[int]:

@@ -97,7 +97,8 @@ def build_or_resume(config: Config, world: World, data: Data, run: Run) -> tuple
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device=world.device, memory_format=world.memory_format)  # pyright: ignore[reportCallIssue] - torch's own stub
     ema = EMA(model, config.optim.ema) if config.optim.ema else None  # copied before it is wrapped
-    ddp_model, optimizer = world.prepare(model, build_optimizer(model, config.optim), config.run.compile)
+    mode = config.run.compile_mode if config.run.compile else None
+    ddp_model, optimizer = world.prepare(model, build_optimizer(model, config.optim), mode)
     loss_fn = Loss(config.optim, data.dataset.description.counts["train"], world.device)
     state = TrainState(model=model, ddp_model=ddp_model, optimizer=optimizer, loss_fn=loss_fn, ema=ema)
     if start is None:

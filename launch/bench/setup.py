@@ -40,9 +40,8 @@ class Trial:
         self.model.to(self.world.device, memory_format=self.world.memory_format)  # pyright: ignore[reportCallIssue]
         counts = self.reader.dataset.description.counts["train"]
         loss_fn = Loss(config.optim, counts, self.world.device)
-        ddp_model, self.optimizer = self.world.prepare(
-            self.model, build_optimizer(self.model, config.optim), config.run.compile
-        )
+        mode = config.run.compile_mode if config.run.compile else None
+        ddp_model, self.optimizer = self.world.prepare(self.model, build_optimizer(self.model, config.optim), mode)
         self.state = TrainState(model=self.model, ddp_model=ddp_model, optimizer=self.optimizer, loss_fn=loss_fn)
 
     def batches(self, epoch: int) -> Generator[Batch, None, None]:
@@ -61,7 +60,7 @@ class Trial:
     def describe(self) -> str:
         """The setting, human-readable."""
         data = self.config.data
-        compiled = ", compiled" if self.config.run.compile else ""
+        compiled = f", compiled ({self.config.run.compile_mode})" if self.config.run.compile else ""
         return f"{self.config.model.name}, {data.image_size} px, batch {data.global_batch_size}, {self.world.precision}{compiled}"
 
 
