@@ -21,6 +21,7 @@ from launch.bench.remote import bench_remote
 from launch.bench.scaling_command import add_scaling_options, bench_scaling
 from launch.bench.setup import positive_whole
 from launch.bench.step import bench_augment, bench_evaluate, bench_save, bench_step, bench_train
+from launch.bench.whole import bench_run
 from shards.column_options import add_column_options, parse_names
 from shards.terminal import run_and_exit, user_path
 
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         ("step", bench_step, "an optimizer step on a batch in memory, and its augmentation"),
         ("augment", bench_augment, "augmentation of a batch in memory"),
         ("train", bench_train, "the real loop, and its ratio to `step`"),
+        ("run", bench_run, "whole epochs of a run, validation and checkpoints included, and their ratio to `step`"),
         ("evaluate", bench_evaluate, "one view and eight"),
         ("resume", bench_resume, "time to the first batch, at the start of an epoch and in its middle"),
         ("save", bench_save, "a checkpoint: ms that training waits, seconds of writing"),
@@ -98,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
             "--rounds", type=positive_whole, default=3, help="repetitions; the best counts (default 3)"
         )
         command.set_defaults(run=run)
-    train, save, compare = (commands.choices[name] for name in ("train", "save", "compare"))
+    train, whole, save, compare = (commands.choices[name] for name in ("train", "run", "save", "compare"))
     train.add_argument("--batches", type=positive_whole, default=40, help="most batches of a round (default 40)")
     remote = commands.choices["remote"]
     remote.add_argument("--url", help="of the dataset of data.path (default: its own file:// URL)")
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="compare with litdata and MosaicML Streaming, whichever is installed: their files are put below this URL, read, and removed",
     )
-    for command in (pack, plan, save, audit):
+    for command in (pack, plan, whole, save, audit):
         command.add_argument("--scratch", type=user_path, help="folder for temporary files (default: the system's)")
     for command in (pack, compare):
         command.add_argument("--source", type=user_path, required=True, help="HAM10000 folder")

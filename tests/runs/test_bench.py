@@ -20,7 +20,7 @@ def run(tmp_path, *words) -> dict:
     return json.loads((tmp_path / "out.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["loader", "augment", "step", "train", "evaluate", "resume", "save"])
+@pytest.mark.parametrize("name", ["loader", "augment", "step", "train", "run", "evaluate", "resume", "save"])
 def test_each_benchmark_runs_on_a_small_dataset(tiny, tmp_path, capsys, name):
     numbers = run(tmp_path, name, "--config", tiny, "--rounds", "1")
     shown = capsys.readouterr().out
