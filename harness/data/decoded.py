@@ -11,7 +11,6 @@ import torch
 
 from harness.distributed.hardware import free_memory
 
-KINDS = ("none", "host", "device")
 FREE_SHARE, GPU_SHARE = 0.5, 0.25  # at most: of the memory that is free, and of all that a GPU has
 
 
@@ -25,9 +24,9 @@ class DecodedCache:
             memory: the device that keeps the images; or host memory, `nbytes_of` bytes that are 0, where other processes may put
                 and get images, too.
         """
-        sizes = np.asarray(shard_sizes, dtype=np.int64)
-        n_images = int(sizes.sum())
-        self._starts, shape = np.cumsum(sizes) - sizes, (n_images, height, width, 3)
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        n_images = int(self._sizes.sum())
+        self._starts, shape = np.cumsum(self._sizes) - self._sizes, (n_images, height, width, 3)
         self.device = memory if isinstance(memory, torch.device) else None
         if isinstance(memory, torch.device):
             self._images, self._is_kept = (
@@ -45,6 +44,11 @@ class DecodedCache:
     def is_kept(self, places: np.ndarray) -> np.ndarray:
         """Whether images are here, (n,) bool."""
         return self._is_kept[places] != 0
+
+    def has_shard(self, shard: int) -> bool:
+        """Whether all images of a shard are here."""
+        start = self._starts[shard]
+        return bool(self._is_kept[start : start + self._sizes[shard]].all())
 
     def put(self, places: np.ndarray, images: np.ndarray) -> None:
         """Keep images, (n, H, W, 3), in host memory."""
@@ -80,28 +84,37 @@ def nbytes_of(shard_sizes: Sequence[int], height: int, width: int) -> int:
     return sum(shard_sizes) * (3 * height * width + 1)
 
 
-def choose_cache(asked: str, n_bytes: int, device: torch.device) -> tuple[str, str]:
-    """Where decoded images go: what was asked for, or the next that has room to spare.
+def lacking_room(kind: str, n_bytes: int, device: torch.device) -> str:
+    """Why images of so many bytes should not be kept there; nothing where there is room to spare.
 
     Args:
-        asked: host, device, or auto, the first of device and host that has room. n_bytes: of all images.
+        kind: host or device.
+    """
+    size = f"{n_bytes / 1e9:.1f} GB of decoded images"
+    if kind == "device":
+        if device.type != "cuda":
+            return "there is no GPU"
+        free, total = torch.cuda.mem_get_info(device)
+        if n_bytes > min(FREE_SHARE * free, GPU_SHARE * total):
+            return f"{size} are more than {FREE_SHARE:.0%} of the {free / 1e9:.1f} GB free on the GPU, or {GPU_SHARE:.0%} of all"
+    elif n_bytes > FREE_SHARE * (free := free_memory()):
+        return f"{size} are more than {FREE_SHARE:.0%} of the {free / 1e9:.1f} GB free in host memory"
+    return ""
+
+
+def choose_kind(asked: str, of_ranks: Sequence[dict[str, str]]) -> tuple[str, str]:
+    """The first kind that every rank has room for, in the order of what was asked for.
+
+    Args:
+        asked: host, device or auto. of_ranks: what each rank says against each kind; nothing where it has room.
 
     Returns:
-        none, host or device, and why it is not what was asked for; nothing where it is.
+        none, host or device, and what was said against those before it.
     """
-    reasons, size = [], f"{n_bytes / 1e9:.1f} GB of decoded images"
-    if asked != "host" and device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        if n_bytes <= min(FREE_SHARE * free, GPU_SHARE * total):
-            return "device", ""
-        reasons.append(
-            f"{size} are more than {FREE_SHARE:.0%} of the {free / 1e9:.1f} GB free, or {GPU_SHARE:.0%} of all, on the GPU"
-        )
-    elif asked == "device":
-        reasons.append("there is no GPU")
-    free = free_memory()
-    if n_bytes > FREE_SHARE * free:
-        return "none", "; ".join(
-            [*reasons, f"{size} are more than {FREE_SHARE:.0%} of the {free / 1e9:.1f} GB free in host memory"]
-        )
-    return "host", "; ".join(reasons)
+    said = []
+    for kind in ("host",) if asked == "host" else ("device", "host"):
+        against = [answer[kind] for answer in of_ranks if answer[kind]]
+        if not against:
+            return kind, "; ".join(said)
+        said.append(against[0])
+    return "none", "; ".join(said)

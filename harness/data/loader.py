@@ -92,7 +92,8 @@ def training_batches(
         """Of this epoch and the next: its first shards come while this one ends."""
         here, then = (training_needs(plan, number, start, stop) for number in (epoch, epoch + 1))
         later = [Need(need.shard, need.first + plan.n_batches, need.last + plan.n_batches) for need in then]
-        return here + later
+        kept = options.decoded
+        return [need for need in here + later if kept is None or not kept.has_shard(need.shard)]
 
     return _load(reader, wanted, partial(plan.locate, epoch), options, needs, first)
 

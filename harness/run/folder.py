@@ -80,16 +80,14 @@ def open_run(config: Config, world: World, dataset: Dataset) -> Iterator[Run]:
     with (
         RunLock(folder) as lock,
         StopRequest(folder, config.run.time_limit_minutes) as stop,
+        CheckpointWriter(folder, config.run.checkpoint_dir) as writer,
         Log() as log,
         StepProfiler(config.run.profile, folder, world.device, world.is_main) as profiler,
     ):
         world.run_on_main(claim_folder, folder, config, dataset, lock)
         world.run_on_main(stop.forget_old_file)
-        with (
-            console_log(folder, world.is_main),
-            failure_noted(folder, world),
-            CheckpointWriter(folder, config.run.checkpoint_dir) as writer,  # done before a failure is noted
-        ):
+        stop.saving_s = writer.longest_s
+        with console_log(folder, world.is_main), failure_noted(folder, world):
             yield Run(
                 folder=folder,
                 world=world,

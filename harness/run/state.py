@@ -6,6 +6,7 @@ finished | failed` and how far, `failed` on a full disk, too; the first rank to 
 
 import json
 import os
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from harness.run.progress import Progress
 from shards.files import write_atomically
 from shards.shape import misfit, parse_json
 
+WRITES = threading.RLock()  # of state.json: the thread that writes checkpoints does, too
 CHANGES, STATE = "changes.json", "state.json"
 ROOM = 4096  # bytes that state.json takes: on a full disk, word of a failure is written over it
 
@@ -46,10 +48,20 @@ def is_finished(folder: Path) -> bool:
 
 def write_state(folder: Path, status: str, progress: Progress, reason: str = "") -> None:
     """Say how the run fares: status and why, epochs and steps done, samples of the current epoch."""
-    state = {"status": status, "epoch": progress.epoch, "step": progress.step, "samples_seen": progress.samples_seen}
-    state |= {"reason": reason} if reason else {}
-    with writing(folder / STATE):
+    state = {"status": status} | _reached(progress) | ({"reason": reason} if reason else {})
+    with WRITES, writing(folder / STATE):
         write_atomically(folder / STATE, _padded(state))
+
+
+def note_saved(folder: Path, progress: Progress) -> None:
+    """Say how far the checkpoint is that was just written; whatever else is said stays: the run may have failed meanwhile."""
+    with WRITES, writing(folder / STATE):
+        state = {"status": "running"} | _read_state(folder) | _reached(progress)
+        write_atomically(folder / STATE, _padded(state))
+
+
+def _reached(progress: Progress) -> dict[str, int]:
+    return {"epoch": progress.epoch, "step": progress.step, "samples_seen": progress.samples_seen}
 
 
 @contextmanager
@@ -88,7 +100,7 @@ def failure_noted(folder: Path, world: World) -> Iterator[None]:
     """
 
     def note(cause: dict) -> None:
-        with suppress(OSError, ValueError):  # a full disk must not hide the error itself
+        with suppress(OSError, ValueError), WRITES:  # a full disk must not hide the error itself
             state = _read_state(folder)
             if state.get("status") not in ("failed", "finished"):
                 _write_failure(folder, state | {"status": "failed"} | cause)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,11 +43,13 @@ class StopRequest:
         )
         self._file_counts_from = min(self._began, float(os.environ.get("JOB_BEGAN", "inf")))
         self._looked, self._longest = None, 0.0
+        self.saving_s: Callable[[], float] = lambda: 0.0  # that a checkpoint takes, beside the training
 
     def asked(self) -> bool:
         """Whether somebody asked, or the time is up before the next look.
 
-        The next look is expected after the longest time that ever passed between two; checkpoints lie in between.
+        The next look is expected after the longest time that ever passed between two. Then the checkpoint of before may still be
+        written, and the last one comes after it.
         """
         now = time.monotonic()
         if self._looked is not None:
@@ -54,7 +57,7 @@ class StopRequest:
         self._looked = now
         if self._first:
             self.reason = self._signal
-        elif now + self._longest > self._end:
+        elif now + self._longest + 2 * self.saving_s() > self._end:
             self.reason = "run.time_limit_minutes"
         elif self.file.exists():
             self.reason = "file"

@@ -8,6 +8,7 @@ nothing is removed from it before what replaces it has arrived.
 
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,12 +30,17 @@ class CheckpointWriter:
         self.snapshots: list[Snapshot | None] = []  # of the checkpoint that was written last: its memory is used again
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
+        self._longest = 0.0
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, *error) -> None:
         self._pool.shutdown()
+        if self._writing and (
+            lost := self._writing.exception()
+        ):  # nobody waited for it: something else failed meanwhile
+            LOGGER.error(str(lost))
 
     def directory(self) -> Path:
         """The folder that checkpoints are saved to."""
@@ -66,10 +72,18 @@ class CheckpointWriter:
         if writing:
             writing.result()
 
+    def longest_s(self) -> float:
+        """The most seconds that a checkpoint took so far, to be written and copied."""
+        return self._longest
+
     def _write_and_copy(self, write: Callable[[], None]) -> None:
+        began = time.monotonic()
         write()
-        if not self.local:
-            return
+        if self.local:
+            self._copy()
+        self._longest = max(self._longest, time.monotonic() - began)
+
+    def _copy(self) -> None:
         try:
             _mirror(self.directory(), self.run)
         except OSError as error:

@@ -40,6 +40,8 @@ def out_of_memory_explained(config: Config, world: World) -> Iterator[None]:
         advice = "optim.micro_batch (or let it be found: --optim.micro_batch auto)"
         if config.optim.micro_batch == "auto":
             advice = "eval.batch_size or data.image_size, since optim.micro_batch is auto already"
+        if config.data.decoded_cache in ("device", "auto") and world.device.type == "cuda":
+            advice = f"data.decoded_cache to host, {advice}"
         raise MemoryError(
             f"Rank {world.rank} ({world.host_pid}) ran out of memory{_gpu_figures(world.device)}. Lower {advice}; it is "
             f"now {now}. Results stay the same but for batch normalisation; the same command continues, with "

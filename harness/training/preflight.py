@@ -93,6 +93,11 @@ def check_settings(config: Config, device: torch.device) -> list[Check]:
         )
     if config.run.compile:
         check_compile(device)
+        if config.run.compile_mode != "default" and config.optim.micro_batch != 0:
+            raise ValueError(
+                f"'run.compile_mode' {config.run.compile_mode} replays each pass in the same memory, where the gradients of the micro-batch "
+                "before still are. Set 'optim.micro_batch' to 0, or 'run.compile_mode' to default."
+            )
     parse_views(config.eval.views)
     check_trackers(config.run.trackers)
     return [Check("ok", "settings", f"{config.model.name}, {config.data.image_size} px, views {config.eval.views}")]

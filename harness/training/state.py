@@ -22,7 +22,7 @@ from harness.run.checkpoint import Snapshot
 from harness.run.folder import Run
 from harness.run.progress import Progress
 from harness.run.provenance import Checkpoint, Provenance
-from harness.run.state import write_state
+from harness.run.state import note_saved
 from shards.index import Dataset, load
 from shards.plan import Plan
 from shards.reader import SplitReader
@@ -122,16 +122,17 @@ def save_checkpoint(config: Config, world: World, state: TrainState, run: Run, p
     """
 
     def write(model: Snapshot, optimizer: Snapshot, scaler: Snapshot | None, ema: Snapshot | None) -> None:
+        run.lock.check()
         folder = run.writer.directory()
         if progress.best_step == progress.step and not progress.samples_seen:
             checkpoint.save_best(folder, progress, run.provenance, ema or model)
         keep = config.run.keep_checkpoints
         checkpoint.save_step(folder, progress, run.provenance, model, optimizer, scaler, keep, ema)
-        write_state(run.folder, "running", progress)
+        note_saved(run.folder, progress)
 
     def save() -> None:
-        run.lock.check()
         assert_finite_weights(state.model, progress)
+        run.lock.check()
         run.writer.wait()  # from here on, nobody reads the snapshots of before
         run.log.flush()
         ema = state.eval_model if state.ema else None

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from harness.config import Config
 from harness.data.loader import Batch
+from harness.distributed.world import World
 from harness.run.console import LOGGER
 from harness.training.train import train
 from launch.bench.setup import Trial, seconds_of
@@ -27,7 +28,34 @@ SAMPLE_S = 0.1  # between two looks at the GPU
 
 def bench_run(options: Namespace) -> dict:
     """Images/s of `--rounds` whole epochs after a first one, and their share of steps on a batch in memory."""
+    world, n_images, found = bench_steps_alone(options)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with (
+        tempfile.TemporaryDirectory(dir=options.scratch) as scratch,
+        EpochClock() as clock,
+        gpu_watched(world.device) as busy,
+    ):
+        outcome = train(whole_run(options.config, Path(scratch) / "run", options.rounds + 1), world)
+    if outcome != "finished":
+        raise ValueError("The run was asked to stop before its end: nothing was measured.")
+    seconds = (clock.times[-1] - clock.times[0]) / options.rounds
+    whole = n_images / seconds
+    ratio = whole / found["steps_alone_images_per_s"]
+    found |= {"epoch_s": seconds, "whole_run_images_per_s": whole, "ratio": ratio}
+    if busy:
+        found["gpu_busy_percent"] = sum(busy) / len(busy)
+    if world.device.type == "cuda":
+        found["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
+def bench_steps_alone(options: Namespace) -> tuple[World, int, dict]:
+    """The world, images of an epoch, and images/s of steps on a batch in memory, which is free again afterwards."""
     trial = Trial(options.config)
+    if trial.world.size > 1:
+        raise ValueError("This benchmark measures one process: start it with `python -m launch.bench run`.")
     batch = next(iter(trial.batches(0)))
     views, n = trial.view(batch), min(40, trial.plan.n_batches)
 
@@ -36,21 +64,8 @@ def bench_run(options: Namespace) -> dict:
             trial.step(views, batch.labels)
 
     alone = max(n * trial.plan.global_batch / seconds_of(steps, trial.world) for _ in range(options.rounds + 1))
-    found = {"steps_alone_images_per_s": alone} | count_launches(trial, batch)
-    with (
-        tempfile.TemporaryDirectory(dir=options.scratch) as scratch,
-        EpochClock() as clock,
-        gpu_watched(trial.world.device) as busy,
-    ):
-        train(whole_run(options.config, Path(scratch) / "run", options.rounds + 1), trial.world)
-    seconds = (clock.times[-1] - clock.times[0]) / options.rounds
-    whole = trial.plan.n_batches * trial.plan.global_batch / seconds
-    found |= {"epoch_s": seconds, "whole_run_images_per_s": whole, "ratio": whole / alone}
-    if busy:
-        found["gpu_busy_percent"] = sum(busy) / len(busy)
-    if trial.world.device.type == "cuda":
-        found["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return found | {"setting": trial.describe()}
+    found = {"setting": trial.describe(), "steps_alone_images_per_s": alone} | count_launches(trial, batch)
+    return trial.world, trial.plan.n_batches * trial.plan.global_batch, found
 
 
 def whole_run(config: Config, folder: Path, epochs: int) -> Config:
@@ -58,7 +73,9 @@ def whole_run(config: Config, folder: Path, epochs: int) -> Config:
     warmup, freeze = (min(number, epochs) for number in (config.optim.warmup_epochs, config.optim.freeze_epochs))
     return replace(
         config,
-        run=replace(config.run, folder=str(folder), epochs=epochs, patience=epochs, time_limit_minutes=0.0),
+        run=replace(
+            config.run, folder=str(folder), epochs=epochs, patience=epochs, time_limit_minutes=0.0, checkpoint_dir=""
+        ),
         optim=replace(config.optim, warmup_epochs=warmup, freeze_epochs=freeze),
         eval=replace(config.eval, split="val", views="none", subgroups=(), positive_classes=()),
     )

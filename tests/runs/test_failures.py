@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from harness.model.build import build_model
+from harness.training import preflight
 from harness.training.preflight import check_settings
 from shards.index import load, load_table
 from support.processes import (
@@ -247,6 +248,15 @@ def test_batch_normalisation_over_ranks_needs_gpus(tiny_config):
     with pytest.raises(ValueError, match=r"'model.sync_batchnorm' needs GPUs"):
         check_settings(synchronised, torch.device("cpu"))
     check_settings(synchronised, torch.device("cuda"))
+
+
+def test_a_mode_that_replays_passes_is_refused_with_micro_batches(tiny_config, monkeypatch):
+    monkeypatch.setattr(preflight, "check_compile", lambda device: None)
+    run = replace(tiny_config.run, compile=True, compile_mode="reduce-overhead")
+    for micro_batch in (2, "auto"):
+        settings = replace(tiny_config, run=run, optim=replace(tiny_config.optim, micro_batch=micro_batch))
+        with pytest.raises(ValueError, match=r"'run.compile_mode' reduce-overhead .*Set 'optim.micro_batch' to 0"):
+            check_settings(settings, torch.device("cpu"))
 
 
 def test_compiling_is_refused_on_old_gpus_and_without_a_compiler(tiny_config, monkeypatch):

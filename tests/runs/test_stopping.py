@@ -148,6 +148,17 @@ def test_the_time_limit_leaves_room_for_one_more_interval(tmp_path, monkeypatch)
     assert found == [False, False, False, True, True, True]  # at 42 s, another 22 s would be too late
 
 
+def test_the_time_limit_leaves_room_for_two_checkpoints_that_are_written_beside_the_training(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stop, found = StopRequest(tmp_path, time_limit_minutes=1), []
+    stop._end, stop.saving_s = now + 60, lambda: 15.0
+    for seconds in (0, 10, 10, 10):
+        now += seconds
+        found.append(stop.asked())
+    assert found == [False, False, False, True]  # at 30 s, one is perhaps under way, and the last one is to come
+
+
 def test_asking_by_file_or_signal_is_the_same(tmp_path):
     with StopRequest(tmp_path) as stop:
         assert not stop.asked()

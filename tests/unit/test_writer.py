@@ -14,6 +14,7 @@ from torch import nn
 from harness.run import checkpoint, recovery
 from harness.run.progress import Progress
 from harness.run.provenance import Provenance
+from harness.run.state import note_saved
 from harness.run.writer import CheckpointWriter, _mirror
 from support.processes import SAVING, assert_equal_weights, launch, state, weights
 
@@ -200,6 +201,24 @@ def test_a_checkpoint_is_of_the_moment_it_was_begun(places):
         assert (beside / "optimizer.pt").read_bytes() == (at_once / "optimizer.pt").read_bytes()
         for key, tensor in load_file(at_once / "model.safetensors").items():
             assert torch.equal(load_file(beside / "model.safetensors")[key], tensor), key
+
+
+def test_what_went_wrong_with_a_checkpoint_is_said_where_something_else_ends_the_run(places, caplog):
+    run, _ = places
+    (run / "checkpoints").write_text("in the way")
+    with suppress(KeyError), CheckpointWriter(run, "") as writer:
+        save(writer, 1)
+        raise KeyError("a bug")
+    assert "Cannot save the checkpoint" in caplog.text
+
+
+def test_a_checkpoint_that_is_written_after_a_failure_leaves_word_of_it(places):
+    run, _ = places
+    note_saved(run, Progress(step=1))
+    assert state(run)["status"] == "running"
+    (run / "state.json").write_text('{"status": "failed", "step": 1, "error": "a bug"}')
+    note_saved(run, Progress(step=2))
+    assert (state(run)["status"], state(run)["step"], state(run)["error"]) == ("failed", 2, "a bug")
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(finished_run, tmp_path):
