@@ -148,7 +148,7 @@ def test_the_time_limit_leaves_room_for_one_more_interval(tmp_path, monkeypatch)
     assert found == [False, False, False, True, True, True]  # at 42 s, another 22 s would be too late
 
 
-def test_the_time_limit_leaves_room_for_two_checkpoints_that_are_written_beside_the_training(tmp_path, monkeypatch):
+def test_the_time_limit_counts_two_checkpoints_that_are_written_beside_the_training(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     stop, found = StopRequest(tmp_path, time_limit_minutes=1), []
