@@ -40,7 +40,7 @@ def test_when_a_rank_is_killed_the_other_names_it_and_ends(finished_run, tmp_pat
     assert re.search(rf"error: rank {dying} \(.*process {ranks[dying].pid}\) ended without a word", errors), errors
     assert seconds < 20
     assert (state(run)["status"], state(run)["rank"]) == ("failed", dying)
-    assert state(run)["step"] == 3
+    assert state(run)["step"] in ((2, 3) if dying == 0 else (3,))  # rank 0 may die while it writes the third checkpoint
 
 
 @pytest.mark.slow
