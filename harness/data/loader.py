@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from harness.data.decoded import DecodedCache
+from harness.data.decoding import Locate, decode_part
 from harness.data.threads import Buffers, TaskThreads
 from shards.ahead import Ahead, Need, evaluation_needs, training_needs
 from shards.plan import Plan, evaluation_ranges, locate_in_order, rank_slice
 from shards.reader import ImageReader
 
 SIGN_S = 1.0  # between two signs of work
-Locate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions (n,) to shards and rows, both (n,)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _load(
     stream = _copy_stream(device) if cuda else None
     decoding, copying, buffers = deque(), deque(), Buffers()
     numbered, ahead = enumerate(wanted, start=1), max(options.prefetch, options.threads)
-    decode = partial(_decode, reader, locate, options.bad_keys is not None, options.decoded)
+    decode = partial(decode_part, reader, locate, options.bad_keys is not None, options.decoded)
     threads = TaskThreads(options.threads, device)
     downloads: Ahead | None = None
     try:
@@ -207,16 +207,6 @@ def _start_decoding(
     return _Decoding(images, positions, [threads.submit(task) for task in tasks])
 
 
-class _Part(NamedTuple):
-    """What a thread found of n samples, each (n,): is_bad, is_kept and places are of the cache of decoded images."""
-
-    labels: np.ndarray
-    keys: np.ndarray
-    is_bad: np.ndarray
-    places: np.ndarray
-    is_kept: np.ndarray
-
-
 class _Decoded(NamedTuple):
     """A batch on the host: images (b, H, W, 3) uint8, of which those that are kept on a GPU are missing; the rest (b,) each."""
 
@@ -268,41 +258,3 @@ def _get(part: SimpleQueue, reader: ImageReader, options: LoaderOptions) -> tupl
         except Empty:
             if reader.is_reading:
                 options.works()
-
-
-def _decode(
-    reader: ImageReader,
-    locate: Locate,
-    ignores_bad: bool,
-    cache: DecodedCache | None,
-    positions: np.ndarray,
-    pixels: np.ndarray,
-) -> _Part:
-    """Read and decode samples into `pixels`, (n, H, W, 3) uint8; those that host memory keeps are copied, those of a GPU left out.
-
-    Raises:
-        ValueError: a sample that cannot be decoded, unless bad ones are to be ignored.
-    """
-    shards, rows = locate(positions)
-    places = np.zeros(len(positions), np.int64) if cache is None else cache.places(shards, rows)
-    is_bad = np.zeros(len(positions), bool)
-    is_kept = np.zeros(len(positions), bool) if cache is None else cache.is_kept(places)
-    needed = np.flatnonzero(~is_kept)
-    for number, data in reader.read(shards[needed], rows[needed]):
-        place = needed[number]
-        try:
-            reader.decode(int(shards[place]), int(rows[place]), data, pixels[place])
-        except ValueError:
-            if not ignores_bad:
-                raise
-            is_bad[place] = True
-    if cache is not None and cache.device is None:
-        new = needed[~is_bad[needed]]
-        cache.put(places[new], pixels[new])
-        if is_kept.all():
-            cache.get(places, pixels)
-        elif is_kept.any():
-            cache.get(places[is_kept], copies := np.empty_like(pixels[is_kept]))
-            pixels[is_kept] = copies
-    labels, keys = reader.labels_and_keys(shards, rows)
-    return _Part(labels, keys, is_bad, places, is_kept)
