@@ -33,7 +33,7 @@ def provenance_html(folder: Path, results: Results, epochs: list[dict]) -> str:
     facts["audit"] = (
         describe(found) if found else "none known: `python -m shards audit` looks for one thing under two names"
     )
-    if epochs:
+    if epochs := [entry for entry in epochs if entry["images_per_s"]]:  # 0: trained before the start that validated it
         facts["images/s"] = f"{np.median([entry['images_per_s'] for entry in epochs]):.0f} (median over epochs)"
         facts["waiting for data"] = f"{np.mean([entry['waited'] for entry in epochs]):.1%} of the training time"
         facts |= efficiency_facts(epochs)

@@ -30,10 +30,10 @@ SLOW_S = 20.0  # between two synchronisations: then a request to stop is noticed
 
 @dataclass(frozen=True)
 class EpochStats:
-    """How an epoch went: last learning rate, images/s, its seconds, those waiting for data, and whether to stop.
+    """How an epoch went since this start of the run: learning rate of its last step, images/s, seconds, those that waited, and whether to stop.
 
-    waited_first_s: the part of `waited_s` for the first batch, which nothing was decoded for before the epoch began. is_frozen: the head
-    alone was trained, so that an image took less arithmetic.
+    batches: of this rank; 0 where only the validation was left. waited_first_s: the part of `waited_s` for the first batch, which
+    nothing was decoded for before the epoch began. is_frozen: the head alone was trained, so that an image took less arithmetic.
     """
 
     lr: float
@@ -42,7 +42,15 @@ class EpochStats:
     waited_s: float
     waited_first_s: float
     stop_requested: bool
+    batches: int
     is_frozen: bool = False
+
+    @property
+    def speed(self) -> str:
+        """Its speed as the line of the epoch says it."""
+        if self.batches == 0:
+            return "trained before this start"
+        return f"{self.images_per_s:.0f} img/s  wait {self.waited:.0%}"
 
     @property
     def waited(self) -> float:
@@ -55,7 +63,7 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.began = self.synced = self.saved = time.perf_counter()
-        self.waited_s, self.waited_first_s, self.images = 0.0, None, 0.0
+        self.waited_s, self.waited_first_s, self.images, self.batches = 0.0, 0.0, 0.0, 0
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, images, steps that fp16 skipped
         self.samples = 0.0  # their checksum
         self.losses: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys (b,) and losses (b,) of each step
@@ -71,8 +79,9 @@ class Meter:
         self.samples += stream_checksum(batch.keys, batch.positions).item()  # on the host
         self.losses.append((batch.keys, losses))
         self.waited_s += batch.waited
-        if self.waited_first_s is None:
+        if self.batches == 0:
             self.waited_first_s = batch.waited
+        self.batches += 1
 
     def flush(self, images: float) -> None:
         """Start anew after a synchronisation, which counted so many images over all ranks."""
@@ -92,7 +101,9 @@ class Meter:
     def stats(self, lr: float, stop_requested: bool) -> EpochStats:
         """The epoch so far."""
         seconds = max(1e-9, time.perf_counter() - self.began)
-        return EpochStats(lr, self.images / seconds, seconds, self.waited_s, self.waited_first_s or 0.0, stop_requested)
+        return EpochStats(
+            lr, self.images / seconds, seconds, self.waited_s, self.waited_first_s, stop_requested, self.batches
+        )
 
 
 def train_epoch(

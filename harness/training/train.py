@@ -125,7 +125,7 @@ def validate_and_save(
     world.print(
         f"epoch {ended.epoch:>3}/{config.run.epochs}  train loss {loss:.3f} acc {accuracy:.3f}  val loss "
         f"{scores['loss']:.3f} acc {scores['accuracy']:.3f} bal {scores['balanced_accuracy']:.3f} f1 "
-        f"{scores['macro_f1']:.3f}  lr {stats.lr:.1e}  {stats.images_per_s:.0f} img/s  wait {stats.waited:.0%}"
+        f"{scores['macro_f1']:.3f}  lr {stats.lr:.1e}  {stats.speed}"
         + (f"  {progress.skipped_steps} steps skipped (fp16)" if progress.skipped_steps else "")
         + ("  best" if ended.best_step == ended.step and monitor != "last" else "")
     )

@@ -1,6 +1,7 @@
 """A run stops when it is asked to, whoever asks and whenever, and goes on as if it had not."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,13 +30,14 @@ def accelerate(words: list[str]) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *words[1:]]
 
 
-def assert_it_continues_undisturbed(finished_run, run, ranks: int = 1) -> None:
+def assert_it_continues_undisturbed(finished_run, run, ranks: int = 1) -> str:
     done = launch("train", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert state(run)["status"] == "finished"
     if ranks == 1:
         assert_equal_weights(weights(run), weights(finished_run))
         assert (run / "metrics.json").read_bytes() == (finished_run / "metrics.json").read_bytes()
+    return done.stdout
 
 
 def wait_for_status(run, status: str, seconds: float = 40) -> None:
@@ -113,7 +115,10 @@ def test_a_stop_is_noticed_in_the_middle_of_an_evaluation(finished_run, tmp_path
     assert state(run)["status"] == "stopped"
     assert state(run)["samples_seen"] == (60 if when == "stop-val@1" else 0)  # the whole epoch, not yet validated
     assert not (run / "metrics.json").exists()
-    assert_it_continues_undisturbed(finished_run, run)
+    told = assert_it_continues_undisturbed(finished_run, run)
+    assert re.findall(r"^epoch +(\d).* trained before this start", told, re.M) == (
+        ["1"] if when == "stop-val@1" else []
+    )
     assert deterministic_log(run) == deterministic_log(finished_run)
 
 

@@ -70,6 +70,21 @@ def test_a_line_that_a_crash_has_torn_costs_the_page_nothing_else(run):
     assert (run / "report.html").read_text() == page
 
 
+def test_an_epoch_that_was_trained_before_the_start_that_validated_it_has_no_speed(run):
+    lines = (run / "log.jsonl").read_text().splitlines()
+    rates = []
+    for i, line in enumerate(lines):
+        entry = json.loads(line)
+        if entry["kind"] == "epoch":
+            entry["images_per_s"] = 0.0 if not rates else 100.0
+            rates.append(entry["images_per_s"])
+            lines[i] = json.dumps(entry)
+    (run / "log.jsonl").write_text("\n".join(lines) + "\n")
+    draw_report(run)
+    assert rates[:2] == [0, 100]
+    assert "<dd>100 (median over epochs)</dd>" in (run / "report.html").read_text()
+
+
 def test_the_page_needs_no_network(run):
     draw_report(run)
     page = (run / "report.html").read_text()
