@@ -13,14 +13,19 @@ from shards.contact_sheet import draw_sheet
 from shards.index import load
 from shards.terminal import replace_unprintable, run_and_exit, user_path
 
+ABOUT = (
+    "Draw training images as the model will see them into --out FILE.png (default: beside the dataset). "
+    "Takes the settings of launch/train.py, too."
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw; takes --out FILE.png and the settings that training takes."""
-    # Without its own --help: that of the settings is shown.
+    # Without its own --help: that of the settings is shown, which says what --out is.
     parser = argparse.ArgumentParser(prog="launch/preview.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=user_path, help="PNG to write (default: beside the dataset)")
     options, settings = parser.parse_known_args(arguments)
-    config = read_config(settings)
+    config = read_config(settings, program="launch/preview.py", about=ABOUT)
     replace_unprintable()
     try:
         dataset = load(config.data.path, config.data.access)

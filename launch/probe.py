@@ -9,10 +9,16 @@ import sys
 from harness.config import read_config
 from shards.terminal import run_and_exit
 
+ABOUT = (
+    "Fit a logistic regression on the features of a network that stays as it is, and evaluate it. Takes the settings of "
+    "launch/train.py; of `optim`, the class balance alone counts."
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; the exit code is 0 when finished, 75 when stopped as asked, 1 after an error."""
-    config = read_config(sys.argv[1:] if arguments is None else arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    config = read_config(words, program="launch/probe.py", about=ABOUT)
     # After the settings were read: torch and its kin take seconds, and --help needs none of them.
     from pathlib import Path
 

@@ -56,8 +56,16 @@ PATHS = (
 )  # where a ~ at the front is the user's home
 
 
-def read_config(arguments: list[str], default: Path = DEFAULT_CONFIG) -> Config:
+def read_config(
+    arguments: list[str],
+    default: Path = DEFAULT_CONFIG,
+    program: str = "launch/train.py",
+    about: str = "Train, evaluate, and continue what was interrupted.",
+) -> Config:
     """Read settings: the file named by `--config` (else `default`), then the single settings, in that order.
+
+    Args:
+        program, about: which script asks, and what it does; the head of `--help`.
 
     Raises:
         SystemExit: with code 2 and one line, for a key, a type or a value that cannot be.
@@ -68,7 +76,7 @@ def read_config(arguments: list[str], default: Path = DEFAULT_CONFIG) -> Config:
         for file in files:
             _refuse_unknown(_keys_of_file(Path(file)), f" in {file}")
         _refuse_unknown(_keys_of_words(rest), "")
-        parser = _parser()
+        parser = _parser(program, about)
         settings = parser.parse_args([*(f"--config={file}" for file in files), *rest])
         read = parser.instantiate(settings)
         return Config(**{name: _checked(name, getattr(read, name)) for name in SECTIONS})
@@ -187,12 +195,8 @@ def _is_a(value: object, kind: Any) -> bool:
     return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="launch/train.py",
-        description="Train, evaluate, and continue what was interrupted.",
-        exit_on_error=False,
-    )
+def _parser(program: str, about: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=program, description=about, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; settings after it on the command line win")
     for name, kind in SECTIONS.items():
         parser.add_class_arguments(kind, name)

@@ -1,5 +1,6 @@
 """Settings: the command line wins over the file, and nothing unknown passes."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,18 @@ def test_help_lists_every_setting_with_its_meaning(capsys):
     for key in flat(Config()):
         assert f"--{key}" in shown
     assert "images in one optimizer step over all processes" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("script", "own"), [("train", "continue"), ("probe", "logistic regression"), ("preview", "--out FILE.png")]
+)
+def test_help_says_which_script_it_is_of(script, own, capsys):
+    main = importlib.import_module(f"launch.{script}").main
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: launch/{script}.py ")
+    assert own in shown.split("options:")[0]
 
 
 def test_only_settings_that_change_the_result_count_as_different():
