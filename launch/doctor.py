@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 
-from harness.config import read_config
+from harness.config import Config, read_config
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.launcher import uses_cuda
 from harness.distributed.world import World
@@ -49,16 +49,21 @@ def main(arguments: list[str] | None = None) -> int:
         world = World(config.run.precision, config.run.channels_last)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of NCCL
         return show([*device, Check("fail", "processes", str(error))])
-    try:
-        config = world.run_on_main(with_normalization, config)
-    except ValueError as error:  # of the file of weights
-        device += [Check("fail", "weights", str(error))]
+    config = world.run_on_main(normalized, config)
     checks, _ = preflight(config, world)
     checks = list(dict.fromkeys([*device, *checks]))
     checks += [*check_allreduce(world), *check_cores(config), *world.run_on_main(check_data_files, config)]
     code = world.run_on_main(show, checks)
     world.close()
     return code
+
+
+def normalized(config: Config) -> Config:
+    """The settings `with_normalization`, or as they are where the file of weights is damaged: `preflight` says so."""
+    try:
+        return with_normalization(config)
+    except ValueError:
+        return config
 
 
 def show(checks: list[Check]) -> int:

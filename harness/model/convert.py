@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from harness.model.build import find_head, outline
 from harness.model.normalization import normalization_of
-from harness.model.weights import read_state_dict
+from harness.model.weights import read_state_dict, surplus_layers
 from shards.files import sha256, write_atomically
 from shards.terminal import run_and_exit, user_path
 
@@ -39,6 +39,8 @@ def match_tensors(found: Tensors, wanted: Tensors, head: str, ordered: bool = Tr
     of_head = [name for name in wanted if name.startswith(f"{head}.")]
     lacking = [name for name in wanted if name not in (*found, *of_head) and not name.endswith(COUNTER)]
     if not lacking:
+        if surplus := surplus_layers(found, wanted, head):
+            raise ValueError(f"it is of a larger network, with {len(surplus)} more layers, {surplus[0]} the first")
         theirs = ours = [name for name in wanted if name in found]
     elif ordered:
         theirs, ours = _in_order(list(found), list(wanted), of_head)

@@ -4,8 +4,10 @@ In: a model, a source of weights. Out: the model, filled. Invariants: weights ei
 refused with the names that do not; a head of other classes is never taken for one of ours; no pickle is executed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 import torchvision
@@ -104,13 +106,23 @@ def load_weights(
     if file is None:
         return "weights: none, training from scratch"
     path = fetch(file.url, file.path, name) if file.url else file.path
-    origin = read_origin(path)
-    if origin.model not in (None, name):
-        raise ValueError(
-            f"The weights file {path} says that it is of {origin.model}, and 'model.name' is {name}. Name that model, or, if the "
-            f"two are the same network, write the file anew: python -m harness.model.convert {path} --like {name} OUT.safetensors"
-        )
-    return _fill(model, path, origin, classes, head)
+    chosen, said = _choose(read_state_dict(path), model, name, path, classes, head)
+    model.load_state_dict(chosen, strict=False)
+    return said
+
+
+def check_file(
+    path: Path, model: nn.Module, name: str, classes: tuple[str, ...] | None = None, head: str = "auto"
+) -> str:
+    """Whether a file of weights fits a model, which may be on the meta device: `load_weights` by names and shapes alone.
+
+    Returns:
+        what `load_weights` would say.
+
+    Raises:
+        ValueError: as `load_weights`.
+    """
+    return _choose(read_state_dict(path, shapes_only=True), model, name, path, classes, head)[1]
 
 
 def read_origin(path: Path) -> Origin:
@@ -154,9 +166,17 @@ def fetch(url: str, path: Path, model: str) -> Path:
     return path
 
 
-def _fill(model: nn.Module, path: Path, origin: Origin, classes: tuple[str, ...] | None, head: str) -> str:
-    """Copy the tensors of a file into a model; what `load_weights` returns."""
-    found, wanted, layer = read_state_dict(path), model.state_dict(), find_head(model)
+def _choose(
+    found: dict[str, torch.Tensor], model: nn.Module, name: str, path: Path, classes: tuple[str, ...] | None, head: str
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Which tensors of a file a model takes, and what `load_weights` says of them."""
+    origin = read_origin(path)
+    if origin.model not in (None, name):
+        raise ValueError(
+            f"The weights file {path} says that it is of {origin.model}, and 'model.name' is {name}. Name that model, or, if the "
+            f"two are the same network, write the file anew: python -m harness.model.convert {path} --like {name} OUT.safetensors"
+        )
+    wanted, layer = model.state_dict(), find_head(model)
     chosen = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
     of_head = [name for name in wanted if name.startswith(f"{layer}.")]
     names = [name for name in wanted if name not in of_head]
@@ -171,6 +191,11 @@ def _fill(model: nn.Module, path: Path, origin: Origin, classes: tuple[str, ...]
             f"The weights file {path} does not fit {type(model).__name__}: {len(wrong)} of {len(names)} tensors are missing "
             f"or have another shape: {_first(shapes)}. Give weights of the same model."
         )
+    if surplus := surplus_layers(found, wanted, layer):
+        raise ValueError(
+            f"The weights file {path} is of a larger network than 'model.name' {name}: it has {len(surplus)} more layers "
+            f"({_first(surplus)}). Name the model that it is of."
+        )
     other = _why_other(found, wanted, of_head, origin.classes, classes)
     if head == "keep" and other:
         raise ValueError(
@@ -178,15 +203,28 @@ def _fill(model: nn.Module, path: Path, origin: Origin, classes: tuple[str, ...]
         )
     if other or head == "new":
         chosen = {name: tensor for name, tensor in chosen.items() if name not in of_head}
-    model.load_state_dict(chosen, strict=False)
     missing, unexpected = [name for name in wanted if name not in chosen], sorted(set(found) - set(wanted))
     fresh = (
         f"; a new head{f', since the one of the file {other}' if other else ''}" if set(missing) & set(of_head) else ""
     )
-    return (
+    return chosen, (
         f"weights: {path}, {len(chosen)} tensors matched, {len(missing)} missing{_listed(missing)}, "
         f"{len(unexpected)} unexpected{_listed(unexpected)}{fresh}"
     )
+
+
+def surplus_layers(found: Iterable[str], wanted: Iterable[str], head: str) -> list[str]:
+    """Layers that a file has and a model lacks, in a part of the network that both have: those of a deeper model.
+
+    Parts that the model lacks as a whole are allowed: auxiliary heads, and layers between the network and its old head.
+
+    Args:
+        found, wanted: names of the tensors of the file and of the model. head: the model's last layer.
+    """
+    names = set(wanted)
+    parts = {name.partition(".")[0] for name in names} - {head.partition(".")[0]}
+    layers = [name.removesuffix(".weight") for name in found if name not in names and name.endswith(".weight")]
+    return [layer for layer in layers if layer.partition(".")[0] in parts]
 
 
 def _why_other(
@@ -207,20 +245,21 @@ def _why_other(
     return None
 
 
-def read_state_dict(path: Path, inside: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+def read_state_dict(path: Path, inside: tuple[str, ...] = (), shapes_only: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or .pth file, by name; runs no pickled code.
 
     Args:
-        inside: names under which a checkpoint may hold them.
+        inside: names under which a checkpoint may hold them. shapes_only: on the meta device, without reading the numbers.
 
     Raises:
         ValueError: it is no such file.
     """
     try:
         if path.suffix == ".safetensors":
-            found = load_file(path)
+            found = _shapes(path) if shapes_only else load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            device, mapped = ("meta", is_zipfile(path)) if shapes_only else ("cpu", False)
+            found = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # safetensors, zipfile and pickle raise their own kinds
         raise ValueError(
             f"Cannot read the weights file {path} ({error}). Give a .safetensors or .pth state dict."
@@ -231,6 +270,11 @@ def read_state_dict(path: Path, inside: tuple[str, ...] = ()) -> dict[str, torch
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError(f"{path} is not a state dict (tensors by name). Save `model.state_dict()` and give that file.")
     return found
+
+
+def _shapes(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
 
 
 def _first(names: list[str]) -> str:

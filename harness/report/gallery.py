@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from harness.config import Augment, Config
-from harness.data.augment import plain_view, training_view
+from harness.data.augment import mix, plain_view, training_view
 from harness.evaluation.ensemble import Member
 from harness.report.heat_maps import draw_heat_maps
 from harness.report.markup import image as html_image
@@ -125,20 +125,30 @@ def save_gallery(folder: Path, split: str, rows: pd.DataFrame, dataset: Dataset,
 
 def augmented_rows(dataset: Dataset, config: Config, n_views: int = 9) -> list[tuple[str, list[np.ndarray]]]:
     """For each class (of the first `MAX_CLASSES`) one training image: its center view and `n_views` training views,
-    (S, S, 3) uint8.
+    (S, S, 3) uint8. Where pairs are mixed, its partner is the image of the next class.
 
     Raises:
         ValueError, FileNotFoundError: an image cannot be decoded, or its shard is missing.
     """
-    rows, size = [], config.data.image_size
-    for label, name in enumerate(dataset.classes[:MAX_CLASSES]):
-        for key, image in first_of_class(dataset, "train", label, 1):
-            images = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
-            position = torch.tensor([key])
-            views = [plain_view(images, config.augment, size)]
-            for epoch in range(n_views):
-                views.append(training_view(images, position, epoch, config.run.seed, config.augment, size))
-            rows.append((name, [_visible(view[0], config.augment) for view in views]))
+    augment, seed, size = config.augment, config.run.seed, config.data.image_size
+    firsts = [
+        (name, torch.tensor([key]), torch.from_numpy(image).permute(2, 0, 1)[None])  # (1,), (1, 3, H, W)
+        for label, name in enumerate(dataset.classes[:MAX_CLASSES])
+        for key, image in first_of_class(dataset, "train", label, 1)
+    ]
+    rows = []
+    for (name, position, image), (_, other, partner) in zip(firsts, firsts[1:] + firsts[:1], strict=True):
+        views, images, positions = (
+            [plain_view(image, augment, size)],
+            torch.cat([image, partner]),
+            torch.cat([position, other]),
+        )
+        for epoch in range(n_views):
+            pair = training_view(images, positions, epoch, seed, augment, size)
+            if augment.group_size > 1:
+                pair, _ = mix(pair, positions, epoch, seed, augment)
+            views.append(pair)
+        rows.append((name, [_visible(view[0], augment) for view in views]))
     return rows
 
 

@@ -152,6 +152,8 @@ def restore(
             raise ValueError(
                 f"it has {len(saved)} groups of weights, and the optimizer {len(now)}: 'optim.name' or 'optim.layer_decay' was another"
             )
+        if ["betas" in group for group in saved] != ["betas" in group for group in now]:  # Adam's, and no other's
+            raise ValueError("it is of another kind of optimizer: 'optim.name' was another")
         state["optimizer"]["param_groups"] = now
         optimizer.load_state_dict(state["optimizer"])
         if scaler and state["scaler"]:

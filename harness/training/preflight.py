@@ -17,7 +17,7 @@ from harness.distributed.trackers import check_trackers
 from harness.distributed.world import World
 from harness.model.build import check_input_size, outline
 from harness.model.layers import head_weights, number_layers
-from harness.model.weights import locate_weights
+from harness.model.weights import check_file, locate_weights
 from harness.run.folder import check_folder
 from harness.training.check import Check, tried
 from harness.training.machine import check_consistency, check_device
@@ -61,7 +61,6 @@ def _open(config: Config) -> tuple[Data | None, list[Check]]:
 def _check_on_main(config: Config, n_ranks: int, device: torch.device, data: Data | None) -> list[Check]:
     """The checks that one rank can make for all."""
     checks = tried("settings", check_settings, config, device)
-    checks += tried("weights", check_weights, config)
     if data is not None:
         checks += tried("data", check_classes, config, data)
         checks += tried("leak", check_leaks, config, data)
@@ -71,6 +70,7 @@ def _check_on_main(config: Config, n_ranks: int, device: torch.device, data: Dat
         model = outline(config.model.name, len(data.dataset.classes) if data else 2, config.model.drop_path)
     except ValueError as error:
         return [*checks, Check("fail", "model", str(error))]
+    checks += tried("weights", check_weights, config, model, data.dataset.classes if data else None)
     checks += tried("model", check_input_sizes, config, model)
     checks += tried("model", check_parts, config, model)
     checks += tried("disk", check_disk, config, model)
@@ -176,13 +176,13 @@ def check_recipe(
     """What the number of processes and the images, stored at (width, height), make of the settings."""
     found, images = [], config.data.global_batch_size // n_ranks
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    synced = all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
     piece = min(images, images if config.optim.micro_batch in (0, "auto") else config.optim.micro_batch)
-    if norms and not synced and piece < FEW_IMAGES:
-        text = f"batch normalisation sees {piece} images at a time ({config.data.global_batch_size} over {n_ranks} process(es))"
-        fix = (
-            "raise --data.global_batch_size (and the learning rate with it), or set --model.sync_batchnorm true on GPUs"
-        )
+    together = piece * n_ranks if config.model.sync_batchnorm else piece
+    if norms and together < FEW_IMAGES:
+        text = f"batch normalisation sees {together} images at a time ({config.data.global_batch_size} over {n_ranks} process(es))"
+        fix = "raise --data.global_batch_size (and the learning rate with it)"
+        if n_ranks > 1 and not config.model.sync_batchnorm:
+            fix += ", or set --model.sync_batchnorm true on GPUs"
         found.append(Check("warn", "recipe", text, fix))
     if n_batches < FEW_STEPS:
         text = f"an epoch has {n_batches} steps, each of {config.data.global_batch_size} images"
@@ -194,14 +194,15 @@ def check_recipe(
     return found
 
 
-def check_weights(config: Config) -> list[Check]:
-    """The weights that training starts from."""
+def check_weights(config: Config, model: torch.nn.Module, classes: tuple[str, ...] | None) -> list[Check]:
+    """The weights that training starts from are there, or can be downloaded, and fit the model of these classes."""
     if any((Path(config.run.folder) / "checkpoints").glob("step-*")):
         return [Check("ok", "weights", f"those of the latest checkpoint in {config.run.folder}")]
     file = locate_weights(config.model.name, config.model.weights)
     if file is None:
         return [Check("ok", "weights", "none: training from scratch")]
     if file.path.is_file():
-        return [Check("ok", "weights", f"{file.path} is there")]
+        said = check_file(file.path, model, config.model.name, classes, config.model.head)
+        return [Check("ok", "weights", said.removeprefix("weights: "))]
     fix = f"where there is no network, place the file at {file.path}, or set --model.weights none"
     return [Check("warn", "weights", f"{file.path.name} will be downloaded at the start", fix)]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from harness.config import Config, Data, Optim
+from harness.config import Config, Data, Model, Optim
 from harness.distributed.world import World
-from harness.model.build import outline
+from harness.model.build import build_model, outline
 from harness.training.check import refuse_failures
 from harness.training.machine import check_consistency, check_data_files, check_gpu, check_named_gpu
 from harness.training.preflight import _check_on_main, check_recipe, check_weights, preflight
@@ -89,14 +89,38 @@ def test_a_full_disk_is_found(tiny_config, monkeypatch):
     assert "1 MB free" in found.message
 
 
-def test_weights_are_there_or_will_be_downloaded(tiny_config, monkeypatch, tmp_path):
+def test_weights_fit_or_will_be_downloaded(tiny_config, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    config = replace(tiny_config, model=replace(tiny_config.model, name="resnet50", weights="imagenet1k_v2"))
-    (found,) = check_weights(config)
+    name, model = "shufflenet_v2_x0_5", outline("shufflenet_v2_x0_5", 7)
+    config = replace(tiny_config, model=replace(tiny_config.model, name=name, weights="imagenet1k_v1"))
+    (found,) = check_weights(config, model, None)
     assert found.level == "warn"
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / re.search(r"resnet50-\w+\.pth", found.message)[0]).touch()
-    assert check_weights(config)[0].level == "ok"
+    file = tmp_path / "checkpoints" / re.search(r"shufflenet\S+\.pth", found.message)[0]
+    torch.save(build_model(name, 1000).state_dict(), file)
+    (found,) = check_weights(config, model, None)
+    assert (found.level, "2 missing (fc.weight, fc.bias)" in found.message) == ("ok", True)
+
+
+def test_the_doctor_fails_where_training_would_refuse_the_weights(tiny, tiny_config, tmp_path, capsys):
+    """Also that the run folder was not claimed: the setting can be mended without a word about a change."""
+    torch.save(build_model("resnet18", 7).state_dict(), tmp_path / "other.pth")
+    weights = replace(tiny_config.model, name="shufflenet_v2_x0_5", weights=str(tmp_path / "other.pth"))
+    config = replace(tiny_config, model=weights, run=replace(tiny_config.run, folder=str(tmp_path / "run")))
+    checks, _ = preflight(config, World("fp32"))
+    (failed,) = [check for check in checks if check.level == "fail"]
+    assert (failed.name, "does not fit ShuffleNetV2" in failed.message) == ("weights", True)
+    with pytest.raises(ValueError, match="does not fit ShuffleNetV2"):
+        train(config, World("fp32"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_the_doctor_on_several_processes_says_that_a_file_of_weights_is_damaged(tiny, tmp_path):
+    (tmp_path / "damaged.safetensors").write_bytes(b"x" * 100)
+    done = launch("doctor", "--config", tiny, "--model.weights", tmp_path / "damaged.safetensors", ranks=2)
+    assert done.returncode == 1
+    assert re.search(r"FAIL +weights +Cannot read the weights file", done.stdout), done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -134,9 +158,17 @@ def test_a_process_that_meets_nobody_ends_in_time_with_one_sentence(tiny, tmp_pa
 
 
 def recipe(
-    batch: int, ranks: int, n_batches: int = 100, model: str = "resnet18", stored=(341, 256), **optim
+    batch: int,
+    ranks: int,
+    n_batches: int = 100,
+    model: str = "resnet18",
+    stored=(341, 256),
+    sync_batchnorm=False,
+    **optim,
 ) -> list[str]:
-    config = Config(data=Data(global_batch_size=batch), optim=Optim(**optim))
+    config = Config(
+        data=Data(global_batch_size=batch), model=Model(sync_batchnorm=sync_batchnorm), optim=Optim(**optim)
+    )
     return [f.message + "; " + f.fix for f in check_recipe(config, outline(model, 7), n_batches, ranks, stored)]
 
 
@@ -147,6 +179,13 @@ def test_few_images_on_each_process_and_few_steps_are_warned_of_with_what_to_do(
     assert "--data.global_batch_size" in text
     assert "sees 8 images" in recipe(64, 1, micro_batch=8)[0]
     assert recipe(64, 8, model="convnext_tiny") == []  # no batch normalisation
+    (alone,) = recipe(8, 1)
+    assert "sync_batchnorm" not in alone
+    assert "sync_batchnorm" in recipe(64, 8)[0]
+    assert recipe(64, 8, sync_batchnorm=True) == []
+    (text,) = recipe(8, 2, sync_batchnorm=True)
+    assert "sees 8 images" in text
+    assert "sync_batchnorm" not in text
     assert "an epoch has 9 steps" in recipe(640, 8, n_batches=9)[0]
 
 

@@ -117,6 +117,15 @@ def test_settings_that_changed_since_a_checkpoint_count_and_other_groups_are_ref
         restore(saved, fresh, build_optimizer(fresh, Optim()), None)
 
 
+@pytest.mark.parametrize(("before", "now"), [("sgd", "adam"), ("adam", "sgd")])
+def test_the_state_of_another_optimizer_is_refused_as_such(tiny_config, dataset, tmp_path, before, now):
+    model, optimizer = stepped(Optim(name=before))
+    save_step(tmp_path, Progress(step=1), provenance(tiny_config, dataset), model, optimizer, None, 1)
+    saved = read_checkpoint(tmp_path / "checkpoints" / "step-00000001")
+    with pytest.raises(ValueError, match=r"'optim\.name' was another"):
+        restore(saved, model, build_optimizer(model, Optim(name=now)), None)
+
+
 def drops(model: nn.Module) -> list[float]:
     return [module.p for module in model.modules() if isinstance(module, StochasticDepth)]
 

@@ -18,9 +18,10 @@ from torch import nn
 from harness.config import Config, Optim
 from harness.distributed.world import World
 from harness.model.build import build_model, check_input_size, find_head, outline
+from harness.model.convert import convert
 from harness.model.loss import Loss, Targets
 from harness.model.optim import build_optimizer
-from harness.model.weights import fetch, load_weights, locate_weights
+from harness.model.weights import check_file, fetch, load_weights, locate_weights
 from harness.run.console import LOGGER
 from harness.training.state import TrainState
 from harness.training.step import STRIDES, backward_parts, layout_explained, optimizer_step
@@ -180,6 +181,32 @@ def test_weights_of_another_model_are_refused_with_names(tmp_path):
     torch.save(build_model("resnet18", 7).state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"does not fit ShuffleNetV2.*conv1\.0\.weight"):
         load_weights(build_model(SMALL, 7), SMALL, str(tmp_path / "other.pth"))
+
+
+def test_weights_of_a_deeper_network_of_the_same_names_are_refused(tmp_path):
+    path = tmp_path / "deeper.pth"
+    torch.save(build_model("resnet34", 7).state_dict(), path)
+    for check in (
+        lambda: load_weights(build_model("resnet18", 7), "resnet18", str(path)),
+        lambda: check_file(path, outline("resnet18", 7), "resnet18"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"larger network than 'model\.name' resnet18: it has 32 more layers .layer1\.2\.conv1"
+        ):
+            check()
+    with pytest.raises(ValueError, match=r"of a larger network, with 32 more layers, layer1\.2\.conv1 the first"):
+        convert(path, "resnet18", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["pth", "old pth", "safetensors"])
+def test_a_file_is_checked_by_names_and_shapes_as_it_is_loaded(tmp_path, kind):
+    path = tmp_path / f"weights.{kind.split()[-1]}"
+    found = build_model(SMALL, 1000).state_dict()
+    if kind == "safetensors":
+        save_file(found, path)
+    else:
+        torch.save(found, path, _use_new_zipfile_serialization=kind == "pth")
+    assert check_file(path, outline(SMALL, 7), SMALL) == load_weights(build_model(SMALL, 7), SMALL, str(path))
 
 
 def test_weights_of_another_shape_are_refused_with_both_shapes(tmp_path):

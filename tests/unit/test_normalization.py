@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.config import Augment, Config, flat, load_config, read_config, to_yaml
+from harness.config import Augment, Config, Model, Run, flat, load_config, read_config, to_yaml
 from harness.config.sections import MEAN, STD
 from harness.data.augment import evaluation_views, plain_view, training_view
 from harness.model.normalization import with_normalization
@@ -61,7 +61,7 @@ def test_named_numbers_are_kept_in_the_settings_file(tiny, tmp_path):
 
 
 def test_a_models_own_numbers_stand_where_nothing_is_named(monkeypatch):
-    monkeypatch.setattr("harness.model.normalization.normalization_of", lambda name: (HALF, HALF))
+    monkeypatch.setattr("harness.model.normalization.normalization_of", lambda name, weights: (HALF, HALF))
     assert with_normalization(Config()).augment.normalization == (HALF, HALF)
     named = Config(augment=Augment(mean=(0.1, 0.2, 0.3)))
     assert with_normalization(named).augment.normalization == ((0.1, 0.2, 0.3), HALF)
@@ -72,6 +72,35 @@ def test_torchvisions_models_and_unknown_ones_leave_the_settings_as_they_are():
         config = Config()
         config = replace(config, model=replace(config.model, name=name))
         assert with_normalization(config) == config
+
+
+def test_torchvisions_weights_say_their_own():
+    config = Config(model=Model(name="efficientnet_v2_l", weights="imagenet1k_v1"))
+    assert with_normalization(config).augment.normalization == (HALF, HALF)
+
+
+def test_a_run_that_continues_keeps_its_numbers_without_its_file_of_weights(tmp_path):
+    torch.save({}, weights := tmp_path / "gone.pth")
+    run = tmp_path / "run"
+    config = Config(model=Model(weights=str(weights)), run=Run(folder=str(run)))
+    (run / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(replace(config, augment=Augment(mean=HALF, std=HALF))))
+    weights.unlink()
+    assert with_normalization(config).augment.normalization == (HALF, HALF)
+    for other in (replace(config.model, weights="none"), replace(config.model, name="resnet18")):
+        assert with_normalization(replace(config, model=other)).augment.normalization == (MEAN, STD)
+    (run / "config.yaml").write_text("damaged: [")
+    assert with_normalization(config).augment.normalization == (MEAN, STD)
+
+
+def test_mixed_pairs_are_shown_as_they_are_mixed(tiny_config, dataset):
+    shown = {}
+    for prob in (0.0, 1.0):
+        config = replace(tiny_config, augment=replace(tiny_config.augment, mixup_prob=0.0, cutmix_prob=prob))
+        shown[prob] = augmented_rows(dataset, config, 2)
+    for (_, alone), (_, mixed) in zip(shown[0.0], shown[1.0], strict=True):
+        assert np.array_equal(alone[0], mixed[0])  # the plain view
+        assert any((one != other).any() for one, other in zip(alone[1:], mixed[1:], strict=True))
 
 
 @pytest.mark.slow  # .ci/run installs timm for these
