@@ -142,7 +142,8 @@ def _sentence(error: Exception) -> str:
     key, kind, value = found.groups()
     kind = re.sub(r"<class '(\w+)'>", r"\1", kind)
     kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind).replace("'", "")
-    return f"The '{key}' setting must be {kind}. Got {value} instead."
+    hint = " In a file, put it in quotes: YAML takes on and off for true and false." if "on, off" in kind else ""
+    return f"The '{key}' setting must be {kind}. Got {value} instead.{hint if value in ('True', 'False') else ''}"
 
 
 def _checked(name: str, section):

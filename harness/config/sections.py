@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from shards.remote import Access
+from shards.storage import is_url, without_secrets
 
 
 def _refuse(key: str, must: str, found) -> None:
@@ -256,6 +257,9 @@ class Run:
 
     def __post_init__(self):
         """Check the ranges."""
+        for name in ("folder", "checkpoint_dir"):
+            if is_url(place := getattr(self, name)):
+                _refuse(f"run.{name}", "a folder: only data are read from a URL", without_secrets(place))
         _at_least("run", self, epochs=1, patience=1, seed=0, sync_every=1, save_every_minutes=0, keep_checkpoints=1)
         _at_least("run", self, time_limit_minutes=0, profile=0)
         if self.seed >= 2**62:

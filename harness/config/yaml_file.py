@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+MERGE = "tag:yaml.org,2002:merge"  # <<, which may stand beside keys of what it brings
+
 
 def read_yaml(path: Path) -> dict[str, dict]:
     """A file of settings: sections of plain values and of lists of such. YAML's tags make no objects here.
@@ -16,7 +18,7 @@ def read_yaml(path: Path) -> dict[str, dict]:
     """
     problem = None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
         if not isinstance(content, dict):
             problem = "it has no sections (data, augment, model, optim, run, eval)"
         for section in content.values() if not problem else ():
@@ -26,11 +28,28 @@ def read_yaml(path: Path) -> dict[str, dict]:
                     problem = "a setting is a value or a list of values, and here is a deeper one"
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = f"it is not YAML in UTF-8 ({error})"
+    except KeyError as error:
+        problem = error.args[0]
     except (RecursionError, ValueError, TypeError, OverflowError) as error:  # YAML's dates and numbers that are none
         problem = f"{type(error).__name__}: {error}"
     if problem:
         raise ValueError(problem)
     return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping; its keys are those of the file."""
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if key.value in seen:
+                    raise KeyError(f"{key.value!r} is there twice, in lines {seen[key.value]} and {line}")
+                seen[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _is_nested(value: object) -> bool:

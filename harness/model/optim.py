@@ -69,7 +69,11 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def lr_at(step: int, optim: Optim, steps_per_epoch: int, epochs: int) -> float:
-    """The learning rate of a step, counted from 0: linear warm-up to the peak, then constant or half a cosine to zero."""
+    """The learning rate of a step: linear warm-up to the peak, then constant or half a cosine to zero.
+
+    Args:
+        step: counted from 0, as if all epochs had `steps_per_epoch`.
+    """
     warmup = optim.warmup_epochs * steps_per_epoch
     if step < warmup:
         return optim.lr * (step + 1) / (warmup + 1)

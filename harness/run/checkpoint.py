@@ -148,12 +148,16 @@ def restore(
     with _named(checkpoint.folder / "optimizer.pt"):
         state = torch.load(optimizer_pt, map_location="cpu", weights_only=True)
         saved, now = state["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"]
-        if [group["params"] for group in saved] != [group["params"] for group in now]:
-            raise ValueError(
-                f"it has {len(saved)} groups of weights, and the optimizer {len(now)}: 'optim.name' or 'optim.layer_decay' was another"
-            )
-        if ["betas" in group for group in saved] != ["betas" in group for group in now]:  # Adam's, and no other's
-            raise ValueError("it is of another kind of optimizer: 'optim.name' was another")
+        is_other = [group["params"] for group in saved] != [group["params"] for group in now]
+        is_other |= ["betas" in group for group in saved] != [
+            "betas" in group for group in now
+        ]  # Adam's, and no other's
+    if is_other:
+        raise ValueError(
+            f"{checkpoint.folder} is of another optimizer: 'optim.name' or 'optim.layer_decay' was another. Give that of before to "
+            "continue, or name another --run.folder."
+        )
+    with _named(checkpoint.folder / "optimizer.pt"):
         state["optimizer"]["param_groups"] = now
         optimizer.load_state_dict(state["optimizer"])
         if scaler and state["scaler"]:

@@ -5,9 +5,10 @@ and one job writes there.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from harness.config import Config, differences, flat, load_config, to_yaml
@@ -19,7 +20,7 @@ from harness.run.profile import StepProfiler
 from harness.run.progress import Progress
 from harness.run.provenance import Checkpoint, Provenance
 from harness.run.recovery import latest_valid, repair_best
-from harness.run.state import CHANGES, changes, failure_noted, is_finished, write_state
+from harness.run.state import CHANGES, changes, failure_noted, is_finished, write_state, writing
 from harness.run.stop import StopRequest
 from harness.run.writer import CheckpointWriter
 from shards.files import write_atomically
@@ -27,6 +28,8 @@ from shards.groups import load_groups
 from shards.index import Dataset
 from shards.plan import LARGE_BLOCK, largest_block
 from shards.shape import misfit, parse_json
+
+PROBE_FILE = "probe.csv"  # of a linear probe, which no training has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class Run:
     log: Log
     profiler: StepProfiler
     provenance: Provenance
+    accept_settings: Callable[[], None]
+    """on rank 0: note the settings that were changed, once they are known to fit what was saved"""
 
     def is_finished(self) -> bool:
         """Collective: whether the run was finished before, and its results are there."""
@@ -84,7 +89,7 @@ def open_run(config: Config, world: World, dataset: Dataset) -> Iterator[Run]:
         Log() as log,
         StepProfiler(config.run.profile, folder, world.device, world.is_main) as profiler,
     ):
-        world.run_on_main(claim_folder, folder, config, dataset, lock)
+        changed = world.run_on_main(claim_folder, folder, config, dataset, lock)
         world.run_on_main(stop.forget_old_file)
         stop.saving_s = writer.longest_s
         with console_log(folder, world.is_main), failure_noted(folder, world):
@@ -97,6 +102,7 @@ def open_run(config: Config, world: World, dataset: Dataset) -> Iterator[Run]:
                 log=log,
                 profiler=profiler,
                 provenance=provenance(config, dataset),
+                accept_settings=partial(accept_settings, folder, config, changed),
             )
 
 
@@ -153,8 +159,11 @@ def check_folder(folder: Path, config: Config, dataset: Dataset) -> list[str]:
     return changed
 
 
-def claim_folder(folder: Path, config: Config, dataset: Dataset, lock: RunLock) -> None:
+def claim_folder(folder: Path, config: Config, dataset: Dataset, lock: RunLock) -> list[str]:
     """Make the run's folder, or check that it belongs to these settings; take its lock.
+
+    Returns:
+        the settings that would change, which `accept_settings` writes: until then, the folder holds those of before.
 
     Raises:
         ValueError, FileExistsError: as `check_folder`.
@@ -165,12 +174,8 @@ def claim_folder(folder: Path, config: Config, dataset: Dataset, lock: RunLock) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        if changed:
-            noted = [*changes(folder), *changed]
-            write_atomically(folder / CHANGES, (json.dumps(noted, indent=1) + "\n").encode())
-            LOGGER.info(f"continuing with other settings, as asked: {'; '.join(changed)}")
-        # First: it marks the folder as a run's, if killed here.
-        write_atomically(folder / "config.yaml", to_yaml(config).encode())
+        if not changed:  # first: it marks the folder as a run's, if killed here
+            write_atomically(folder / "config.yaml", to_yaml(config).encode())
         if (folder / "dataset.json").is_file() and not _fingerprint(folder / "dataset.json"):
             LOGGER.warning(f"{folder / 'dataset.json'} is damaged: written anew")
         write_atomically(folder / "dataset.json", dataset.description.to_bytes())
@@ -181,6 +186,21 @@ def claim_folder(folder: Path, config: Config, dataset: Dataset, lock: RunLock) 
             f"Cannot write the run folder {folder} ({error.strerror or error}). Repair the disk, or name another "
             "--run.folder."
         ) from error
+    return changed
+
+
+def accept_settings(folder: Path, config: Config, changed: list[str]) -> None:
+    """Write the settings that a run goes on with, and note what changed.
+
+    Raises:
+        OSError: they cannot be written. ValueError: the notes of before are damaged.
+    """
+    if changed:
+        noted = [*changes(folder), *changed]
+        with writing(folder / CHANGES):
+            write_atomically(folder / CHANGES, (json.dumps(noted, indent=1) + "\n").encode())
+            write_atomically(folder / "config.yaml", to_yaml(config).encode())
+        LOGGER.info(f"continuing with other settings, as asked: {'; '.join(changed)}")
 
 
 def _fingerprint(described: Path) -> str:

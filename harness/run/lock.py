@@ -84,7 +84,13 @@ class RunLock:
     def _lives(self, found: dict, who: str) -> bool:
         if all(found.get(key) == self._owner[key] for key in ("host", "boot", "namespace")):
             try:
-                started = psutil.Process(found["process"]).create_time()
+                process = psutil.Process(found["process"])
+                if process.status() in (
+                    psutil.STATUS_ZOMBIE,
+                    psutil.STATUS_DEAD,
+                ):  # killed, and its parent has not asked yet
+                    return False
+                started = process.create_time()
                 return abs(started - found["started"]) < SAME_START_S  # else the number went to another process since
             except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):  # none, or no number of one
                 return False

@@ -19,7 +19,7 @@ class Progress:
     weights. best_epoch: its number, counted from 1. epochs_without_improvement: since then.
     loss, correct, images: sums over the current epoch's training images. skipped_steps: steps of the current epoch that changed
     nothing, as gradients overflowed in fp16. micro_batch: images of a forward pass that fit into memory, where they are to be
-    found (optim.micro_batch auto); 0 before that.
+    found (optim.micro_batch auto); 0 before that. monitor: which score `best` is; empty before the first, and of older checkpoints.
     """
 
     epoch: int = 0
@@ -34,6 +34,7 @@ class Progress:
     images: float = 0.0
     skipped_steps: int = 0
     micro_batch: int = 0
+    monitor: str = ""
 
 
 def after_steps(
@@ -49,6 +50,13 @@ def after_steps(
         images=progress.images + images,
         skipped_steps=progress.skipped_steps + skipped,
     )
+
+
+def monitored_by(progress: Progress, monitor: str) -> Progress:
+    """Progress under a `run.monitor`: scores of another one are not compared with its own, so the next epoch is the best."""
+    if progress.monitor in ("", monitor):
+        return replace(progress, monitor=monitor)
+    return replace(progress, monitor=monitor, best=None, epochs_without_improvement=0)
 
 
 def after_epoch(progress: Progress, score: float | None, higher_is_better: bool) -> Progress:

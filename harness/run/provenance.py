@@ -29,12 +29,12 @@ SHAPE = {  # of progress.json
             ),
             int,
         ),
-        **{"best": (float, None), "loss": float, "correct": float, "images": float},
+        **{"monitor": str, "best": (float, None), "loss": float, "correct": float, "images": float},
     },
     "provenance": {"model": str, "classes": [str], "dataset": str, "order": str, "mean": [float], "std": [float]},
 }
 # Added to progress.json within the format, with what held before.
-ADDED = {"skipped_steps": 0, "micro_batch": 0}
+ADDED = {"skipped_steps": 0, "micro_batch": 0, "monitor": ""}
 ADDED_PROVENANCE = {"mean": list(MEAN), "std": list(STD)}
 
 

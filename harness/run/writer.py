@@ -20,6 +20,8 @@ from harness.run.provenance import Checkpoint
 from harness.run.recovery import find_corruption, latest_valid
 from shards.files import write_atomically
 
+NAME = re.compile(rb"[0-9a-f]{16}")  # of a run, in RUN/id
+
 
 class CheckpointWriter:
     """Where a run saves, its own folder or a local one that is copied there, and the thread that does it."""
@@ -126,6 +128,13 @@ def _latest(place: Path) -> Checkpoint | None:
         return None
 
 
+def saved_in(run: Path, local: str) -> Path:
+    """Where the checkpoints of a run with this `run.checkpoint_dir` lie; writes nothing, so a run without a name has none yet."""
+    path = run / "id"
+    name = path.read_bytes() if path.is_file() else b""
+    return Path(local) / name.decode() if NAME.fullmatch(name) else Path(local)
+
+
 def _identity(run: Path) -> str:
     """A name for the run that its folder keeps: another run with the same local folder must not be taken for it.
 
@@ -134,7 +143,7 @@ def _identity(run: Path) -> str:
     """
     path = run / "id"
     found = path.read_bytes() if path.is_file() else b""
-    if re.fullmatch(rb"[0-9a-f]{16}", found):
+    if NAME.fullmatch(found):
         return found.decode()
     if found:
         LOGGER.warning(f"{path} is damaged: written anew, and copies in run.checkpoint_dir are not looked for")

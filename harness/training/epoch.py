@@ -117,7 +117,8 @@ def train_epoch(
     """
     plan, epoch, stop = data.plan, progress.epoch, False
     first = progress.samples_seen // plan.global_batch
-    lr = lr_at(max(0, progress.step - 1), config.optim, plan.n_batches, config.run.epochs)
+    done = epoch * plan.n_batches  # by the schedule: progress.step counts those of other batch sizes, too
+    lr = lr_at(max(0, done + first - 1), config.optim, plan.n_batches, config.run.epochs)
     skipped: list[int] | None = [] if config.data.on_bad_sample == "skip" else None
     micro_batch = progress.micro_batch if config.optim.micro_batch == "auto" else config.optim.micro_batch
     meter = Meter(world.device)
@@ -127,7 +128,7 @@ def train_epoch(
     with closing(batches):  # ends its threads, also on an error
         for number, batch in enumerate(batches, start=first):
             step = progress.step + meter.steps
-            lr = lr_at(step, config.optim, plan.n_batches, config.run.epochs)
+            lr = lr_at(done + number, config.optim, plan.n_batches, config.run.epochs)
             views, targets = views_and_targets(config, batch, epoch)
             if config.optim.micro_batch == "auto" and number < first + TRIALS:
                 micro_batch = fit_micro_batch(config, world, state, views, targets, step, micro_batch)

@@ -20,7 +20,7 @@ from harness.evaluation.metrics import HIGHER_IS_BETTER, compute_metrics
 from harness.model.build import build_model, find_head
 from harness.model.weights import load_weights
 from harness.run import checkpoint
-from harness.run.folder import Run, open_run
+from harness.run.folder import PROBE_FILE, Run, open_run
 from harness.run.progress import Progress, after_epoch
 from harness.training.check import refuse_failures
 from harness.training.preflight import preflight
@@ -72,6 +72,7 @@ def probe(config: Config, world: World) -> str:
         model = build_model(config.model.name, len(data.dataset.classes))
         classes = data.dataset.classes
         world.print(world.run_on_main(load_weights, model, config.model.name, config.model.weights, classes, "new"))
+        world.run_on_main(run.accept_settings)
         model.to(device=world.device, memory_format=world.memory_format)  # pyright: ignore[reportCallIssue] - torch's own stub
         copy_from_main(world, model)
         return fit_and_evaluate(config, world, data, model, run)
@@ -115,7 +116,7 @@ def fit_and_evaluate(config: Config, world: World, data: Data, model: nn.Module,
 def save(run: Run, progress: Progress, model: nn.Module, fitted: Probe, monitor: str) -> None:
     """Write the weights, and the validation score of each strength as `probe.csv`."""
     lines = [f"c,{monitor}", *(f"{c:g},{score:.6f}" for c, score in fitted.tried)]
-    write_atomically(run.folder / "probe.csv", ("\n".join(lines) + "\n").encode())
+    write_atomically(run.folder / PROBE_FILE, ("\n".join(lines) + "\n").encode())
     checkpoint.save_best(run.folder, progress, run.provenance, model)
 
 

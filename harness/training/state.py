@@ -20,7 +20,7 @@ from harness.model.weights import load_weights
 from harness.run import checkpoint, recovery
 from harness.run.checkpoint import Snapshot
 from harness.run.folder import Run
-from harness.run.progress import Progress
+from harness.run.progress import Progress, monitored_by
 from harness.run.provenance import Checkpoint, Provenance
 from harness.run.state import note_saved
 from shards.index import Dataset, load
@@ -88,6 +88,11 @@ def build_or_resume(config: Config, world: World, data: Data, run: Run) -> tuple
     model = build_model(config.model.name, len(data.dataset.classes), config.model.drop_path)
     start = run.find_start(data.dataset)
     if start is not None:
+        if start.provenance.model != config.model.name:
+            raise ValueError(
+                f"{start.folder} is of {start.provenance.model}, and 'model.name' is {config.model.name}. Name another --run.folder "
+                "for it, or go on with the model of before."
+            )
         recovery.refuse_other_copies(start.folder, world)
     else:
         # On rank 0 alone: wrapping the model sends its weights to the others.
@@ -102,11 +107,17 @@ def build_or_resume(config: Config, world: World, data: Data, run: Run) -> tuple
     loss_fn = Loss(config.optim, data.dataset.description.counts["train"], world.device)
     state = TrainState(model=model, ddp_model=ddp_model, optimizer=optimizer, loss_fn=loss_fn, ema=ema)
     if start is None:
-        return state, Progress()
+        world.run_on_main(run.accept_settings)
+        return state, Progress(monitor=config.run.monitor)
     checkpoint.restore(start, model, optimizer, world.scaler, ema and ema.model)
     if ema:
         ema.mark_restored()
-    progress = _continued(start, run.provenance, world)
+    world.run_on_main(run.accept_settings)
+    progress = monitored_by(_continued(start, run.provenance, world), config.run.monitor)
+    if start.progress.best is not None and progress.best is None:
+        world.print(
+            f"'run.monitor' was {start.progress.monitor}: the next epoch is the best so far by {config.run.monitor}"
+        )
     world.print(f"continuing {run.folder} at epoch {progress.epoch + 1}, step {progress.step}")
     return state, progress
 

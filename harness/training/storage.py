@@ -14,6 +14,7 @@ from harness.config import Config
 from harness.distributed.world import World
 from harness.model.optim import checkpoint_bytes, weight_bytes
 from harness.run.checkpoint import required_bytes
+from harness.run.writer import saved_in
 from harness.training.check import Check
 from harness.training.state import Data
 from shards.remote import GB, RemoteFolder
@@ -80,12 +81,15 @@ def check_disk(config: Config, model: torch.nn.Module) -> list[Check]:
     """Room for the checkpoints of a run."""
     weights, whole = weight_bytes(model), checkpoint_bytes(model, config.optim)
     found = []
-    for place in dict.fromkeys(filter(None, (config.run.folder, config.run.checkpoint_dir))):
-        needed = required_bytes(Path(place), weights, whole, config.run.keep_checkpoints)
+    run, local = config.run.folder, config.run.checkpoint_dir
+    places = [(run, Path(run), "run.folder")]
+    places += [(local, saved_in(Path(run), local), "run.checkpoint_dir")] if local else []
+    for place, folder, setting in places:
+        needed = required_bytes(folder, weights, whole, config.run.keep_checkpoints)
         free = disk_usage(existing_folder(place)).free
         text = f"{place}: {free / 1e6:.0f} MB free, and checkpoints of {config.model.name} need up to {needed / 1e6:.0f} MB"
         if free < needed:
-            fix = f"make room, name another --run.folder, or lower --run.keep_checkpoints (now {config.run.keep_checkpoints})"
+            fix = f"make room, name another --{setting}, or lower --run.keep_checkpoints (now {config.run.keep_checkpoints})"
             found.append(Check("fail", "disk", text, fix))
         else:
             found.append(Check("ok", "disk", text))

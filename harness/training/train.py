@@ -5,6 +5,7 @@ not on how often the run was interrupted; rank 0 decides when to stop and what i
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
@@ -19,7 +20,7 @@ from harness.evaluation.predict import validate
 from harness.evaluation.results import read_results
 from harness.report.text import summary
 from harness.run import checkpoint, recovery
-from harness.run.folder import Run, open_run
+from harness.run.folder import PROBE_FILE, Run, open_run
 from harness.run.log import RESULT, verdict
 from harness.run.progress import Progress, after_epoch, should_stop
 from harness.run.state import changes, note_start
@@ -51,6 +52,7 @@ def train(config: Config, world: World) -> str:
     world.run_on_main(refuse_failures, checks)  # once, not by each rank
     assert data is not None
     with open_run(config, world, data.dataset) as run, out_of_memory_explained(config, world):
+        world.run_on_main(refuse_probe, run.folder)
         if run.is_finished():
             return report_again(world, run)
         state, progress = build_or_resume(config, world, data, run)
@@ -72,6 +74,16 @@ def train(config: Config, world: World) -> str:
                 return stopped(config, world, data, run, progress, epochs)
         end_training(config, world, data, run, progress, epochs, stop_reason)
         return evaluate_best(config, world, data, state.model, run, progress)
+
+
+def refuse_probe(folder: Path) -> None:
+    """Refuse a folder with the results of a linear probe, whose settings are those of a training.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if (folder / PROBE_FILE).is_file():
+        raise ValueError(f"{folder} holds a linear probe. Name another --run.folder for the training.")
 
 
 def report_again(world: World, run: Run) -> str:
@@ -139,9 +151,9 @@ def end_training(
     """Collective: wait for checkpoints, and say why training ended and what limited it."""
     world.run_on_main(run.writer.wait)
     say_verdict(config, world, data, epochs)
-    kept = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
-    if config.run.monitor == "last":
-        kept = f"the weights of epoch {progress.best_epoch} are kept"
+    kept = f"the weights of epoch {progress.best_epoch} are kept"
+    if config.run.monitor != "last" and progress.best is not None:
+        kept = f"best epoch {progress.best_epoch}, {config.run.monitor} {progress.best:.4f}"
     world.print(f"training ends: {reason}; {kept}")
 
 

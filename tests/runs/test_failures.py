@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.config import load_config
 from harness.model.build import build_model
+from harness.model.optim import lr_at
 from harness.training import preflight
 from harness.training.preflight import check_settings
 from shards.index import load, load_table
@@ -232,7 +234,7 @@ def test_another_rate_continues_by_force_and_the_results_say_so(finished_run, tm
     )
     assert done.returncode == 0, done.stderr
     assert "epoch 1 starts over" in done.stdout  # its batches are others now
-    said = json.loads((run / "metrics.json").read_text())["warnings"]
+    said = results_warnings(run)
     assert "changed during training: optim.lr: 0.001 is now 0.0005" in said
     again = launch("evaluate", run, "--out", tmp_path / "again")
     assert "changed during training: optim.lr" in again.stdout
@@ -241,6 +243,58 @@ def test_another_rate_continues_by_force_and_the_results_say_so(finished_run, tm
     assert longer.returncode == 1
     assert "is finished, with other settings" in longer.stderr
     assert ((run / "config.yaml").read_bytes(), (run / "changes.json").read_bytes()) == before
+
+
+@pytest.mark.slow
+def test_settings_that_do_not_fit_the_checkpoint_leave_the_run_as_it_was(finished_run, tmp_path):
+    """The command of before continues it, and the results tell of no change."""
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    words = ["--config", config, "--run.folder", run, *SAVING]
+    assert launch("driven", *words, disturb="stop@3").returncode == 75
+    before = (run / "config.yaml").read_bytes()
+    for other in (("--optim.name", "sgd"), ("--model.name", "resnet18")):
+        done = launch("train", *words, *other, "--run.on_changed_settings", "accept")
+        assert done.returncode == 1
+        assert re.search(r"'optim.name' or .* was another|'model.name' is resnet18", done.stderr), done.stderr
+        assert "Restore a copy" not in done.stderr
+        assert ((run / "config.yaml").read_bytes(), (run / "changes.json").exists()) == (before, False)
+    done = launch("train", *words)
+    assert done.returncode == 0, done.stderr
+    assert results_warnings(run) == results_warnings(finished_run)
+    assert_equal_weights(weights(run, "best-"), weights(finished_run, "best-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "new"), [(6, 12), (12, 6)])
+def test_the_learning_rate_follows_the_epochs_also_when_the_batch_size_changes(finished_run, tmp_path, batch, new):
+    """Steps of another batch size before it would have ended the schedule too early, or never."""
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    words = ["--config", config, "--run.folder", run, *SAVING]
+    assert launch("driven", *words, "--data.global_batch_size", batch, disturb="stop@8").returncode == 75
+    done = launch("train", *words, "--data.global_batch_size", new, "--run.on_changed_settings", "accept")
+    assert done.returncode == 0, done.stderr
+    settings = load_config(run / "config.yaml")
+    rates = [line["lr"] for line in deterministic_log(run) if line["kind"] == "train"]
+    n_batches = sum(load(settings.data.path).split("train").samples) // new
+    expected = [lr_at(step, settings.optim, n_batches, settings.run.epochs) for step in range(3 * n_batches)]
+    assert rates[-n_batches:] == expected[-n_batches:]
+    assert rates[-1] > 0
+
+
+@pytest.mark.slow
+def test_scores_of_another_monitor_are_not_compared(finished_run, tmp_path):
+    run, config = tmp_path / "run", finished_run.parent / "tiny.yaml"
+    words = ["--config", config, "--run.folder", run, *SAVING]
+    assert launch("driven", *words, "--run.monitor", "last", disturb="stop@8").returncode == 75
+    more = ("--run.monitor", "loss", "--run.patience", "1", "--run.on_changed_settings", "accept")
+    done = launch("train", *words, *more)
+    assert done.returncode == 0, done.stderr
+    assert "'run.monitor' was last: the next epoch is the best so far by loss" in done.stdout
+    assert re.search(r"epoch +2/3 .* best$", done.stdout, re.MULTILINE), done.stdout
+
+
+def results_warnings(run) -> list[str]:
+    return json.loads((run / "metrics.json").read_text())["warnings"]
 
 
 def test_batch_normalisation_over_ranks_needs_gpus(tiny_config):

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -50,6 +52,19 @@ def test_a_dead_process_of_this_machine_is_seen_at_once_also_when_its_number_is_
         lock.acquire()
     assert time.monotonic() - began < 5  # watching would take 30
     assert "which is gone" in caplog.messages[-1]
+
+
+def test_a_process_that_was_killed_and_not_waited_for_is_gone(tmp_path):
+    """As where process 1 of a container reaps nobody, or in a notebook that started training itself."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = psutil.Process(child.pid).create_time()
+    child.kill()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    left_by(tmp_path, process=child.pid, started=started)
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
+    child.wait()
 
 
 def test_another_machine_that_gives_no_sign_of_life_loses_its_lock(tmp_path, quick, caplog):

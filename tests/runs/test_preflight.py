@@ -89,6 +89,23 @@ def test_a_full_disk_is_found(tiny_config, monkeypatch):
     assert "1 MB free" in found.message
 
 
+def test_checkpoints_in_a_local_folder_are_counted(tiny_config, monkeypatch, tmp_path):
+    """Those of this run alone: the folder may hold others."""
+    run, local = tmp_path / "run", tmp_path / "local"
+    config = replace(tiny_config, run=replace(tiny_config.run, folder=str(run), checkpoint_dir=str(local)))
+    model = outline(tiny_config.model.name, 7)
+    monkeypatch.setattr("harness.training.storage.disk_usage", lambda path: SimpleNamespace(free=6 * 10**6))
+    (of_run, of_local) = check_disk(config, model)
+    assert {of_run.level, of_local.level} == {"fail"}
+    assert "name another --run.checkpoint_dir" in of_local.fix
+    for folder in (run, local / "0123456789abcdef"):
+        (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
+        (folder / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"x" * 10**7)
+    assert [check.level for check in check_disk(config, model)] == ["ok", "fail"]
+    (run / "id").write_text("0123456789abcdef")
+    assert [check.level for check in check_disk(config, model)] == ["ok", "ok"]
+
+
 def test_weights_fit_or_will_be_downloaded(tiny_config, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     name, model = "shufflenet_v2_x0_5", outline("shufflenet_v2_x0_5", 7)

@@ -5,6 +5,7 @@ import torch
 
 from harness.evaluation.results import read_results
 from harness.training.probe import refuse_training
+from harness.training.train import refuse_probe
 from support.processes import launch, state, weights
 
 
@@ -55,6 +56,11 @@ def test_what_cannot_be_probed_is_refused(asked, finished_run, tmp_path):
     assert "A probe of random weights says nothing" in done.stderr
     done = launch("probe", *asked, "--run.monitor", "last", "--run.folder", tmp_path / "run")
     assert "must not be last" in done.stderr
+
+
+def test_a_training_does_not_take_the_results_of_a_probe_for_its_own(probed):
+    with pytest.raises(ValueError, match=r"holds a linear probe\. Name another --run\.folder"):
+        refuse_probe(probed)
 
 
 def test_the_folder_of_a_training_is_left_alone(finished_run):

@@ -7,6 +7,7 @@ import pytest
 
 from harness.config import Config, Data, differences, flat, load_config, read_config, to_yaml
 from harness.config.files import RENAMED, RENAMED_FILES
+from harness.config.yaml_file import read_yaml
 from harness.training.preflight import check_classes
 from harness.training.state import open_data
 from support.processes import ROOT
@@ -203,6 +204,35 @@ def test_a_setting_without_a_value_is_named(tmp_path, capsys, line, words):
     (tmp_path / "null.yaml").write_text(line + "\n")
     error = refused(["--config", str(tmp_path / "null.yaml")], capsys)
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optim: {lr: 0.1}\nrun: {epochs: 2}\noptim: {ema: 0.9}", "'optim' is there twice, in lines 1 and 3"),
+        ("optim:\n  lr: 0.1\n  lr: 0.2", "'lr' is there twice, in lines 2 and 3"),
+        ("run: {channels_last: on}", "one of auto, on, off. Got True instead. In a file, put it in quotes"),
+    ],
+)
+def test_what_yaml_takes_for_something_else_is_refused(tmp_path, capsys, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        read_config(["--config", str(tmp_path / "mine.yaml")])
+    assert said in capsys.readouterr().err
+
+
+def test_a_key_may_stand_beside_an_alias_that_brings_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text("optim: &this {lr: 0.1}\nother: {<<: *this, lr: 0.2}")
+    assert read_yaml(tmp_path / "mine.yaml")["other"] == {"lr": 0.2}
+
+
+def test_a_run_is_written_to_a_folder(capsys):
+    for key in ("folder", "checkpoint_dir"):
+        with pytest.raises(SystemExit):
+            read_config([f"--run.{key}", "s3://user:secret@bucket/run"])
+        said = capsys.readouterr().err
+        assert f"'run.{key}' setting must be a folder" in said
+        assert "secret" not in said
 
 
 def test_a_tilde_is_the_users_home_in_files_and_behind_an_equals_sign(tmp_path, monkeypatch):

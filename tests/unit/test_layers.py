@@ -122,7 +122,7 @@ def test_the_state_of_another_optimizer_is_refused_as_such(tiny_config, dataset,
     model, optimizer = stepped(Optim(name=before))
     save_step(tmp_path, Progress(step=1), provenance(tiny_config, dataset), model, optimizer, None, 1)
     saved = read_checkpoint(tmp_path / "checkpoints" / "step-00000001")
-    with pytest.raises(ValueError, match=r"'optim\.name' was another"):
+    with pytest.raises(ValueError, match=r"is of another optimizer: 'optim\.name'"):
         restore(saved, model, build_optimizer(model, Optim(name=now)), None)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.run.progress import Progress, after_epoch, after_steps, should_stop
+from harness.run.progress import Progress, after_epoch, after_steps, monitored_by, should_stop
 
 
 def run(scores, patience, epochs, higher=True):
@@ -33,6 +33,16 @@ def test_a_score_that_is_no_number_is_never_the_best():
     for score in (float("nan"), float("inf"), None):
         assert after_epoch(Progress(), score, True).best is None
         assert after_epoch(Progress(best=0.5), score, False).epochs_without_improvement == 1
+
+
+def test_a_score_of_another_monitor_is_forgotten():
+    progress = after_epoch(monitored_by(Progress(), "last"), 1.0, True)
+    assert monitored_by(progress, "last") == progress
+    other = monitored_by(replace(progress, epochs_without_improvement=4), "macro_f1")
+    assert (other.best, other.best_step, other.epochs_without_improvement) == (None, progress.best_step, 0)
+    assert after_epoch(other, 0.1, True).best == 0.1
+    of_before = Progress(best=0.5)  # a checkpoint that does not say which
+    assert monitored_by(of_before, "macro_f1").best == 0.5
 
 
 def test_an_epoch_in_progress_does_not_stop():
