@@ -4,6 +4,7 @@ Works on any number of processes (`torchrun --nproc-per-node N launch/evaluate.p
 """
 
 import argparse
+from hashlib import sha256
 
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         provenance = context.weights.provenance
         refuse_unknown_classes(dataset, provenance)
         folder = options.out or options.run / _folder_name(runs, dataset)
-        if folder.resolve() in [run.folder.resolve() for run in runs]:
+        if (folder / "config.yaml").exists():
             raise ValueError(
                 f"--out {folder} is a run's folder, whose results are those of its training. Name another."
             )
@@ -66,10 +67,12 @@ def _choices(options: argparse.Namespace) -> Choices:
 
 
 def _folder_name(runs: list[TrainedRun], dataset: Dataset) -> str:
-    """Another name for each dataset, split, views, size and number of runs, so that no result replaces another."""
+    """Another name for each dataset, split, views, size and set of runs, so that no result replaces another."""
     config, weights = runs[0].config, runs[0].weights
     words = ["evaluation", config.eval.split, config.eval.views.replace(":", "")]
-    words += [f"ensemble{len(runs)}"] if len(runs) > 1 else []
+    if len(runs) > 1:
+        members = "\n".join(str(run.folder.resolve()) for run in runs)
+        words.append(f"ensemble{len(runs)}-{sha256(members.encode()).hexdigest()[:6]}")
     if config.eval.image_size:
         words.append(f"{config.eval.image_size}px")
     if dataset.fingerprint != weights.provenance.dataset:
@@ -94,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--allow-leak", action="store_true", help="evaluate on training groups too; the results say so")
     parser.add_argument(
-        "--out", type=user_path, help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-SIZEpx][-DATASET])"
+        "--out",
+        type=user_path,
+        help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-ensembleN-RUNS][-SIZEpx][-DATASET])",
     )
     return parser
 

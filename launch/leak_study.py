@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import read_config
+from harness.config import RUNTIME_KEYS, differences, flat, read_config
 from harness.evaluation.results import METRICS_FILE, read_predictions, read_results
 from harness.report.study import StudyRun, draw_study, to_markdown, to_rows
 from harness.run.console import LOGGER, start_console
@@ -34,6 +34,7 @@ from shards.terminal import run_and_exit, user_path
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "configs" / "leak_study.yaml"
+OWN = {"data.path", "run.folder", "run.seed", "eval.split"}  # settings of each run
 ON_TRAIN, ON_UNSEEN = "evaluation-train", "evaluation-unseen"  # folders of results in a run's
 
 
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"'--task' must be 0 to {len(tasks) - 1}: {len(arms)} arms with {options.seeds} seed(s) each. Got {options.task}."
             )
         source, united = read(study, options)
-        note_parameters(study)
+        note_parameters(study, {"columns": repr(columns_of(options)), "recipe": recipe_of(settings)})
         for arm, seed in tasks if options.task is None else [tasks[options.task]]:
             LOGGER.info(f"--- {arm}, seed {seed} ({tasks.index((arm, seed)) + 1} of {len(tasks)})")
             do(study, source, united, arm, seed)
@@ -124,8 +125,20 @@ def read(study: Study, options: argparse.Namespace) -> tuple[Catalogue, Catalogu
     return source, united
 
 
-def note_parameters(study: Study) -> None:
+def recipe_of(settings: list[str]) -> dict:
+    """What all arms are trained with: all settings that change what is computed, but those that the study itself gives."""
+    return {key: _plain(value) for key, value in flat(read_config(settings)).items() if key not in OWN | RUNTIME_KEYS}
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def note_parameters(study: Study, more: dict) -> None:
     """Write down what all arms share, or compare it with what is written.
+
+    Args:
+        more: what belongs to it beside the study's own parameters, by name.
 
     Raises:
         ValueError: the folder holds a study of something else.
@@ -136,9 +149,15 @@ def note_parameters(study: Study) -> None:
         "holdout": study.holdout,
         "stored": list(study.stored),
         "merge_duplicates": sha256(study.duplicates) if study.duplicates else "",
+        **more,
     }
     if path.is_file():
         before = json.loads(path.read_bytes())
+        if differ := differences(before.get("recipe", now["recipe"]), now["recipe"]):
+            raise ValueError(
+                f"{study.out} holds a study of another recipe ({'; '.join(differ)}): its arms would not be comparable. Name another --out."
+            )
+        now = {name: before.get(name, value) if name in more else value for name, value in now.items()}
         if changed := [name for name, value in now.items() if before.get(name) != value]:
             raise ValueError(
                 f"{study.out} holds a study with another {changed[0]} ({before.get(changed[0])}, now {now[changed[0]]}). Name another --out."

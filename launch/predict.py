@@ -14,7 +14,7 @@ import torch
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
 from harness.evaluation.ensemble import Member, average, predict_each
-from harness.evaluation.evaluate import priors_of_run, refuse_unknown_classes
+from harness.evaluation.evaluate import priors_of_runs, refuse_unknown_classes
 from harness.evaluation.nearest import training_split
 from harness.evaluation.output import check_output, output_rows, write_rows
 from harness.evaluation.results import Predictions, Results, read_results
@@ -67,7 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the thresholds (is_...) were chosen for the views {results.views} at {results.image_size} pixels, and these are "
                 f"{config.eval.views} at {size}"
             )
-        prior = priors_of_run(options.run) if options.prior_correction else None
+        prior = priors_of_runs(runs) if options.prior_correction else None
+        if options.prior_correction and prior is None:
+            raise ValueError(
+                "Classes were balanced in the training of some of these runs and not of others, so their average is of no one class prior. "
+                "Leave out --prior-correction."
+            )
 
         def write() -> None:
             rows = output_rows(names, predictions, runs[0].classes, problems, points, temperature, prior)

@@ -18,7 +18,7 @@ from shards.tables import is_table, read_table_file
 
 @dataclass(frozen=True)
 class Inputs:
-    """Image files and what they are called; a file that a table names and that is not there has its reason in `missing` (place -> why)."""
+    """Image files and what they are called, in letters that UTF-8 has; a file that a table names and that is not there has its reason in `missing` (place -> why)."""
 
     paths: list[Path]
     names: list[str]
@@ -61,7 +61,7 @@ def _add(found: Inputs, paths: list[Path], word: str) -> None:
     if not paths:
         raise FileNotFoundError(f"{word} has no image (such as .jpg or .png) in it.")
     found.paths.extend(paths)
-    found.names.extend(map(str, paths))
+    found.names.extend(str(path).encode("utf-8", "backslashreplace").decode() for path in paths)
 
 
 def _add_table(found: Inputs, path: Path, column: str, root: Path | None) -> None:

@@ -24,7 +24,7 @@ from harness.run.state import changes, writing
 from shards.audit.record import audit_warnings
 from shards.description import read_description
 from shards.files import write_atomically
-from shards.groups import Groups
+from shards.groups import Groups, count_shared, load_groups
 from shards.index import Dataset, load, load_table
 from shards.leaks import leak_warnings
 from shards.reader import SplitReader
@@ -35,14 +35,15 @@ class EvalContext:
     """How the weights that are evaluated came about.
 
     weights: where they are from. changed_settings: settings that changed in the middle of their training.
-    prior: class frequencies that the model's probabilities assume, and those that they are corrected to.
+    prior: class frequencies that the model's probabilities assume, and those that they are corrected to; None where the models of
+    an ensemble assume different ones.
     validation: the split that the temperature and the thresholds are chosen on; None for neither.
     train_groups: that the weights were trained on, of each dataset that they come from.
     """
 
     weights: Checkpoint
     changed_settings: list[str]
-    prior: Prior
+    prior: Prior | None
     validation: SplitReader | None
     train_groups: tuple[Groups, ...]
 
@@ -71,7 +72,8 @@ def evaluate(
         OSError: the folder cannot be written.
     """
     config, classes, on_validation = members[0].config, members[0].classes, None
-    if context.validation is not None and context.validation.shards != reader.shards:  # nothing is tuned on this split
+    shared = world.run_on_main(_count_shared, context.validation, reader)
+    if context.validation is not None and not shared:  # nothing is tuned on the images that are evaluated
         on_validation = predict_each(members, context.validation, world, stop)
         if on_validation is None:
             return None
@@ -84,7 +86,7 @@ def evaluate(
         samples = pd.concat([load_table(reader.dataset, shard) for shard in reader.shards])
         samples = samples.sort_values("key", ignore_index=True)
         validation = average(on_validation) if on_validation else None
-        results = _results(predictions, validation, samples, reader.dataset, config, context)
+        results = _results(predictions, validation, samples, reader.dataset, config, context, shared)
         if len(members) > 1:
             groups = samples["group"].astype(str).to_numpy()
             results = replace(results, ensemble=gain_of_ensemble(members, parts, on_validation, classes, groups))
@@ -100,6 +102,15 @@ def evaluate(
     return world.run_on_main(save)
 
 
+def _count_shared(validation: SplitReader | None, reader: SplitReader) -> int:
+    """Groups of a split that are in the validation split, too: all of itself, none of another split of the same dataset."""
+    if validation is None:
+        return 0
+    if validation.dataset.fingerprint == reader.dataset.fingerprint and validation.shards != reader.shards:
+        return 0  # as packed: of an image protocol, they may share groups, and no images
+    return count_shared(*(load_groups(one.dataset, one.title) for one in (validation, reader)))
+
+
 def context_of_runs(runs: Sequence[TrainedRun]) -> EvalContext:
     """The context of runs' own weights, from the files of their folders; of several, their training groups together.
 
@@ -110,7 +121,7 @@ def context_of_runs(runs: Sequence[TrainedRun]) -> EvalContext:
     groups = {run.weights.provenance.dataset: run.weights.provenance.train_groups for run in runs}
     changed = [change for run in runs for change in changes(run.folder)]
     validation = validation_of_run(first) if len(groups) == 1 else None
-    return EvalContext(weights, changed, priors_of_run(first.folder), validation, tuple(groups.values()))
+    return EvalContext(weights, changed, priors_of_runs(runs), validation, tuple(groups.values()))
 
 
 def validation_of_run(run: TrainedRun) -> SplitReader | None:
@@ -130,6 +141,12 @@ def validation_of_run(run: TrainedRun) -> SplitReader | None:
         if dataset.fingerprint == run.weights.provenance.dataset:
             return SplitReader(dataset, "val")
     return None
+
+
+def priors_of_runs(runs: Sequence[TrainedRun]) -> Prior | None:
+    """The first run's `priors_of_run`; None if classes were balanced in the training of some runs and not of others."""
+    priors = [priors_of_run(run.folder) for run in runs]
+    return priors[0] if len({prior.target_name for prior in priors}) == 1 else None
 
 
 def priors_of_run(run: Path) -> Prior:
@@ -193,8 +210,12 @@ def _results(
     dataset: Dataset,
     config: Config,
     context: EvalContext,
+    shared: int,
 ) -> Results:
-    """Results of a split that is predicted; samples: N rows of its tables, in the order of the predictions."""
+    """Results of a split that is predicted; samples: N rows of its tables, in the order of the predictions.
+
+    shared: groups that are in the validation split, too.
+    """
     description, provenance = dataset.description, context.weights.provenance
     warnings = [
         *description.warnings,
@@ -207,6 +228,14 @@ def _results(
         warnings.append(
             "no temperature and no thresholds: the validation split that they are chosen on is not where the run's settings "
             "have it (data.path), or the runs of an ensemble were trained on other data"
+        )
+    elif shared and context.validation.dataset.fingerprint != dataset.fingerprint:
+        warnings.append(
+            f"no temperature and no thresholds: {shared} {dataset.groups_name} are also in the validation split that they are chosen on"
+        )
+    if config.eval.prior_correction and context.prior is None:
+        warnings.append(
+            "no prior correction: classes were balanced in the training of some runs of the ensemble and not of others"
         )
     return Results(
         split=config.eval.split,

@@ -26,6 +26,9 @@ SUMMARY_METRICS = (
     "brier",
     "calibration_error",
 )
+# Noise in a bin adds to the binned error and a resample adds it again: of 95 % intervals from 80 splits of 1,120 images, none
+# covered a true error of 0.01 and 11 % one of 0.02 (reflected: 88 and 85 %, and 49 % one of 0).
+WITHOUT_INTERVAL = ("calibration_error",)
 CLASS_METRICS = ("precision", "recall", "specificity", "f1", "auc", "average_precision")
 
 
@@ -42,7 +45,8 @@ def compute_metrics(
         images; loss (mean negative log probability of the label, nats), accuracy, balanced_accuracy (mean recall),
         macro_f1, weighted_f1 (by images), macro_auc (mean one-vs-rest area under the ROC curve), kappa (Cohen, 1960),
         brier (Brier, 1950: mean squared distance to the one-hot label, 0 to 2), calibration_error (mean distance of
-        confidence and accuracy over 15 equal bins of confidence, weighted by images; Naeini et al., 2015); per_class
+        confidence and accuracy over 15 equal bins of confidence, weighted by images; Naeini et al., 2015; too high by the noise of
+        small bins, and without an interval); per_class
         (precision, recall, specificity, f1, auc, average_precision, images); confusion (C rows of labels, C columns of
         predictions); with groups also intervals, of the same shape, each [low, high].
 
@@ -61,7 +65,7 @@ def compute_metrics(
     metrics["confusion"] = confusion.tolist()
     if groups is not None:
         (resampled,) = bootstrap([probabilities], labels, classes, groups)
-        intervals = {name: percentile_interval(of_resamples) for name, of_resamples in resampled.items()}
+        intervals = {name: interval_of(name, of_resamples) for name, of_resamples in resampled.items()}
         metrics["intervals"] = _nested(intervals, classes)
     return metrics
 
@@ -129,9 +133,14 @@ def paired_differences(
         return values[len(before) :].mean(0) - values[: len(before)].mean(0)
 
     return {
-        name: {"gain": _none_if_undefined(gain(exact, name)[0]), "interval": percentile_interval(gain(resampled, name))}
+        name: {"gain": _none_if_undefined(gain(exact, name)[0]), "interval": interval_of(name, gain(resampled, name))}
         for name in names
     }
+
+
+def interval_of(name: str, values: np.ndarray) -> list[float] | None:
+    """The `percentile_interval` of a metric; None for those that have none, see `WITHOUT_INTERVAL`."""
+    return None if name in WITHOUT_INTERVAL else percentile_interval(values)
 
 
 def percentile_interval(values: np.ndarray) -> list[float] | None:

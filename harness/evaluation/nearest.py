@@ -1,7 +1,7 @@
 """Which training images are most like another, as a model sees them: cosine similarity of what its last layer is given.
 
 In: a model, its training split, images. Out: places of training images with their similarity. Invariants: the features of the
-training split are computed once for each set of weights and kept in a file; one that does not fit is made anew.
+training split are computed once for each set of weights and image size and kept in a file; one that does not fit is made anew.
 """
 
 import io
@@ -66,7 +66,7 @@ def training_features(model: nn.Module, train: SplitReader, path: Path, config: 
     """Features of unit length of all training images, in stored order: (N, F) float32, to half precision; kept in a file.
 
     Args:
-        path: of these weights' features; where it fits the split, it is read.
+        path: of these weights' features at this image size; where it fits the split, it is read.
 
     Raises:
         OSError: it cannot be written.

@@ -174,7 +174,7 @@ def compute_results(
     predictions: Predictions,
     validation: Predictions | None,
     samples: pd.DataFrame,
-    prior: Prior,
+    prior: Prior | None,
     classes: tuple[str, ...],
     settings: Eval,
 ) -> dict[str, Any]:
@@ -182,6 +182,7 @@ def compute_results(
 
     Args:
         validation: predictions of the split that temperature and thresholds are chosen on; None for neither.
+        prior: None for no prior correction.
         samples: N rows in the order of the predictions: `group` and what else the source told of an image, as text.
         classes: C names.
 
@@ -200,7 +201,7 @@ def compute_results(
         probabilities = predictions.view_probs.reshape(-1, len(classes))  # (N * V, C)
         repeated = np.repeat(labels, n_views), np.repeat(groups, n_views)
         parts["per_view"] = compute_metrics(probabilities, repeated[0], classes, repeated[1])
-    if settings.prior_correction:
+    if settings.prior_correction and prior is not None:
         parts["prior_corrected"] = {
             "model_prior": prior.model_prior.tolist(),
             "target_prior": prior.target_prior.tolist(),
@@ -218,6 +219,12 @@ def compute_results(
     return parts
 
 
+def classes_of(positive: str, classes: tuple[str, ...]) -> list[str]:
+    """The classes that an entry of `eval.positive_classes` means: one by its name, or several joined by +; none if one is unknown."""
+    names = [positive] if positive in classes else positive.split("+")
+    return names if set(names) <= set(classes) else []
+
+
 def _calibration(
     predictions: Predictions, validation: Predictions, classes: tuple[str, ...], groups: np.ndarray
 ) -> dict[str, Any]:
@@ -233,8 +240,8 @@ def _operating_points(
     """Thresholds, chosen on `validation`, and their rates on `predictions`."""
     points = []
     for positive in settings.positive_classes:
-        names = positive.split("+")
-        if not set(names) <= set(classes):
+        names = classes_of(positive, classes)
+        if not names:
             continue  # of another dataset
         numbers = [classes.index(name) for name in names]
         (scores, is_positive), on_validation = (

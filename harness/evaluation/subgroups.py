@@ -4,6 +4,8 @@ In: a column's values as text, probabilities and labels. Out: plain numbers by v
 one subgroup of a column; subgroups that are too small to rely on are marked, not hidden.
 """
 
+from decimal import Decimal
+from math import floor, log10
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from harness.evaluation.metrics import compute_metrics, pick
 SUBGROUP_METRICS = ("accuracy", "balanced_accuracy", "macro_auc")
 MIN_SUBGROUP = 30  # images below which a subgroup's metrics say little
 MAX_BINS = 6  # of a numeric column
+LARGEST = 1e300  # of numbers whose differences are finite
 
 
 def subgroup_metrics(
@@ -42,7 +45,7 @@ def subgroup_metrics(
 
 
 def bin_values(values: pd.Series) -> pd.Series:
-    """Values of a column as subgroups: text as it is, many numbers in bins, `unknown` where there is none.
+    """Values of a column as subgroups: text as it is, many numbers in bins, `unknown` where there is none or no finite one.
 
     Args:
         values: (N,) text.
@@ -51,6 +54,7 @@ def bin_values(values: pd.Series) -> pd.Series:
         (N,) ordered categories.
     """
     is_empty = values.isin(["", "nan", "None", "unknown"])
+    is_empty |= pd.to_numeric(values, errors="coerce").abs() > LARGEST
     known = pd.Series(values[~is_empty])
     numbers = pd.Series(pd.to_numeric(known, errors="coerce"), known.index)
     if len(numbers) and numbers.notna().all() and numbers.nunique() > MAX_BINS:
@@ -63,9 +67,17 @@ def bin_values(values: pd.Series) -> pd.Series:
 
 def _bin_numbers(numbers: pd.Series) -> tuple[pd.Series, list[str]]:
     """Names of the bins that numbers fall into, (N,), and the bins in order; their width is 1, 2 or 5 times a power of ten."""
-    widths = (digit * 10.0**power for power in range(-6, 12) for digit in (1, 2, 5))
-    width = next(w for w in widths if numbers.max() // w - numbers.min() // w < MAX_BINS)
-    lows = (numbers // width) * width
+    power = floor(log10(numbers.max() - numbers.min())) - 1  # so that a few more hold them all
+    widths = (Decimal(digit).scaleb(power + more) for more in range(3) for digit in (1, 2, 5))
+    width = next(w for w in widths if numbers.max() // float(w) - numbers.min() // float(w) < MAX_BINS)
+    bins = numbers // float(width)
     last = width - 1 if width >= 1 and (numbers % 1 == 0).all() else width  # whole numbers: 20 to 39
-    names = {low: f"{low:g} to {low + last:g}" for low in sorted(lows.unique())}
-    return lows.map(names), list(names.values())
+    names = {
+        bin_: f"{_exact(int(bin_) * width)} to {_exact(int(bin_) * width + last)}" for bin_ in sorted(bins.unique())
+    }
+    return bins.map(names), list(names.values())
+
+
+def _exact(number: Decimal) -> str:
+    """All its digits, where they can be read; two ends of one bin never look alike."""
+    return f"{number:f}".rstrip("0").rstrip(".") if number % 1 else f"{number:.0f}"

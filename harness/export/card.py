@@ -165,8 +165,12 @@ def _results(trained: Trained) -> str:
     table = [f"| class | images | {' | '.join(CLASS_COLUMNS)} |", "|---" * (2 + len(CLASS_COLUMNS)) + "|"]
     for label, row in center["per_class"].items():
         cells = [format_metric(row[name], intervals["per_class"][label][name], ".2f") for name in CLASS_COLUMNS]
-        table.append(f"| {label} | {row['images']} | {' | '.join(cells)} |")
+        table.append(f"| {_cell(label)} | {row['images']} | {' | '.join(cells)} |")
     return "\n\n".join([head, "\n".join(["| metric | value |", "|---|---|", *rows]), "\n".join(table)])
+
+
+def _cell(name: str) -> str:
+    return name.replace("|", r"\|")
 
 
 def _thresholds(words: dict[str, str]) -> list[str]:
@@ -178,7 +182,9 @@ def _thresholds(words: dict[str, str]) -> list[str]:
         "Thresholds for the probabilities of the file, chosen on the validation split; their rates on another split were not "
         "measured. A quantised file has its own, in its metadata."
     )
-    rows = [f"| {point['positive']} | {point['wanted_sensitivity']} | {point['threshold']} |" for point in points]
+    rows = [
+        f"| {_cell(point['positive'])} | {point['wanted_sensitivity']} | {point['threshold']} |" for point in points
+    ]
     return [head, "\n".join(["| positive | wanted sensitivity | threshold |", "|---|---|---|", *rows])]
 
 

@@ -62,9 +62,9 @@ def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
         row = metrics["per_class"][name]
         is_label, probability = rows["label"] == name, rows[f"p_{name}"]
         false_positive_rate, true_positive_rate, _ = roc_curve(is_label, probability)
-        left.plot(false_positive_rate, true_positive_rate, label=f"{drawable(name)} {row['auc']:.3f}")
+        left.plot(false_positive_rate, true_positive_rate, label=_in_legend(name, row["auc"]))
         precision, recall, _ = precision_recall_curve(is_label, probability)
-        right.step(recall, precision, where="post", label=f"{drawable(name)} {row['average_precision']:.3f}")
+        right.step(recall, precision, where="post", label=_in_legend(name, row["average_precision"]))
     left.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (area)" + chosen)
     right.set(
@@ -73,6 +73,11 @@ def draw_curves(rows: pd.DataFrame, metrics: dict) -> bytes:
     for axes in (left, right):
         axes.legend(fontsize=8, loc="lower right" if axes is left else "lower left")
     return to_png(figure)
+
+
+def _in_legend(name: str, area: float) -> str:
+    label = f"{drawable(name)} {area:.3f}"
+    return f" {label}" if label.startswith("_") else label  # matplotlib leaves those out
 
 
 def curve_classes(metrics: dict) -> tuple[list[str], str]:

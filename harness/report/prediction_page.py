@@ -131,7 +131,9 @@ def draw_nearest(
     reader = RawReader(
         [inputs.paths[p] for p in places], [inputs.names[p] for p in places], run.trained_on, run.classes
     )
-    known = training_features(model, train, run.folder / f"features-{run.weights.folder.name}.npy", run.config, world)
+    size = run.config.eval.image_size or run.config.data.image_size
+    kept = run.folder / f"features-{run.weights.folder.name}-{size}px.npy"
+    known = training_features(model, train, kept, run.config, world)
     found = find_nearest(model, reader, known, run.config, world, most)
     tables: dict[int, pd.DataFrame] = {}
     return {

@@ -84,7 +84,7 @@ def to_markdown(runs: Sequence[StudyRun], level: float) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     if any(run.train_accuracy < level for run in runs):
         lines.append(
-            f"\n\\* below a training accuracy of {level:g}: a leak may not show yet. Train longer (--run.epochs)."
+            f"\n\\* below a training accuracy of {level:g}: a leak may not show yet. Train longer (--run.epochs), into another --out."
         )
     return "\n".join(lines) + "\n"
 

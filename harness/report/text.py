@@ -40,8 +40,9 @@ def format_metric(value: float | None, interval: list[float] | None = None, form
 
 
 def title(name: str) -> str:
-    """A name of a metric as words."""
-    return name.replace("_", " ")
+    """A name of a metric as words; the class in `recall of my_class` as it is."""
+    metric, of, label = name.partition(" of ")
+    return metric.replace("_", " ") + of + label
 
 
 def class_table(metrics: dict, group_name: str = "group") -> str:

@@ -15,6 +15,7 @@ from harness.data.augment import parse_views
 from harness.distributed.hardware import check_compile
 from harness.distributed.trackers import check_trackers
 from harness.distributed.world import World
+from harness.evaluation.results import classes_of
 from harness.model.build import check_input_size, outline
 from harness.model.layers import head_weights, number_layers
 from harness.model.weights import check_file, locate_weights
@@ -23,6 +24,8 @@ from harness.training.check import Check, tried
 from harness.training.machine import check_consistency, check_device
 from harness.training.state import Data, open_data
 from harness.training.storage import check_cache, check_disk, check_shared
+from shards.catalogue import preview
+from shards.index import load_table
 from shards.leaks import refuse_leak
 from shards.plan import largest_share, rank_slice
 from shards.storage import is_url, without_secrets
@@ -64,6 +67,7 @@ def _check_on_main(config: Config, n_ranks: int, device: torch.device, data: Dat
     if data is not None:
         checks += tried("data", check_classes, config, data)
         checks += tried("leak", check_leaks, config, data)
+        checks += tried("evaluation", check_evaluation, config, data)
         checks += tried("processes", check_ranks, config, data, n_ranks)
         checks += tried("run folder", check_run_folder, config, data)
     try:
@@ -141,6 +145,19 @@ def check_classes(config: Config, data: Data) -> list[Check]:
                 f"Set {key} to {off}."
             )
     return []
+
+
+def check_evaluation(config: Config, data: Data) -> list[Check]:
+    """Classes and columns that the settings name and the data lack: nothing will be said of them."""
+    named, found = config.eval, []
+    if unknown := [name for name in named.positive_classes if not classes_of(name, data.dataset.classes)]:
+        text = f"no threshold for {', '.join(unknown)} (eval.positive_classes): the classes are {preview(data.dataset.classes)}"
+        found.append(Check("warn", "evaluation", text, "name classes of this dataset, joined by +, or none: []"))
+    columns = load_table(data.dataset, data.test.shards[0]).columns
+    if unknown := [name for name in named.subgroups if name not in columns]:
+        text = f"no subgroups by {', '.join(unknown)} (eval.subgroups), which the packed data have no column of"
+        found.append(Check("warn", "evaluation", text, "name columns of the source, or none: []"))
+    return found
 
 
 def check_leaks(config: Config, data: Data) -> list[Check]:

@@ -223,13 +223,16 @@ def test_the_model_card_of_other_data_says_nothing_of_ham10000(trained):
         source={"name": "cats", "images": 3, "fingerprint": "0"},
         **{"citation": "", "license": "", "group_name": "cat"},
     )
-    results = replace(trained.results, citation="", license="", group_name="cat")
+    results = replace(deepcopy(trained.results), citation="", license="", group_name="cat")
+    results.center["per_class"]["a|b"] = dict(results.center["per_class"]["mel"])
+    results.center["intervals"]["per_class"]["a|b"] = dict(results.center["intervals"]["per_class"]["mel"])
     trained = replace(trained, dataset=replace(trained.dataset, description=other), results=results)
     card = model_card(trained, metadata(trained, "inside", []), "onnx", [])
     assert "license" not in yaml.safe_load(card.split("---\n")[1])
     assert "cats" in card
     for word in ("HAM10000", "ViDIR", "Tschandl", "dermatoscop"):
         assert word.lower() not in card.lower()
+    assert r"| a\|b |" in card
 
 
 @needs_onnx

@@ -83,6 +83,11 @@ def test_an_interrupted_study_goes_on_and_scores_all_arms_on_the_same_images(sou
     again = launch("leak_study", *arguments, timeout=100)  # all is there
     assert again.returncode == 0
     assert "train loss" not in again.stdout
+    longer = launch(
+        "leak_study", *arguments, "--run.epochs", "3"
+    )  # finished runs would stay as they are, beside longer ones
+    assert longer.returncode == 1
+    assert "another recipe (run.epochs: 2 is now 3)" in longer.stderr
     other = launch(
         "leak_study", *words(source, out, "--arms", "image", "--merge-duplicates", duplicates, "--holdout", 0.3)
     )

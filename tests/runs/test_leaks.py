@@ -93,6 +93,19 @@ def test_evaluating_on_trained_lesions_is_refused_or_marked(finished_run, source
     assert "warning:" in done.stdout
 
 
+def test_nothing_is_chosen_on_validation_images_that_are_evaluated_packed_anew(finished_run, source, tmp_path):
+    """The same photos at another size: other shards, and the images that temperature and thresholds come from."""
+    other = pack_small(source, tmp_path / "other", "--size", "64x48")
+    done = launch(
+        "evaluate", finished_run, "--data", other, "--split", "val", "--out", tmp_path / "out", "--allow-leak"
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert "calibration" not in metrics
+    assert not metrics["operating_points"]
+    assert "are also in the validation split that they are chosen on" in " ".join(metrics["warnings"])
+
+
 def test_an_outside_set_is_evaluated_whole_and_never_trained_on(finished_run, tiny, tmp_path):
     assert cli.main(["demo", str(tmp_path / "drawn"), "--images", "42", "--seed", "9"]) == 0
     table = pd.read_csv(tmp_path / "drawn" / "HAM10000_metadata.csv").astype({"lesion_id": str})

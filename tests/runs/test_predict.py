@@ -1,6 +1,7 @@
 """Images as people have them are predicted as an evaluation predicts them, in the order given, and none is lost in silence."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from harness.evaluation.results import read_predictions
+from harness.evaluation.trained import Choices, open_together
 from shards import cli
-from shards.index import load_table
+from shards.index import load, load_table
 from shards.inputs import find_inputs
 from support.processes import launch
 
@@ -187,6 +189,17 @@ def test_inputs_keep_the_order_in_which_they_are_named(tmp_path, monkeypatch):
     assert [path.name for path in found.paths if path.is_file()] == ["2.png", "1.png"]
 
 
+def test_a_file_whose_name_is_not_utf8_is_predicted(finished_run, tmp_path):
+    """As in old archives."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (9, 9)).save(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    for out in (tmp_path / "p.csv", tmp_path / "p.jsonl"):
+        predicted(finished_run, folder, "--page", tmp_path / f"{out.suffix}.html", out=out)
+        assert "\\udce9.png" in out.read_text()
+    assert "udce9.png" in (tmp_path / ".csv.html").read_text()
+
+
 def test_a_huge_picture_is_named_and_a_long_one_is_predicted(finished_run, tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     Image.new("L", (20_000, 30)).save(tmp_path / "long.png")
@@ -225,6 +238,35 @@ def test_an_ensemble_averages_probabilities_and_says_what_it_is_worth(finished_r
     assert told["gain"]["loss"]["gain"] == pytest.approx(metrics["tta"]["loss"] - best, abs=1e-5)
     assert "ensemble of 2 runs" in done.stdout
     assert "ensemble of 2 runs" in (tmp_path / "result" / "report.html").read_text()
+
+
+def test_each_set_of_runs_has_a_folder_and_none_is_that_of_another_run(finished_run, second_run, tmp_path, capsys):
+    from launch.evaluate import _folder_name, main
+
+    runs = [open_together([finished_run, second_run], Choices()), open_together([second_run, finished_run], Choices())]
+    names = [_folder_name(members, load(members[0].config.data.path)) for members in (*runs, runs[0][:1])]
+    assert len(set(names)) == 3
+    before = (second_run / "metrics.json").read_bytes()
+    assert main([str(finished_run), "--out", str(second_run)]) == 1
+    assert "is a run's folder" in capsys.readouterr().err
+    assert (second_run / "metrics.json").read_bytes() == before
+
+
+def test_an_average_over_balanced_and_other_trainings_is_of_no_one_prior(finished_run, second_run, tmp_path, capsys):
+    from launch.predict import main
+
+    balanced = shutil.copytree(second_run, tmp_path / "balanced")
+    settings = (balanced / "config.yaml").read_text()
+    (balanced / "config.yaml").write_text(settings.replace("balance: none", "balance: sampler"))
+    done = launch("evaluate", finished_run, "--with", balanced, "--views", "none", "--out", tmp_path / "result")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "result" / "metrics.json").read_text())
+    assert "prior_corrected" not in metrics
+    assert "no prior correction: classes were balanced" in metrics["warnings"][0]
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    words = [str(tmp_path / "a.png"), "--with", str(balanced), "--prior-correction", "--out", str(tmp_path / "p.csv")]
+    assert main([str(finished_run), *words]) == 1
+    assert "Leave out --prior-correction" in capsys.readouterr().err
 
 
 def test_runs_of_other_classes_or_another_preparation_are_no_ensemble(finished_run, source, tmp_path, capsys):
@@ -321,6 +363,8 @@ def test_the_most_similar_training_images_stand_below_an_image(finished_run, sou
     predicted(run, *words, out=tmp_path / "p.csv")
     assert features.read_bytes() == made
     assert (tmp_path / "p.html").read_text() == page
+    predicted(run, *words, "--image-size", "64", out=tmp_path / "p.csv")
+    assert len(list(run.glob("features-best-*.npy"))) == 2  # those of another image size are others
 
 
 def test_nearest_images_need_the_data_of_the_training(finished_run, source, tmp_path, capsys):

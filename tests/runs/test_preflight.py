@@ -14,7 +14,7 @@ from harness.distributed.world import World
 from harness.model.build import build_model, outline
 from harness.training.check import refuse_failures
 from harness.training.machine import check_consistency, check_data_files, check_gpu, check_named_gpu
-from harness.training.preflight import _check_on_main, check_recipe, check_weights, preflight
+from harness.training.preflight import _check_on_main, check_evaluation, check_recipe, check_weights, preflight
 from harness.training.state import open_data
 from harness.training.storage import check_disk
 from harness.training.train import train
@@ -80,6 +80,16 @@ def test_a_damaged_shard_is_found(packed, tiny_config, tmp_path):
     assert file.name in found.message
     (found,) = check_data_files(tiny_config)
     assert found.level == "ok"
+
+
+def test_classes_and_columns_that_the_data_lack_are_warned_of(tiny_config):
+    data = open_data(tiny_config)
+    assert check_evaluation(tiny_config, data) == []
+    named = replace(tiny_config.eval, positive_classes=("mel", "melanoma", "mel+nevus"), subgroups=("sex", "clinic"))
+    found = check_evaluation(replace(tiny_config, eval=named), data)
+    assert [check.level for check in found] == ["warn", "warn"]
+    assert "no threshold for melanoma, mel+nevus (eval.positive_classes): the classes are" in found[0].message
+    assert "no subgroups by clinic" in found[1].message
 
 
 def test_a_full_disk_is_found(tiny_config, monkeypatch):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from harness.evaluation.metrics import (
+    SUMMARY_METRICS,
     _metric_samples,
     bootstrap,
     compute_metrics,
@@ -109,6 +110,18 @@ def drawn_predictions(generator, n_groups: int, of_each: int):
     right = np.repeat(generator.random(n_groups) < 0.8, of_each)
     guesses = np.where(right, labels, 1 - labels)
     return np.eye(2)[guesses] * 0.8 + 0.1, labels, np.repeat(np.arange(n_groups), of_each)
+
+
+def test_the_calibration_error_has_no_interval():
+    """Its percentile interval would leave out the truth of a well-calibrated model."""
+    probabilities, labels, groups = drawn_predictions(np.random.default_rng(2), 60, 1)
+    intervals = compute_metrics(probabilities, labels, ("x", "y"), groups)["intervals"]
+    assert [name for name in SUMMARY_METRICS if intervals[name] is None] == ["calibration_error"]
+    gains = paired_differences(
+        [probabilities], [probabilities**2 / (probabilities**2).sum(1, keepdims=True)], labels, ("x", "y"), groups
+    )
+    assert gains["calibration_error"]["interval"] is None
+    assert gains["calibration_error"]["gain"] != 0
 
 
 @pytest.mark.slow

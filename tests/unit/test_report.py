@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -18,8 +19,9 @@ from harness.report import fonts
 from harness.report.fonts import drawable
 from harness.report.gallery import least_certain, worst_mistakes
 from harness.report.page import draw_report
-from harness.report.plots import draw_confusion, draw_curves
+from harness.report.plots import _in_legend, draw_confusion, draw_curves
 from harness.report.text import efficiency_facts
+from harness.report.text import title as words
 from shards.index import load
 from shards.reader import SplitReader
 from support.processes import peak_memory
@@ -230,6 +232,17 @@ def test_class_names_are_drawn_as_they_are():
 
 
 @pytest.mark.filterwarnings("error:Glyph")  # what matplotlib says where it draws an empty box
+def test_a_class_that_begins_with_an_underscore_is_in_the_legend():
+    axes = Figure().subplots()
+    axes.plot([0, 1], [0, 1], label=_in_legend("_nv", 0.5))
+    assert [text.get_text() for text in axes.legend().get_texts()] == [" _nv 0.500"]
+
+
+def test_names_of_metrics_become_words_and_those_of_classes_stay():
+    assert words("balanced_accuracy") == "balanced accuracy"
+    assert words("average_precision of p_bkl") == "average precision of p_bkl"
+
+
 def test_names_in_scripts_that_no_font_here_has_are_drawn_as_numbers_and_stay_apart(monkeypatch):
     names = ("黒色腫", "母斑", "Rücken", "ναίβος")
     assert [drawable(name) for name in names[2:]] == list(names[2:])

@@ -9,7 +9,7 @@ import pytest
 from harness.config import Eval, Optim
 from harness.evaluation.calibration import class_priors
 from harness.evaluation.metrics import compute_metrics
-from harness.evaluation.results import Predictions, Results, compute_results, read_results
+from harness.evaluation.results import Predictions, Results, classes_of, compute_results, read_results
 from harness.evaluation.subgroups import bin_values
 from harness.report.text import summary
 
@@ -115,8 +115,25 @@ def test_many_numbers_are_cut_into_bins_and_text_is_left_as_it_is():
     assert ages.tolist()[:4] == ["0 to 19", "80 to 99", "unknown", "40 to 59"]
     shares = bin_values(pd.Series([f"{n / 10:.1f}" for n in range(10)]))
     assert list(shares.cat.categories)[:2] == ["0 to 0.2", "0.2 to 0.4"]
+    for numbers, first in (
+        (range(1_000_000_000, 1_000_000_040), "1000000000 to 1000000009"),
+        (range(20200101, 20200129), "20200100 to 20200104"),  # dates
+        (range(10**13, 10**13 + 30 * 10**11, 10**11), "10000000000000 to 10499999999999"),
+        (range(10**17, 10**17 + 3000, 100), "100000000000000000 to 100000000000000499"),
+        ([-1e-7 * n for n in range(9)], "-0.0000008 to -0.0000006"),
+    ):
+        assert bin_values(pd.Series([str(number) for number in numbers])).cat.categories[0] == first
+    endless = bin_values(pd.Series([*map(str, range(9)), "inf", "-inf", "1e308"]))
+    assert list(endless.cat.categories) == ["0 to 1", "2 to 3", "4 to 5", "6 to 7", "8 to 9", "unknown"]
     assert bin_values(pd.Series(["3", "1", "3"])).cat.categories.tolist() == ["1", "3"]
     assert bin_values(pd.Series(["", ""])).tolist() == ["unknown", "unknown"]
+
+
+def test_positive_classes_are_named_as_they_are_or_joined_by_a_plus():
+    classes = ("HER2+", "mel", "nv")
+    assert classes_of("HER2+", classes) == ["HER2+"]
+    assert classes_of("mel+nv", classes) == ["mel", "nv"]
+    assert classes_of("mel+nevus", classes) == classes_of("", classes) == []
 
 
 def test_thresholds_and_temperature_come_from_validation_alone(predictions, samples):
