@@ -98,8 +98,6 @@ def validate(catalogue: Catalogue) -> Catalogue:
     for path in images["path"]:
         if not of_cell(path).is_file():
             raise FileNotFoundError(f"The image {path} of {name} does not exist. Restore it or remove its row.")
-        if size_and_version(of_cell(path))[0] == 0:
-            raise ValueError(f"The image {path} is empty (0 bytes). Download it again or remove its row.")
     return catalogue
 
 

@@ -48,7 +48,7 @@ def commit(
         FileNotFoundError: a file is gone that a record names, or another task was faster.
     """
     whole = _gather(catalogue, cuts, outputs, records, task)
-    split = without(split, whole.bad, catalogue.images["label"])
+    split = without(split, whole.bad, catalogue.images["label"], catalogue.images["group"])
     found = [
         _write_index(output, catalogue, split, shards, whole)
         for output, shards in zip(outputs, whole.shards, strict=True)

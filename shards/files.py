@@ -61,11 +61,14 @@ def sha256(path: Path) -> str:
 
 
 def refuse_used_folder(out: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse to write where something is, or where no folder that is complete can take the place of one that is there.
 
     Raises:
-        FileExistsError: `out` exists and is not an empty folder.
+        FileExistsError: `out` exists and is not an empty folder, or is where a disk is mounted, or the current folder.
     """
+    if os.path.ismount(out) or out.resolve() == Path.cwd():
+        what = "where a disk is mounted" if os.path.ismount(out) else "the folder you are in"
+        raise FileExistsError(f"{out} is {what}. Give a new folder inside it.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already. Give another folder, or remove it first: rm -r {out}")
 
@@ -79,6 +82,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         OSError: a full disk, among others; the partial folder is removed.
     """
     refuse_used_folder(out)
+    out = out.resolve()  # of a link, where it leads to
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

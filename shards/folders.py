@@ -27,19 +27,29 @@ def walk(root: Path) -> list[Path]: ...
 @overload
 def walk(root: SourcePath) -> list[SourcePath]: ...
 def walk(root: SourcePath) -> Sequence[SourcePath]:
-    """All files below a folder, sorted; links to folders are followed; hidden files and folders are left out."""
+    """All files below a folder, sorted; links to folders are followed, but not up; hidden files and folders are left out.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
     if isinstance(root, RemotePath):
         return [path for path in root.walk() if not any(map(is_hidden, relative(path, root).parts))]
-    found, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above
+    found, above = [], {os.path.dirname(root): frozenset()}  # of each folder, what it is in, without links
+    for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        real, outer = os.path.realpath(folder), above[os.path.dirname(folder)]
+        if real in outer:  # a link to a folder above
             folders.clear()
             continue
-        seen.add(real)
+        above[folder] = outer | {real}
         folders[:] = [name for name in folders if not is_hidden(name)]
         found += [Path(folder, name) for name in names if not is_hidden(name)]
     return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise OSError(
+        f"The folder {error.filename} cannot be read ({error.strerror}), and images may be in it. Make it readable, or move it away."
+    ) from error
 
 
 def is_hidden(name: str) -> bool:
@@ -54,13 +64,14 @@ class ImageFinder:
         """Nothing is listed before a path is not found as it stands; behind a URL, everything at once: the table may name many folders."""
         self.root = root
         self._by_name: dict[str, list[SourcePath]] | None = None
+        self._kinds: set[str] = set()
         if isinstance(root, RemotePath):
             root.walk()
 
     def find(self, name: str) -> SourcePath | None:
         """The file that a table means, None if there is none.
 
-        As a path from the folder, with or without its ending. Otherwise by its name alone, in any case, with `_downsampled` behind it, or
+        As a path from the folder, with or without its ending. Otherwise, where there is no folder as the path names it, by its name alone, in any case, with `_downsampled` behind it, or
         with the zeros before a number that a spreadsheet has lost.
 
         Raises:
@@ -72,12 +83,14 @@ class ImageFinder:
         for ending in ("", *COMMON_SUFFIXES):
             if (path := self.root / f"{name}{ending}").is_file():
                 return path
+        if "/" in name and not Path(name).is_absolute() and (self.root / name).parent.is_dir():
+            return None  # its folder is there without it: a file of this name elsewhere is another one
         if self._by_name is None:
             self._by_name = self._list()
         stem = _stem(name)
         for key in (stem, f"{stem}_downsampled", *([f"#{int(stem)}"] if stem.isdecimal() else [])):
-            if found := self._by_name.get(key):
-                if len(found) > 1:
+            if found := self._of_the_kind(name, self._by_name.get(key, [])):
+                if len({os.path.realpath(path) if isinstance(path, Path) else path for path in found}) > 1:
                     raise ValueError(
                         f"Several images are named {name}: {found[0]} and {found[1]}. Give paths in the table, or --image-root with "
                         "the folder that is meant."
@@ -85,14 +98,28 @@ class ImageFinder:
                 return found[0]
         return None
 
+    def _of_the_kind(self, name: str, found: list[SourcePath]) -> list[SourcePath]:
+        """Without files of another kind than a name's ending says, where there are files of that kind: they may be masks."""
+        kind = _kind(name)
+        return [path for path in found if _kind(path.name) == kind] if kind in self._kinds else found
+
     def _list(self) -> dict[str, list[SourcePath]]:
         found: dict[str, list[SourcePath]] = {}
         for path in walk(self.root):
             if path.suffix.lower() in image_suffixes():
+                self._kinds.add(_kind(path.name))
                 stem = _stem(path.name)
                 for key in (stem, *([f"#{int(stem)}"] if stem.isdecimal() else [])):
                     found.setdefault(key, []).append(path)
         return found
+
+
+def _kind(name: str) -> str:
+    """The ending of an image's name, one of JPEG's for all of them; nothing where there is none."""
+    ending = Path(name.lower()).suffix
+    if ending not in image_suffixes():
+        return ""
+    return ".jpg" if ending in (".jpeg", ".jpe", ".jfif") else ending
 
 
 def _stem(name: str) -> str:
@@ -119,6 +146,10 @@ def find_classes(root: SourcePath) -> tuple[list[dict[str, Any]], str]:
             f"No source in {root}: neither HAM10000_metadata.csv nor images (such as .jpg or .png) in one folder a class. Give such "
             "a folder, or a CSV or Parquet file with --image-column and --label-column."
         )
+    if odd := [str(path) for path in images if not _is_utf8(str(path))]:
+        raise ValueError(
+            f"The name of {odd[0]!r} has bytes that are no letters in UTF-8; {len(odd)} such name(s). Rename them."
+        )
     tops = sorted({relative(path, root).parts[0] for path in images})
     splits = {top: SPLIT_WORDS[top.lower()] for top in tops if top.lower() in SPLIT_WORDS}
     _refuse_tables(root, files)
@@ -142,7 +173,13 @@ def find_classes(root: SourcePath) -> tuple[list[dict[str, Any]], str]:
     what = "class folders" + (f" in {', '.join(splits)}" if splits else "")
     other = Counter(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in suffixes)
     left = ", ".join(f"{times} {ending}" for ending, times in sorted(other.items()))
+    if loose := sum(path.suffix.lower() in suffixes for path in files) - len(images):
+        what += f"; in no folder, left out: {loose} image{'s' if loose > 1 else ''}"
     return rows, what + (f"; not images, left out: {left}" if left else "")
+
+
+def _is_utf8(name: str) -> bool:
+    return name.encode("utf-8", "replace").decode() == name
 
 
 def _refuse_tables(root: SourcePath, files: list[SourcePath]) -> None:

@@ -112,7 +112,10 @@ def _ham_rows(table: pd.DataFrame, images: SourcePath, named: SourcePath) -> pd.
             f"The metadata of {named} lacks the column(s) {', '.join(missing)}. Found: {', '.join(table.columns)}. "
             "HAM10000's own CSV has lesion_id, image_id, dx, dx_type, age, sex, localization."
         )
-    table = table.rename(columns=COLUMNS)
+    own = {
+        name: f"source_{name}" for name in REQUIRED if name not in COLUMNS and name in table
+    }  # as `extras` calls them
+    table = table.rename(columns=COLUMNS | own)
     table["label"] = [label.lower() if label.lower() in HAM10000_CLASSES else label for label in table["label"]]
     ids = table["image_id"].tolist()
     table["path"] = _paths(ids, images)

@@ -132,13 +132,14 @@ def _orientation(image: Image.Image, notes: list[str]) -> Image.Transpose | None
 
 def _to_rgb(image: Image.Image, opened: Image.Image, notes: list[str]) -> Image.Image:
     alpha, profile = None, opened.info.get("icc_profile")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+    is_deep = image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM"))
+    if is_deep:  # Pillow would clip it
+        image, clear = _of_16_bits(image), image.info.get("transparency")
+        if isinstance(clear, int):
+            alpha = Image.fromarray(np.where(np.asarray(opened) == clear, 0, 255).astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         alpha, image = image.getchannel("A"), image.convert("RGB")
-    elif image.mode.startswith("I;16") or (
-        image.mode == "I" and opened.format in ("PNG", "PPM")
-    ):  # Pillow would clip it
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(
             "it has 32 bits a channel, and nothing says which values are black and white; save it with 8 or 16"
@@ -153,6 +154,10 @@ def _to_rgb(image: Image.Image, opened: Image.Image, notes: list[str]) -> Image.
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
     return image
+
+
+def _of_16_bits(image: Image.Image) -> Image.Image:
+    return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def _essential_chunks(data: bytes) -> bytes:

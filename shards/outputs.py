@@ -16,6 +16,7 @@ from pathlib import Path
 from shards.description import Description, parse_description
 from shards.files import refuse_used_folder, sync
 from shards.image import FITS
+from shards.locks import HAS_LOCKS, open_alone
 from shards.places import FolderPlace, Place, open_place
 from shards.records import plans
 from shards.storage import PATIENCE_S, is_url, without_secrets
@@ -60,7 +61,7 @@ class Output:
         """
         self.packing, self.shown, self.scratch = packing, without_secrets(str(out)), Path()
         self._patience, self.is_local = patience, not is_url(out)
-        self.out = Path(out) if self.is_local else str(out).rstrip("/")
+        self.out = Path(out).resolve() if self.is_local else str(out).rstrip("/")  # of a link, where it leads to
         if not self.is_local:
             _refuse_url(str(self.out))
 
@@ -113,6 +114,25 @@ class Output:
         elif names := self.final.names():
             what = "is a dataset" if MARK in names else f"holds other files ({min(names)})"
             raise FileExistsError(f"{self.shown} {what} already. Give another URL, or remove what is there first.")
+
+    def lock(self, task: Task, stack: ExitStack) -> None:
+        """Until `stack` ends, no other process on this machine packs this task's share of it.
+
+        Raises:
+            BlockingIOError: one does.
+        """
+        if not isinstance(self.out, Path) or not HAS_LOCKS:
+            return
+        path = self._beside(f"lock-{task.rank}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open_alone(path)
+        if file is None:
+            raise BlockingIOError(
+                f"Another process packs {self.shown} as task {task.rank} at this moment. Let it end. If a launcher started both, start "
+                "them with srun or torchrun, which number their tasks."
+            )
+        stack.callback(os.close, file)
+        stack.callback(path.unlink, missing_ok=True)
 
     def open(self, task: Task, stack: ExitStack) -> None:
         """Make its folders. Files are written in `scratch` first, on the same disk or, of a URL, on one of this machine; it goes with `stack`."""

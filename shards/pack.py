@@ -25,6 +25,7 @@ from shards.records import Records, identity
 from shards.share import Job, keeps_what_is_done, pack_share
 from shards.storage import PATIENCE_S
 from shards.tasks import ALONE, Task, cut
+from shards.unreadable import refuse_empty
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,15 @@ def pack_several(
     """
     check_split(catalogue.images, split)
     split = replace(split, warnings=(*split.warnings, *missing_classes(catalogue.images["label"], split)))
+    if on_bad_image != "skip":
+        refuse_empty(catalogue.images["path"])
     made = [Output(out, packing, patience) for out, packing in outputs]
     _check_outputs(made)
     plan = _plan(catalogue, split, made, task)
-    clear_way(made, plan, task)
     with ExitStack() as stack:
+        for output in made:
+            output.lock(task, stack)
+        clear_way(made, plan, task)
         for output in made:
             output.open(task, stack)
         records = Records(made[0].work, made[0].scratch)

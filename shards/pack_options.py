@@ -54,7 +54,7 @@ def _add_split_options(group: argparse._ArgumentGroup) -> None:
         help="how to split, see below (default lesion; column:split where folders are named train, val, test)",
     )
     add("--folds", type=int, default=0, help="number of cross-validation folds, 3 or more")
-    add("--fold", type=int, default=0, help="which fold is the test split, from 0 (default 0)")
+    add("--fold", type=int, help="with --folds: which fold is the test split, from 0 (default 0)")
     add(
         "--merge-duplicates",
         type=local_path,

@@ -77,6 +77,8 @@ def _is_packed(job: Job, shard: Cut, originals: str) -> bool:
     record = job.records.read(shard)
     if record is None or record.originals != originals or (record.bad and not job.skips):
         return False
+    if record.samples == 0:  # none of its images could be read
+        return True
     for output, (size, tar, table) in zip(job.outputs, record.files, strict=True):
         if output.files.sha256(f"{shard.name}.tar", size) != tar:
             return False

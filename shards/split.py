@@ -232,13 +232,14 @@ RENAMED = {"seed": "notebook", "seed-leaky": "notebook-leaky"}  # as they were c
 
 
 def choose_protocol(
-    name: str, seed: int = 0, n_folds: int = 0, fold: int = 0, holdout: float = 0.0
+    name: str, seed: int = 0, n_folds: int = 0, fold: int | None = None, holdout: float = 0.0
 ) -> Callable[[pd.DataFrame], Split]:
     """The protocol of a name, with its parameters: a function of a catalogue's table.
 
     Args:
         name: one of `PROTOCOLS`. seed: a different seed gives a different split.
-        n_folds, fold: cross-validation by lesion in so many folds, and which one is the test split; 0 folds for none.
+        n_folds, fold: cross-validation by lesion in so many folds, and which one is the test split (0 where it
+            is not said); 0 folds for none.
         holdout: share of the groups that is cut as a common test set before all else; 0 for none.
 
     Raises:
@@ -250,12 +251,14 @@ def choose_protocol(
         raise ValueError(f"The '--protocol' {name} is now called {RENAMED[name]}.")
     if protocol is None:
         raise ValueError(f"The '--protocol' must be one of {', '.join(PROTOCOLS)}. Got {name!r} instead.")
+    if fold is not None and not n_folds:
+        raise ValueError(f"--fold {fold} is one of several folds: give their number as --folds, too.")
     if n_folds and name != "lesion":
         raise ValueError(f"--folds goes with --protocol lesion. Got --protocol {name}.")
     if holdout and protocol.has_own_test:
         raise ValueError(f"--holdout does not go with --protocol {name}, which has a test split of its own.")
     if n_folds:
-        chosen = partial(split_by_fold, seed=seed, n_folds=n_folds, fold=fold, held_out=bool(holdout))
+        chosen = partial(split_by_fold, seed=seed, n_folds=n_folds, fold=fold or 0, held_out=bool(holdout))
     elif column:
         chosen = partial(protocol.split, seed=seed, name=column)
     else:

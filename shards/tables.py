@@ -47,12 +47,12 @@ def read_table_file(path: SourcePath) -> tuple["pd.DataFrame", str]:
     if path.suffix.lower() in (".xls", ".xlsx", ".ods"):
         raise ValueError(f"{path} is a spreadsheet. Save it as CSV, and give that file.")
     if path.suffix.lower() == ".parquet":
-        return _tidy(_read_parquet(path)), "Parquet"
+        return _tidy(_read_parquet(path), path), "Parquet"
     text, encoding = _decode(_unzip(path))
     separator = find_separator(text)
     table, repeated = _drop_repeated_headers(_parse(path, text, separator))
     said = SEPARATORS[separator] + ("" if encoding == "UTF-8" else f", {encoding}")
-    return _tidy(table), said + (f", {repeated} repeated headers left out" if repeated else "")
+    return _tidy(table, path), said + (f", {repeated} repeated headers left out" if repeated else "")
 
 
 def read_header(path: SourcePath) -> list[str]:
@@ -133,9 +133,12 @@ def _drop_repeated_headers(table: "pd.DataFrame") -> tuple["pd.DataFrame", int]:
     return table[~is_header], int(is_header.sum())
 
 
-def _tidy(table: "pd.DataFrame") -> "pd.DataFrame":
+def _tidy(table: "pd.DataFrame", path: SourcePath) -> "pd.DataFrame":
     """Names and cells without white space around them and without line breaks; rows that are all blank are left out."""
     table = table.rename(columns=lambda name: str(name).strip())
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise ValueError(f"{path} has the column {twice!r} twice. Rename one of them.")
     if table.empty:
         return table.reset_index(drop=True)
     table = table.apply(lambda column: column.str.replace(r"\s*[\r\n]+\s*", " ", regex=True).str.strip())

@@ -228,7 +228,7 @@ def open_source(place: Path | str | RemotePath, patience: float = PATIENCE_S) ->
     if isinstance(place, RemotePath):
         return place
     if not is_url(place):
-        return Path(place)
+        return Path(place).absolute()  # what lies beside it is looked for, and it has a name, from wherever it is given
     url = str(place).rstrip("/")
     _refuse(url)
     tree = Tree(url, patience)

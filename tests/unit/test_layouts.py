@@ -1,6 +1,7 @@
 """Folders and tables as people have them: taken for what they are, in one line, or refused with what to type."""
 
 import gzip
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from PIL import Image, features
 
 from shards import cli
 from shards.catalogue import Catalogue, unite_copies, validate
-from shards.folders import ImageFinder, find_classes
+from shards.folders import ImageFinder, find_classes, walk
+from shards.grouping import Split
 from shards.ham10000 import read_ham10000
 from shards.image import decode_into
 from shards.index import load, load_table, verify
@@ -19,6 +21,7 @@ from shards.public_data import Columns
 from shards.reader import SplitReader
 from shards.sources import read_class_folders, read_table
 from shards.tables import find_separator, read_table_file
+from shards.unreadable import without
 
 RNG = np.random.default_rng(1)
 
@@ -275,11 +278,86 @@ def test_names_that_people_take_for_one_are_never_silently_two(tmp_path, column,
         validate(catalogue)
 
 
+def test_a_missing_image_is_not_taken_for_another_of_its_name(tmp_path):
+    """A mask, or the photo of another patient."""
+    for name in ("images/01.jpg", "masks/01.png", "masks/02.png", "p1/1.png", "p3/3.png"):
+        save(tmp_path / name)
+    finder = ImageFinder(tmp_path)
+    assert finder.find("images/02.jpg") is finder.find("p1/3.png") is finder.find("02.jpg") is None
+    assert finder.find("p2/3.png") == tmp_path / "p3/3.png"  # from folders that are not here at all: by the name alone
+    assert finder.find("/home/somebody/images/01.jpeg") == tmp_path / "images/01.jpg"
+    assert finder.find("3.tif") == tmp_path / "p3/3.png"  # no file here is a TIFF: they were all converted
+
+
+def test_a_folder_that_is_reached_twice_is_found_twice_and_one_above_is_not_entered(tmp_path):
+    save(tmp_path / "root/a/1.png")
+    save(tmp_path / "root/b/2.png")
+    (tmp_path / "root/aa").symlink_to(tmp_path / "root/a")
+    (tmp_path / "root/b/up").symlink_to(tmp_path / "root")
+    (tmp_path / "root/a/across").symlink_to(tmp_path / "root/b")
+    (tmp_path / "root/b/back").symlink_to(tmp_path / "root/a")
+    found = {str(path.relative_to(tmp_path / "root")) for path in walk(tmp_path / "root")}
+    assert {"a/1.png", "aa/1.png", "b/2.png", "a/across/2.png", "b/back/1.png"} <= found
+    assert not any("up" in name for name in found)
+    with pytest.raises(ValueError, match="are the same file under two labels"):
+        read_class_folders(tmp_path / "root")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    for name in "abc":
+        save(tmp_path / name / "1.png")
+
+    def scandir(folder, real=os.scandir):
+        if Path(folder).name == "c":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match=r"The folder .*c cannot be read .Permission denied.*Make it readable"):
+        read_class_folders(tmp_path)
+
+
+def test_images_beside_the_class_folders_are_counted(tmp_path):
+    for number in range(24):
+        save(tmp_path / "mn"[number % 2] / f"{number}.png")
+    save(tmp_path / "loose.png")
+    assert read_class_folders(tmp_path).what == "class folders; in no folder, left out: 1 image"
+
+
 @pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "@SUM(1)", "+1+cmd|x", "-2+3"])
 def test_names_that_a_spreadsheet_would_run_are_refused(tmp_path, name):
     rows = pd.DataFrame({"image_id": [name, "i2"], "label": ["x", "y"], "group": ["g1", "-5.5"]})
     with pytest.raises(ValueError, match="would run it as a formula"):
         validate(Catalogue(rows.assign(path=str(save(tmp_path / "a.png"))), ("x", "y"), "t"))
+
+
+def test_names_that_are_no_utf8_are_refused(tmp_path):
+    """As in old archives."""
+    for name in ("m/1", "n/2"):
+        save(tmp_path / f"{name}.png")
+    os.rename(tmp_path / "m/1.png", os.fsencode(tmp_path) + b"/m/caf\xe9.png")
+    with pytest.raises(
+        ValueError, match=r"caf.udce9.png' has bytes that are no letters in UTF-8; 1 such name.s.\. Rename"
+    ):
+        read_class_folders(tmp_path)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("path,label, label\na,b,c\n")
+    with pytest.raises(ValueError, match="has the column 'label' twice"):
+        read_table_file(tmp_path / "t.csv")
+
+
+def test_ham10000_with_columns_of_our_names_is_read(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "HAM10000")
+    table = pd.read_csv(folder / "HAM10000_metadata.csv", dtype=str, keep_default_na=False)
+    table.assign(label="theirs", group="theirs", path="theirs").to_csv(folder / "HAM10000_metadata.csv", index=False)
+    found = read_ham10000(folder).images
+    pd.testing.assert_frame_equal(
+        found[read_ham10000(source).images.columns].drop(columns="path"),
+        read_ham10000(source).images.drop(columns="path"),
+    )
+    assert set(found["source_label"]) == {"theirs"}
 
 
 @pytest.fixture
@@ -322,6 +400,32 @@ def test_images_that_cannot_be_read_are_left_out_and_listed_where_asked(damaged,
             reader.labels_and_keys(np.full(size, shard), np.arange(size))
             for _, jpeg in reader.read(np.full(size, shard), np.arange(size)):
                 decode_into(jpeg, pixels)
+
+
+def test_empty_files_are_named_at_once_before_anything_is_packed_and_may_be_left_out(tmp_path, capsys):
+    for number in range(40):
+        path = save(tmp_path / "root" / "mn"[number % 2] / f"{number:02d}.png")
+        if number in (5, 6):
+            path.write_bytes(b"")
+    words = ["pack", str(tmp_path / "root"), str(tmp_path / "out"), "--size", "12x9"]
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    assert "2 image(s) cannot be read" in error
+    assert "05.png: 0 bytes" in error
+    assert "06.png: 0 bytes" in error
+    assert cli.main([*words, "--on-bad-image", "skip"]) == 0
+    assert load(tmp_path / "out").description.left_out == 2
+
+
+def test_what_is_left_out_beside_an_image_that_cannot_be_read_says_so():
+    groups = pd.Series(["g1", "g2", "g2", "g2", "g3", "g3"])
+    kept = "val keeps one image a group, and another of {} is kept"
+    rows = {"train": np.array([0]), "val": np.array([1, 4])}
+    split = Split({"name": "lesion"}, rows, {2: kept.format("g2"), 3: kept.format("g2"), 5: kept.format("g3")})
+    found = without(split, {1: "Cannot decode"}, pd.Series(list("aaaabb")), groups)
+    told = "val keeps one image a group, and that of g2 cannot be read"
+    assert found.left_out == {1: "Cannot decode", 2: told, 3: told, 5: kept.format("g3")}
+    assert found.rows["val"].tolist() == [4]
 
 
 def test_a_split_without_a_readable_image_is_refused(tmp_path):

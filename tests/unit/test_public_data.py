@@ -10,7 +10,8 @@ from PIL import Image
 from shards import cli
 from shards.index import load, load_table
 from shards.labels import read_labels
-from shards.public_data import KNOWN, recognise
+from shards.public_data import KNOWN, Columns, recognise
+from shards.sources import read_source
 
 RNG = np.random.default_rng(5)
 N = 40
@@ -54,6 +55,19 @@ def draw_isic2018(root: Path) -> None:
         "diagnosis_confirm_type": "histopathology",
     }
     table(root / "ISIC2018_Task3_Training_LesionGroupings.csv", {"image": ids} | lesions)
+
+
+@pytest.mark.parametrize("given", ["ISIC2018_Task3_Training_GroundTruth.csv", "."])
+def test_the_table_of_lesions_is_found_from_wherever_the_truth_is_given(tmp_path, monkeypatch, given):
+    """By a bare name in its own folder, without lesions, half of them were in train and in test."""
+    draw_isic2018(tmp_path)
+    monkeypatch.chdir(tmp_path / "ISIC2018_Task3_Training_GroundTruth")
+    there = read_source(given, Columns(image_root=Path("..")))
+    monkeypatch.chdir("/")
+    named = read_source(tmp_path / "ISIC2018_Task3_Training_GroundTruth", Columns(image_root=tmp_path))
+    pd.testing.assert_frame_equal(there.images.drop(columns="path"), named.images.drop(columns="path"))
+    assert "lesions from ISIC2018_Task3_Training_LesionGroupings.csv" in there.what
+    assert there.group_name == "lesion"
 
 
 def draw_isic2019(root: Path) -> None:

@@ -160,6 +160,9 @@ def test_folds_that_cannot_be_are_refused():
     for n, fold in ((2, 0), (4, 4), (4, -1)):
         with pytest.raises(ValueError, match="--folds"):
             split_by_fold(table, 0, n, fold)
+    for fold in (0, 2):
+        with pytest.raises(ValueError, match=f"--fold {fold} is one of several folds: give their number as --folds"):
+            choose_protocol("lesion", fold=fold)
     with pytest.raises(ValueError, match="fewer than the 5 folds"):
         split_by_fold(table, 0, 5, 0)
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import itertools
+import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -11,6 +13,7 @@ import pandas as pd
 import pytest
 
 from shards import cli
+from shards import pack as pack_module
 from shards import places as places_module
 from shards.index import load, load_table, verify
 from shards.places import FolderPlace
@@ -177,6 +180,56 @@ def test_a_task_that_was_killed_goes_on_where_it_was(whole, one_process, tmp_pat
     for name in records:  # not packed again
         assert (out / f"{name}.tar").stat().st_ino == before[f"{name}.tar"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_shard_of_which_no_image_could_be_read_is_done_at_the_next_start(tmp_path, size):
+    draw_source(source := tmp_path / "source", (5,))
+    words = {"size": size, "bad": "skip", "shard_samples": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shards.pack.commit", lambda *words: (_ for _ in ()).throw(Killed()))
+        patch.setattr("shards.pack._give_up", lambda *words: None)  # as after a kill
+        for rank in range(size):
+            with suppress(Killed):
+                pack_task(source, [tmp_path / "out"], rank, **words)
+    packed = pack_task(source, [tmp_path / "out"], 0, **words)
+    assert packed.descriptions[0].left_out == 1
+
+
+def test_two_processes_do_not_pack_one_thing_at_once(whole, one_process, tmp_path, monkeypatch):
+    """The second one is refused, and leaves alone what the first one has done."""
+    commit, out = pack_module.commit, tmp_path / "out"
+
+    def meanwhile(*words):
+        for more in ({}, {"quality": 80}):
+            with pytest.raises(
+                BlockingIOError, match=r"Another process packs .*out as task 0 at this moment.*srun or torchrun"
+            ):
+                pack_task(whole, [out], **more)
+        commit(*words)
+
+    monkeypatch.setattr(pack_module, "commit", meanwhile)
+    pack_task(whole, [out])
+    assert digests(out) == digests(one_process)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_is_followed_and_a_mounted_folder_refused_before_anything_is_packed(
+    whole, one_process, tmp_path, monkeypatch
+):
+    (tmp_path / "disk" / "set").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "set")
+    pack_task(whole, [tmp_path / "link"])
+    assert (tmp_path / "link").is_symlink()
+    assert digests(tmp_path / "disk" / "set") == digests(one_process)
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["set"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match=r"is the folder you are in\. Give a new folder inside it"):
+        pack_task(whole, [Path()])
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "here")
+    with pytest.raises(FileExistsError, match="is where a disk is mounted"):
+        pack_task(whole, [tmp_path / "here"])
 
 
 def test_all_tasks_started_again_complete_what_nobody_did(whole, one_process, tmp_path, monkeypatch):

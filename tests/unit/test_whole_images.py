@@ -157,6 +157,15 @@ def test_thirty_two_bits_a_channel_are_refused_since_their_range_is_unknown(dtyp
         open_rgb(data, "x")
 
 
+def test_sixteen_bit_pngs_with_a_transparent_grey_keep_their_range():
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    plain = np.asarray(open_rgb(saved(Image.fromarray(ramp), "PNG"), "x"))
+    clear = np.asarray(open_rgb(saved(Image.fromarray(ramp), "PNG", transparency=int(ramp[4, 0])), "x"))
+    assert np.ptp(plain) == 255
+    assert clear[4, 0].tolist() == [0, 0, 0]  # as all that is transparent
+    assert np.array_equal(np.delete(clear.reshape(64, 3), 32, 0), np.delete(plain.reshape(64, 3), 32, 0))
+
+
 def test_sixteen_bit_tiffs_keep_their_range():
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     assert np.ptp(np.asarray(open_rgb(saved(Image.fromarray(ramp), "TIFF"), "x"))) == 255
