@@ -193,7 +193,7 @@ def test_a_file_whose_name_is_not_utf8_is_predicted(finished_run, tmp_path):
     """As in old archives."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    Image.new("RGB", (9, 9)).save(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    Image.new("RGB", (9, 9)).save(os.fsdecode(os.fsencode(folder) + b"/photo\xe9.png"))
     for out in (tmp_path / "p.csv", tmp_path / "p.jsonl"):
         predicted(finished_run, folder, "--page", tmp_path / f"{out.suffix}.html", out=out)
         assert "\\udce9.png" in out.read_text()
