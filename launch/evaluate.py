@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         reader = SplitReader(dataset, config.eval.split)
         provenance = context.weights.provenance
         refuse_unknown_classes(dataset, provenance)
-        folder = options.out or options.run / _folder_name(runs, dataset)
+        folder = options.out or options.run / _folder_name(runs, dataset, options.precision, options.prior_correction)
         if (folder / "config.yaml").exists():
             raise ValueError(
                 f"--out {folder} is a run's folder, whose results are those of its training. Name another."
@@ -66,8 +66,10 @@ def _choices(options: argparse.Namespace) -> Choices:
     return Choices(*eval_choices, options.data, options.cache_dir, options.cache_gb)
 
 
-def _folder_name(runs: list[TrainedRun], dataset: Dataset) -> str:
-    """Another name for each dataset, split, views, size and set of runs, so that no result replaces another."""
+def _folder_name(
+    runs: list[TrainedRun], dataset: Dataset, precision: str | None = None, prior_correction: str | None = None
+) -> str:
+    """Another name for each dataset, split, set of runs and choice, so that no result replaces another."""
     config, weights = runs[0].config, runs[0].weights
     words = ["evaluation", config.eval.split, config.eval.views.replace(":", "")]
     if len(runs) > 1:
@@ -75,6 +77,8 @@ def _folder_name(runs: list[TrainedRun], dataset: Dataset) -> str:
         words.append(f"ensemble{len(runs)}-{sha256(members.encode()).hexdigest()[:6]}")
     if config.eval.image_size:
         words.append(f"{config.eval.image_size}px")
+    words += [precision] if precision else []
+    words += [f"prior-{prior_correction}"] if prior_correction else []
     if dataset.fingerprint != weights.provenance.dataset:
         words += [dataset.name, dataset.fingerprint[:6]]
     return "-".join(words)
@@ -99,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=user_path,
-        help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-ensembleN-RUNS][-SIZEpx][-DATASET])",
+        help="folder for the results (default: RUN/evaluation-SPLIT-VIEWS[-CHOICES])",
     )
     return parser
 

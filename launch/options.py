@@ -30,5 +30,5 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--cache-gb",
         type=float,
-        help="of data behind a URL: most that is kept there; 0 for nothing (default: the run's)",
+        help="of data behind a URL: most that is kept there, in 10^9 bytes; 0 for nothing (default: the run's)",
     )

@@ -205,7 +205,7 @@ def _add_cache_options(command: argparse.ArgumentParser) -> None:
         "--cache-gb",
         type=float,
         default=default.cache_gb,
-        help=f"of a URL: most that is kept there; 0 for nothing (default {default.cache_gb:g})",
+        help=f"of a URL: most that is kept there, in 10^9 bytes; 0 for nothing (default {default.cache_gb:g})",
     )
 
 

@@ -62,7 +62,7 @@ def _add_split_options(group: argparse._ArgumentGroup) -> None:
         help="unite the groups of the pairs of an audit whose column `same` says yes",
     )
     add("--allow-mixed-labels", action="store_true", help="also of pairs with two labels")
-    add("--holdout", type=float, default=0.0, help="share of groups cut as a common test set before all else")
+    add("--holdout", type=float, default=0.0, help="share of groups, 0 to 1, cut as a common test set before all else")
 
 
 def _add_storage_options(group: argparse._ArgumentGroup) -> None:

@@ -211,7 +211,9 @@ class Protocol:
 # Every protocol, as `--protocol` names it.
 PROTOCOLS = {
     "lesion": Protocol(
-        split_by_lesion, "groups of each class, .70/.15/.15. With --folds: cross-validation", has_fractions=True
+        split_by_lesion,
+        "groups of each class, .70/.15/.15; val and test keep one image a group, where each group has one class. With --folds: cross-validation",
+        has_fractions=True,
     ),
     "notebook": Protocol(
         split_notebook, "the 2021 notebook's without its leak: one image a group, 80/20; validation doubles as test"

@@ -172,7 +172,7 @@ class Optim:
     lr: float = 3e-4
     """peak learning rate"""
     weight_decay: float = 0.05
-    """weight decay"""
+    """weight decay; of adamw decoupled: each step takes learning rate times this off a weight, and spares biases and norms"""
     layer_decay: float = 1.0
     """factor of the learning rate for each block between a weight and the output, as 0.75 (BEiT; Bao et al., 2022); 1 disables"""
     freeze_epochs: int = 0

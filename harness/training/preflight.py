@@ -1,8 +1,8 @@
 """Every check before a run, once: training raises the first that fails, the doctor prints them all.
 
 In: settings and a `World`, or only the name of a GPU. Out: `Check`s, each with what fixes it, and the opened `Data`. Invariants: a
-check looks and changes nothing; what differs between ranks is told by the rank that differs; what training refuses before
-its first step, `preflight` finds.
+check looks and changes nothing; what differs between ranks is told by the rank that differs; what training refuses of machine, data,
+settings and weights before its first step, `preflight` finds; a start alone finds what a run folder holds (its lock, its checkpoints).
 """
 
 import math

@@ -29,7 +29,12 @@ while kill -0 $study 2>/dev/null; do # a trap ended the wait early
   code=$?
 done
 if [ "$code" = 75 ] && [ $asked = yes ]; then
+  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  if [[ $(scontrol show job -o "$job") != *" JobState=RUNNING "* ]]; then # after scancel it is COMPLETING here
+    echo "$(date '+%F %T') cancelled: not requeued. The same command goes on"
+    exit 0
+  fi
   echo "$(date '+%F %T') requeued, to go on where it is"
-  exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  exec scontrol requeue "$job"
 fi
 exit "$code"

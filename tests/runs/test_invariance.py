@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from harness.config import load_config
 from support.processes import command, environment, launch, state, weights
 
 pytestmark = pytest.mark.slow
@@ -124,12 +125,13 @@ def test_a_recipe_of_many_parts_stopped_in_an_epoch_on_4_processes_ends_on_3_as_
 
 
 # With 64, one process has the whole split and three have nothing.
-@pytest.mark.parametrize(("unit", "views"), [(4, "dihedral8"), (64, "none")])
-def test_more_processes_than_units_give_the_same_bytes_of_results(finished_run, tmp_path, unit, views):
+@pytest.mark.parametrize(("batch", "views"), [(4, "dihedral8"), (64, "none")])
+def test_more_processes_than_batches_give_the_same_bytes_of_results(finished_run, tmp_path, batch, views):
 
     run = shutil.copytree(finished_run, tmp_path / "run")
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("unit: 8", f"unit: {unit}"))
+    (run / "config.yaml").write_text(text.replace(" batch_size: 8\n", f" batch_size: {batch}\n"))
+    assert load_config(run / "config.yaml").eval.batch_size == batch
     outs = []
     for ranks in (1, 4):
         outs.append(tmp_path / f"{ranks}")
