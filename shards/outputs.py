@@ -123,7 +123,7 @@ class Output:
         """
         if not isinstance(self.out, Path) or not HAS_LOCKS:
             return
-        path = self._beside(f"lock-{task.rank}")
+        path = self.out.with_name(f".lock-{self.out.name}-{task.rank}")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open_alone(path)
         if file is None:

@@ -108,7 +108,7 @@ def test_an_outside_set_may_have_some_of_the_classes_and_the_result_says_so(fini
 def test_weights_are_evaluated_at_another_size_beside_the_runs_own_results(finished_run):
     done = launch("evaluate", finished_run, "--image-size", "36", "--prior-correction", "false", "--views", "none")
     assert done.returncode == 0, done.stderr
-    out = finished_run / "evaluation-test-none-36px"
+    out = finished_run / "evaluation-test-none-36px-prior-false"
     own, found = (json.loads((folder / "metrics.json").read_text()) for folder in (finished_run, out))
     assert (own["image_size"], found["image_size"]) == (32, 36)
     assert "prior_corrected" not in found

@@ -28,7 +28,7 @@ class Recorder:
             path, _, flags = arguments
             if not isinstance(path, str | os.PathLike) or not flags & (os.O_WRONLY | os.O_RDWR):
                 return
-        elif event not in EVENTS:
+        elif event not in EVENTS or isinstance(arguments[0], int):  # a descriptor: of a lock, which is emptied
             return
         place = f"{event} {os.path.basename(os.fspath(arguments[0]))}"
         with self._lock:
