@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import RUNTIME_KEYS, differences, flat, read_config
+from harness.config import RUNTIME_KEYS, Config, differences, flat, read_config
 from harness.evaluation.results import METRICS_FILE, read_predictions, read_results
 from harness.report.study import StudyRun, draw_study, to_markdown, to_rows
 from harness.run.console import LOGGER, start_console
@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"Unknown option {unknown[0]}. --help lists them; settings of training have a dot: --run.epochs 30."
             )
         settings = ["--config", str(options.config), *settings]
-        side = read_config(settings).data.image_size
+        config = read_config(settings)
+        side = config.data.image_size
         study = Study(
             options.source,
             options.out,
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"'--task' must be 0 to {len(tasks) - 1}: {len(arms)} arms with {options.seeds} seed(s) each. Got {options.task}."
             )
         source, united = read(study, options)
-        note_parameters(study, {"columns": repr(columns_of(options)), "recipe": recipe_of(settings)})
+        note_parameters(study, {"columns": repr(columns_of(options)), "recipe": recipe_of(config)})
         for arm, seed in tasks if options.task is None else [tasks[options.task]]:
             LOGGER.info(f"--- {arm}, seed {seed} ({tasks.index((arm, seed)) + 1} of {len(tasks)})")
             do(study, source, united, arm, seed)
@@ -125,13 +126,9 @@ def read(study: Study, options: argparse.Namespace) -> tuple[Catalogue, Catalogu
     return source, united
 
 
-def recipe_of(settings: list[str]) -> dict:
+def recipe_of(config: Config) -> dict:
     """What all arms are trained with: all settings that change what is computed, but those that the study itself gives."""
-    return {key: _plain(value) for key, value in flat(read_config(settings)).items() if key not in OWN | RUNTIME_KEYS}
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+    return {key: value for key, value in flat(config).items() if key not in OWN | RUNTIME_KEYS}
 
 
 def note_parameters(study: Study, more: dict) -> None:
@@ -152,13 +149,12 @@ def note_parameters(study: Study, more: dict) -> None:
         **more,
     }
     if path.is_file():
-        before = json.loads(path.read_bytes())
-        if differ := differences(before.get("recipe", now["recipe"]), now["recipe"]):
+        before = now | json.loads(path.read_bytes())  # a study of an earlier version does not say all
+        if differ := differences(before["recipe"], now["recipe"]):
             raise ValueError(
                 f"{study.out} holds a study of another recipe ({'; '.join(differ)}): its arms would not be comparable. Name another --out."
             )
-        now = {name: before.get(name, value) if name in more else value for name, value in now.items()}
-        if changed := [name for name, value in now.items() if before.get(name) != value]:
+        if changed := [name for name, value in now.items() if name != "recipe" and before[name] != value]:
             raise ValueError(
                 f"{study.out} holds a study with another {changed[0]} ({before.get(changed[0])}, now {now[changed[0]]}). Name another --out."
             )

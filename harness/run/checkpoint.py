@@ -197,17 +197,6 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be loaded ({type(error).__name__}: {reason}). Restore a copy.") from error
 
 
-def required_bytes(run: Path, weights: int, whole: int, keep: int) -> int:
-    """Bytes that the run's checkpoints will need beside what is there already.
-
-    Args:
-        weights: bytes of the weights. whole: bytes of a checkpoint that continues a run. keep: latest checkpoints kept.
-            Beside them stand one that is being written and two sets of best weights.
-    """
-    there = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
-    return max((keep + 1) * whole + 2 * weights - there, whole + weights)
-
-
 def _save(
     folder: Path,
     progress: Progress,

@@ -13,7 +13,6 @@ import torch
 from harness.config import Config
 from harness.distributed.world import World
 from harness.model.optim import checkpoint_bytes, weight_bytes
-from harness.run.checkpoint import required_bytes
 from harness.run.writer import saved_in
 from harness.training.check import Check
 from harness.training.state import Data
@@ -94,6 +93,17 @@ def check_disk(config: Config, model: torch.nn.Module) -> list[Check]:
         else:
             found.append(Check("ok", "disk", text))
     return found
+
+
+def required_bytes(run: Path, weights: int, whole: int, keep: int) -> int:
+    """Bytes that the run's checkpoints will need beside what is there already.
+
+    Args:
+        weights: bytes of the weights. whole: bytes of a checkpoint that continues a run. keep: latest checkpoints kept.
+            Beside them stand one that is being written and two sets of best weights.
+    """
+    there = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    return max((keep + 1) * whole + 2 * weights - there, whole + weights)
 
 
 def check_cache(data: Data) -> list[Check]:

@@ -95,6 +95,19 @@ def test_an_interrupted_study_goes_on_and_scores_all_arms_on_the_same_images(sou
     assert "another holdout (0.15, now 0.3)" in other.stderr
 
 
+def test_a_folder_is_of_one_study_with_one_recipe_and_one_choice_of_columns(tmp_path):
+    study = leak_study.Study(tmp_path / "source", tmp_path, None, 0.15, (32, 32), [], [])
+    parts = {"columns": "a", "recipe": {"optim.lr": 0.1, "augment.crop_side": (0.8, 1.0)}}
+    leak_study.note_parameters(study, parts)
+    leak_study.note_parameters(study, parts)
+    for other, said in (
+        ({"columns": "b"}, "another columns"),
+        ({"recipe": {"optim.lr": 0.2}}, "optim.lr: 0.1 is now 0.2"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            leak_study.note_parameters(study, parts | other)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
