@@ -2,7 +2,8 @@
 
 Each folder is a run, or a result of `launch/evaluate.py`. Prints the metrics of each, their mean and standard deviation, and
 for two of the same images the paired difference with its interval. `--against` compares two settings of several seeds each:
-`python launch/compare.py runs/old-0 runs/old-1 --against runs/new-0 runs/new-1`.
+`python launch/compare.py runs/old-0 runs/old-1 --against runs/new-0 runs/new-1`. Of the folds of a cross-validation, all images
+are also taken together as one result.
 """
 
 import argparse
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.evaluation.calibration import Prior, change_prior
+from harness.evaluation.calibration import Prior
+from harness.evaluation.folds import Scored, in_one_order, join_folds, read_scored
 from harness.evaluation.metrics import SUMMARY_METRICS, paired_differences
 from harness.evaluation.results import Results, read_predictions, read_results
-from harness.report.text import format_metric, title
+from harness.report.text import class_table, format_metric, title
 from shards.terminal import replace_unprintable, run_and_exit, user_path
 
 Run = tuple[Path, Results]  # a folder and the results in it
@@ -64,7 +66,7 @@ def correction_to(results: Results, prior: str) -> Prior | None:
 
 
 def compare(runs: list[Run], metrics: list[str], prior: str = "own") -> str:
-    """One row a result, then the mean and the standard deviation over them.
+    """One row a result, then the mean and the standard deviation over them, and the folds of a cross-validation together.
 
     Raises:
         ValueError: an unknown metric.
@@ -82,37 +84,37 @@ def compare(runs: list[Run], metrics: list[str], prior: str = "own") -> str:
         mean, deviation = values.mean(0), values.std(0, ddof=1)
         cells = [f"{_number(m)} +- {_number(d)}" for m, d in zip(mean, deviation, strict=True)]
         lines.append(f"{'mean +- deviation':<{width}}" + "".join(f"{cell:>20}" for cell in cells))
-    for name in ("dataset", "split", "views", "image_size"):
+    together = _folds_together(runs, prior)
+    for name in ("split", "views", "image_size") if together else ("dataset", "split", "views", "image_size"):
         values_of_name = {str(getattr(one, name))[:12] for _, one in runs}
         if len(values_of_name) > 1:
             lines.append(f"note: they differ in the {title(name)} ({', '.join(sorted(values_of_name))})")
-    return "\n".join(lines)
+    return "\n".join(lines + together)
 
 
 def difference(first: list[Run], second: list[Run], prior: str = "own") -> str:
     """How much greater the mean metrics of the second runs are, on the same images, by paired resampling of groups.
 
     Images are told apart by their ids and classes by their names, in whatever order; the groups are those of the first run.
+    The folds of a cross-validation count as one run.
     """
     results = [one for _, one in (*first, *second)]
-    rows = [read_predictions(folder).set_index("image_id") for folder, _ in (*first, *second)]
-    classes, labels = results[0].classes, rows[0]["label"]
+    classes = results[0].classes
     if odd := next((one for one in results if set(one.classes) != set(classes)), None):
         other = sorted(set(odd.classes) ^ set(classes))
         return f"no paired difference: some of them do not know the classes {', '.join(other[:10])}"
-    if not all(labels.sort_index().equals(row["label"].sort_index()) for row in rows):
+    n_first = len(of_first := _scored(first, classes, prior))
+    parts = in_one_order([*of_first, *_scored(second, classes, prior)])
+    if parts is None:
         return "no paired difference: they were evaluated on different images"
-    probabilities = []
-    for one, row in zip(results, rows, strict=True):
-        own = row.loc[labels.index, [f"p_{name}" for name in one.classes]].to_numpy(float)  # (N, C)
-        correction = correction_to(one, prior)
-        corrected = change_prior(own, correction) if correction else own
-        probabilities.append(corrected[:, [one.classes.index(name) for name in classes]])
-    labels = np.array([classes.index(name) for name in labels])
-    before, after = probabilities[: len(first)], probabilities[len(first) :]
+    if not all(part.has_folds_of(parts[0]) for part in parts):
+        return "no paired difference: they are of different folds"
+    probabilities = [part.probabilities for part in parts]
+    labels, groups = parts[0].labels(classes), parts[0].images["group"].to_numpy()
     names = (*SUMMARY_METRICS, *(f"recall of {name}" for name in classes))
-    gains = paired_differences(before, after, labels, classes, rows[0]["group"].to_numpy(), names)
-    lines = [f"{_named(second)} minus {_named(first)} (95 % intervals of the paired difference):"]
+    before, after = probabilities[:n_first], probabilities[n_first:]
+    gains = paired_differences(before, after, labels, classes, groups, names, parts[0].folds)
+    lines = [f"{_named(second, after)} minus {_named(first, before)} (95 % intervals of the paired difference):"]
     for name, found in gains.items():
         gain, interval = found["gain"], found["interval"]
         if gain is None:
@@ -120,13 +122,41 @@ def difference(first: list[Run], second: list[Run], prior: str = "own") -> str:
         is_sure = interval and (interval[0] > 0 or interval[1] < 0)
         text = f"{title(name):<20}{format_metric(gain, interval, '+.3f')}"
         lines.append(text + ("" if is_sure else "  interval includes 0" if interval else "  no interval"))
-    if len(rows) > 2:
+    if len(results) > 2:
         lines.append("the intervals are over the images; the deviation over runs stands above")
     return "\n".join(lines)
 
 
-def _named(runs: list[Run]) -> str:
-    return str(runs[0][0]) if len(runs) == 1 else f"the mean of {len(runs)} runs ({runs[0][0]} ...)"
+def _scored(runs: list[Run], classes: tuple[str, ...], prior: str) -> list[Scored]:
+    """What the runs of one setting predicted; those of the folds of a cross-validation are one."""
+    return join_folds(
+        [read_scored(one, read_predictions(folder), classes, correction_to(one, prior)) for folder, one in runs]
+    )
+
+
+def _folds_together(runs: list[Run], prior: str) -> list[str]:
+    """The table of all folds' images, for each cross-validation among the runs of the same classes."""
+    classes = runs[0][1].classes
+    of_folds = [(folder, one) for folder, one in runs if "fold" in one.protocol and set(one.classes) == set(classes)]
+    lines = []
+    for whole in _scored(of_folds, classes, prior) if len(of_folds) > 1 else []:
+        if whole.cut and whole.n_runs > 1:
+            found = whole.metrics(classes)
+            lines.append(
+                f"\n{whole.n_runs} of {whole.cut['folds']} folds together: {found['images']} images, each scored by the run of its "
+                f"fold\n{class_table(found, of_folds[0][1].group_name)}\n"
+                "areas under curves (auc) are means over the folds, the rest counts all images together"
+            )
+    return lines
+
+
+def _named(runs: list[Run], compared: list[np.ndarray]) -> str:
+    """A name for the runs of a setting; they are of folds if fewer predictions than runs are compared."""
+    if len(runs) == 1:
+        return str(runs[0][0])
+    seeds = f" with {len(compared)} seeds" if len(compared) > 1 else ""
+    what = f"the mean of {len(runs)} runs" if len(runs) == len(compared) else f"{len(runs)} runs of folds{seeds}"
+    return f"{what} ({runs[0][0]} ...)"
 
 
 def _number(value: float) -> str:

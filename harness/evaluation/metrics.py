@@ -33,13 +33,20 @@ CLASS_METRICS = ("precision", "recall", "specificity", "f1", "auc", "average_pre
 
 
 def compute_metrics(
-    probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], groups: np.ndarray | None = None
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    groups: np.ndarray | None = None,
+    folds: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """All metrics of a split; an image's prediction is its most probable class.
 
     Args:
         probabilities: (N, C), each row sums to 1. labels: (N,) integers. classes: C names. groups: (N,) names of what is
-            independent (a lesion, a patient), for 95 % intervals; None for no intervals.
+            independent (a lesion, a patient), for 95 % intervals; None for no intervals. folds: (N,) names of the model
+            that scored an image, in cross-validation; None where one model scored all. Scores of two models have no common
+            order, so areas (auc, macro_auc, average_precision) are means over the folds that define them, and all else
+            counts the images together (Forman, Scholz, 2010).
 
     Returns:
         images; loss (mean negative log probability of the label, nats), accuracy, balanced_accuracy (mean recall),
@@ -55,7 +62,7 @@ def compute_metrics(
     """
     _check(probabilities, labels, classes)
     once = np.ones((1, len(labels)), np.float32)
-    samples = _metric_samples(probabilities, labels, classes, once)
+    samples = _metric_samples(probabilities, labels, classes, once, folds)
     values = {name: _none_if_undefined(of_once[0]) for name, of_once in samples.items()}
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
@@ -64,7 +71,7 @@ def compute_metrics(
     metrics["per_class"] = {name: row | images[name] for name, row in metrics["per_class"].items()}
     metrics["confusion"] = confusion.tolist()
     if groups is not None:
-        (resampled,) = bootstrap([probabilities], labels, classes, groups)
+        (resampled,) = bootstrap([probabilities], labels, classes, groups, folds=folds)
         intervals = {name: interval_of(name, of_resamples) for name, of_resamples in resampled.items()}
         metrics["intervals"] = _nested(intervals, classes)
     return metrics
@@ -82,18 +89,20 @@ def bootstrap(
     groups: np.ndarray,
     resamples: int = RESAMPLES,
     names: tuple[str, ...] | None = None,
+    folds: np.ndarray | None = None,
 ) -> list[dict[str, np.ndarray]]:
     """Metrics of many resamples of the groups, with replacement (Efron, 1979); the same resamples for each prediction.
 
     Args:
         predictions: one or several (N, C), of the same images. resamples: R. names: of the metrics wanted; None for all.
+            folds: as in `compute_metrics`.
 
     Returns:
         for each prediction, (R,) values of each metric, NaN where a resample does not define it; a class's metrics are
         named `recall of mel`.
     """
     parts = [
-        [_metric_samples(probabilities, labels, classes, weights) for probabilities in predictions]
+        [_metric_samples(probabilities, labels, classes, weights, folds) for probabilities in predictions]
         for weights in bootstrap_weights(groups, resamples)
     ]
     return [
@@ -116,17 +125,18 @@ def paired_differences(
     classes: tuple[str, ...],
     groups: np.ndarray,
     names: tuple[str, ...] = SUMMARY_METRICS,
+    folds: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any]]:
     """How much greater metrics are after than before, with paired intervals: {metric: {gain, interval}}.
 
     Args:
         before: one or several (N, C); of several (seeds of one recipe), the mean of their metrics counts. The interval is
             over the images that might have been drawn; the spread over seeds is not in it. after: likewise.
-        names: of metrics, as `bootstrap` returns them.
+        names: of metrics, as `bootstrap` returns them. folds: as in `compute_metrics`.
     """
     once = np.ones((1, len(labels)), np.float32)
-    exact = [_metric_samples(probabilities, labels, classes, once) for probabilities in (*before, *after)]
-    resampled = bootstrap([*before, *after], labels, classes, groups, names=names)
+    exact = [_metric_samples(probabilities, labels, classes, once, folds) for probabilities in (*before, *after)]
+    resampled = bootstrap([*before, *after], labels, classes, groups, names=names, folds=folds)
 
     def gain(samples: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
         values = np.array([of_one[name] for of_one in samples])  # (before + after, R)
@@ -152,7 +162,11 @@ def percentile_interval(values: np.ndarray) -> list[float] | None:
 
 
 def _metric_samples(
-    probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], weights: np.ndarray
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    weights: np.ndarray,
+    folds: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Each metric for each row of weights: (R, N) counts of the images, float32, to (R,) float64."""
     n_classes, guesses = len(classes), probabilities.argmax(1)
@@ -167,8 +181,9 @@ def _metric_samples(
         specificity = (total[:, None] - images - predicted + hits) / (total[:, None] - images)
         f1 = np.where(images > 0, 2 * hits / (images + predicted), np.nan)
         accuracy, chance = hits.sum(1) / total, (images * predicted).sum(1) / total**2
-        areas = [_roc_auc_and_ap(exact[:, number], labels == number, weights) for number in range(n_classes)]
-        auc, average_precision = np.stack([area for area, _ in areas], 1), np.stack([area for _, area in areas], 1)
+        models = [slice(None)] if folds is None else [folds == name for name in np.unique(folds)]
+        areas = [_areas(exact[scored], labels[scored], weights[:, scored]) for scored in models]
+        auc, average_precision = (_mean(np.stack(of_models, 2)) for of_models in zip(*areas, strict=True))
         overall = {
             "accuracy": accuracy,
             "balanced_accuracy": _mean(recall),
@@ -203,6 +218,13 @@ def _counts(weights: np.ndarray, numbers: np.ndarray, n_classes: int) -> np.ndar
     if len(present):
         counts[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)  # whole numbers below 2^24: exact
     return counts
+
+
+def _areas(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ROC AUC and average precision of each class against the rest, both (R, C): scores (N, C), labels (N,), weights (R, N)."""
+    areas = [_roc_auc_and_ap(scores[:, number], labels == number, weights) for number in range(scores.shape[1])]
+    auc, average_precision = (np.stack(of_classes, 1) for of_classes in zip(*areas, strict=True))
+    return auc, average_precision
 
 
 def _roc_auc_and_ap(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -270,9 +292,9 @@ def _nested(values: dict[str, Any], classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the classes that have the metric: (R, C) to (R,), NaN where none has."""
+    """Mean over the classes, or folds, that have the metric: (..., C) to (...), NaN where none has."""
     known = np.isfinite(values)
-    return np.where(known, values, 0).sum(1) / known.sum(1)
+    return np.where(known, values, 0).sum(-1) / known.sum(-1)
 
 
 def _none_if_undefined(value: float) -> float | None:

@@ -104,6 +104,29 @@ def test_tied_scores_count_half():
     assert found["average_precision"] == pytest.approx(sk.average_precision_score(labels, probabilities[:, 1]))
 
 
+def test_areas_of_folds_are_means_and_all_else_counts_the_images_together():
+    generator = np.random.default_rng(4)
+    probabilities, folds = generator.dirichlet(np.ones(4), 90), np.arange(90) % 3
+    labels = np.where(
+        folds == 2, generator.integers(0, 3, 90), generator.integers(0, 4, 90)
+    )  # the last class: in two folds
+    probabilities[folds == 1] = probabilities[folds == 1] ** 3  # scores of another scale
+    probabilities /= probabilities.sum(1, keepdims=True)
+    found, together = (compute_metrics(probabilities, labels, NAMES, np.arange(90), of) for of in (folds, None))
+    for number, name in enumerate(NAMES):
+        of_folds = [
+            sk.roc_auc_score(labels[folds == fold] == number, probabilities[folds == fold, number])
+            for fold in range(3 if number < 3 else 2)
+        ]
+        assert found["per_class"][name]["auc"] == pytest.approx(np.mean(of_folds))
+        assert found["per_class"][name]["auc"] != together["per_class"][name]["auc"]
+        low, high = found["intervals"]["per_class"][name]["auc"]
+        assert low < found["per_class"][name]["auc"] < high
+    for name in set(SUMMARY_METRICS) - {"macro_auc"}:
+        assert found[name] == together[name]
+        assert found["intervals"][name] == together["intervals"][name]
+
+
 def drawn_predictions(generator, n_groups: int, of_each: int):
     """Groups whose images are all predicted right or all wrong (so images are far from independent)."""
     labels = np.repeat(generator.integers(0, 2, n_groups), of_each)
