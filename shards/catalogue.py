@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import pandas as pd
 
@@ -74,6 +75,12 @@ def validate(catalogue: Catalogue) -> Catalogue:
     ids, labels = images["image_id"].tolist(), images["label"].tolist()
     repeated = [image_id for image_id, times in Counter(ids).items() if times > 1]
     if repeated:
+        files = images.loc[images["image_id"] == repeated[0], "path"].unique()
+        if len(files) > 1:
+            raise ValueError(
+                f"{preview(repeated)} of {name}: {PurePosixPath(files[0]).name} and {PurePosixPath(files[1]).name} would be one image id. Keep one of "
+                "them where they are the same picture, or rename one."
+            )
         raise ValueError(f"{preview(repeated)} of {name}: image id repeated. Keep one row for each image.")
     unknown = {image_id: label for image_id, label in zip(ids, labels, strict=True) if label not in catalogue.classes}
     if unknown:

@@ -120,6 +120,16 @@ def test_the_same_bytes_in_two_splits_of_a_source_are_a_leak(tmp_path, capsys):
     packed(tmp_path / "root", tmp_path / "again", "--protocol", "lesion")  # united, the copies are in one split
 
 
+def test_two_files_that_would_be_one_image_id_are_named(tmp_path):
+    for name in ("m/1.png", "m/2.png", "n/1.png", "m/1.jpg"):
+        save(tmp_path / "root" / name)
+    with pytest.raises(ValueError, match=r"m/1 of root: 1\.jpg and 1\.png would be one image id\. Keep one"):
+        read_class_folders(tmp_path / "root")
+    (tmp_path / "table.csv").write_text("image,label\nroot/m/1.png,m\nroot/m/1.jpg,m\nroot/n/1.png,n\n")
+    with pytest.raises(ValueError, match=r"1\.png and 1\.jpg would be one image id"):
+        read_table(tmp_path / "table.csv", Columns(image="image", labels=("label",)))
+
+
 def test_copies_are_in_one_group(tmp_path):
     for number in range(8):
         save(tmp_path / "root" / "mn"[number % 2] / f"{number}.png")
