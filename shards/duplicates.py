@@ -14,6 +14,7 @@ from shards.stratify import connect
 from shards.tables import read_table_file
 
 COLUMNS = ("same", "image_id_a", "image_id_b")
+DATA = ("data_a", "data_b")  # the dataset of each, as an audit writes them; ids of two may be equal
 YES, NO = ("yes", "y", "true", "1", "1.0"), ("", "no", "n", "false", "0", "0.0")
 
 
@@ -26,11 +27,16 @@ def merge_duplicates(catalogue: Catalogue, path: Path, allow_mixed_labels: bool 
 
     Raises:
         FileNotFoundError: no such table.
-        ValueError: columns that it lacks, words other than yes and no, ids that the source does not have, or pairs of two labels.
+        ValueError: columns that it lacks, an audit of two datasets, words other than yes and no, ids that the source does not have, or pairs of two labels.
     """
     table, _ = read_table_file(path)
     if missing := [name for name in COLUMNS if name not in table.columns]:
         raise ValueError(f"{path} has no column {missing[0]}. Give the audit.csv of `python -m shards audit`.")
+    if len(of_two := sorted({name for column in DATA if column in table.columns for name in table[column]})) > 1:
+        raise ValueError(
+            f"{path} is an audit of {' and '.join(of_two)}, whose images may have equal names. Audit {catalogue.name} alone: python -m shards "
+            "audit SOURCE."
+        )
     words = table["same"].str.strip().str.lower()
     if odd := sorted(set(words) - {*YES, *NO}):
         raise ValueError(f"The column 'same' of {path} must say yes or no, or nothing. Found also: {preview(odd)}.")

@@ -38,6 +38,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def free_name(path: Path) -> Path:
+    """The path if nothing is there, or else the first of PATH-2, PATH-3, ... where nothing is."""
+    number, free = 2, path
+    while os.path.lexists(free):
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
     if sys.platform == "win32" and path.is_dir():

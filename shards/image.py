@@ -105,12 +105,12 @@ def _load(data: bytes, size: tuple[int, int] | None, notes: list[str]) -> tuple[
 def _decode_jpeg(data: bytes, opened: Image.Image, notes: list[str]) -> Image.Image:
     """The pixels of a JPEG. libjpeg fills what is missing with grey and only warns; here that is an error.
 
-    Where nothing but the end marker is missing, all rows are there.
+    Where nothing but the end marker is missing, all rows are there; but of a progressive one, the scans of the finest detail may be missing.
     """
     try:
         pixels = simplejpeg.decode_jpeg(data, JPEG_COLOURS[opened.mode], strict=True)
     except ValueError as error:
-        if NO_END_SAID in str(error) and not data.endswith(JPEG_END):
+        if NO_END_SAID in str(error) and not data.endswith(JPEG_END) and not opened.info.get("progressive"):
             whole = _decode_jpeg(data.removesuffix(JPEG_END[:1]) + JPEG_END, opened, notes)
             notes.append(NO_END)
             return whole

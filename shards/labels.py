@@ -31,7 +31,7 @@ def read_labels(
 
     Args:
         path, ids: the table's file and what its rows are called, for errors. columns: one, or several. names: of the labels 0, 1, ...
-            in one column, or the order of its classes; empty for alphabetical order (of numbers: by size).
+            in one column, or, where all its labels are among them, the order of its classes; empty for alphabetical order (of numbers: by size).
 
     Raises:
         ValueError: a row without exactly one 1, labels that are none of the names, or names for several columns.
@@ -84,11 +84,11 @@ def _named(values: list[str], path: SourcePath, column: str, names: Sequence[str
     numbers |= {f"{number}.0": name for number, name in enumerate(names)}  # as tables with gaps write whole numbers
     if len(set(names)) < len(names):
         raise ValueError(f"--class-names names a class twice: {', '.join(names)}.")
-    if set(found) <= set(numbers):
+    if set(found) <= set(names):
+        said = f"classes from {column}, in the order {', '.join(names)}"
+    elif set(found) <= set(numbers):
         values = [numbers.get(value, "") for value in values]
         said = f"classes from {column}: " + ", ".join(f"{number} is {name}" for number, name in enumerate(names))
-    elif set(found) <= set(names):
-        said = f"classes from {column}, in the order {', '.join(names)}"
     else:
         raise ValueError(
             f"--class-names {','.join(names)} names the labels 0 to {len(names) - 1}, or is the order of the classes. The column {column!r} "

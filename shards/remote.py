@@ -31,10 +31,19 @@ class Access:
 
     @property
     def folder(self) -> Path:
-        """The folder of the cache."""
-        if self.cache_dir:
-            return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dermharness"
+        """The folder of the cache.
+
+        Raises:
+            OSError: it is to be in the user's home, and there is none, as in some containers.
+        """
+        try:
+            if self.cache_dir:
+                return Path(self.cache_dir).expanduser()
+            return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dermharness"
+        except RuntimeError as error:
+            raise OSError(
+                f"The cache of remote data has no folder ({error}). Give one as data.cache_dir, or as --cache-dir."
+            ) from error
 
 
 DEFAULT_ACCESS = Access()

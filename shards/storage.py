@@ -40,11 +40,16 @@ def without_secrets(text: str) -> str:
     """A text without what gives access: in each URL, user and password and the query (signatures) are cut out."""
 
     def clean(found: re.Match) -> str:
-        # The user's part ends at the last @ before the path; a password may hold anything.
-        url = re.sub(r"^([^/]*//)(?:[^/?#]*@)", r"\1", found[0])
-        return re.sub(r"[?#].*$", "", url)
+        after = re.search(r"[)'>,.;:]*$", found[0])  # of the sentence
+        return _without_secrets(found[0]) + (after[0] if after and re.search("[?#]", found[0]) else "")
 
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>()]+", clean, text)
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s\"]+", clean, text)
+
+
+def _without_secrets(url: str) -> str:
+    # The user's part ends at the last @ before the path; a password may hold anything.
+    url = re.sub(r"^([^/]*//)(?:[^/?#]*@)", r"\1", url)
+    return re.sub(r"[?#].*$", "", url, flags=re.DOTALL)
 
 
 class Storage:
@@ -60,7 +65,7 @@ class Storage:
             ValueError: a kind of URL that is not known, or that needs a package which is not installed.
         """
         self.patience = patience
-        self.shown = without_secrets(url).rstrip("/")
+        self.shown = _without_secrets(url).rstrip("/")
         self.chunk, self._reads, self._lock = CHUNK, 0, threading.Lock()
         if "::" in url:
             raise ValueError(
@@ -109,7 +114,7 @@ class Storage:
         """A file of `size` bytes, piece by piece; never more, and never fewer.
 
         Raises:
-            as `read`.
+            as `read`. ValueError: it is shorter.
         """
         position, since = 0, time.monotonic()
         while position < size:
@@ -124,6 +129,8 @@ class Storage:
             if data:
                 position, since = position + len(data), time.monotonic()
                 yield data
+            elif (found := self.size(name)) is not None and found < size:
+                raise ValueError(f"{self.url(name)} has {found} bytes instead of {size}. Copy it there again.")
             elif time.monotonic() - since > self.patience:
                 give_up(
                     self.url(name),

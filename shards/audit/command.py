@@ -1,13 +1,14 @@
 """`python -m shards audit`: look for one thing under two names, and write what was found.
 
 In: a packed dataset or a source, and perhaps another. Out: a folder with `audit.csv`, `audit.html` and `audit.json`. Invariants: an audit that
-was interrupted goes on where it was; one that found a leak between splits has exit code 1.
+was interrupted goes on where it was; what a person corrected stays; one that found a leak between splits has exit code 1.
 """
 
 import json
 from pathlib import Path
 
 from shards.audit.collection import join, open_collection
+from shards.audit.corrections import NAME, keep_corrections
 from shards.audit.features import extract
 from shards.audit.page import SAID, write_page
 from shards.audit.pairs import find_pairs, summarize, to_table
@@ -41,12 +42,12 @@ def audit(
     collection = open_collection(path, columns, access)
     if other:
         collection = join(collection, open_collection(other, columns, access))
-    out = out or default_folder(path)
+    out = out or default_folder(path, other)
     features = extract(collection, out / "key_points", threads)
     pairs = find_pairs(collection, features, threads)
-    table = to_table(pairs, collection, threshold)
+    table = keep_corrections(to_table(pairs, collection, threshold), out)
     summary = summarize(table, collection, features, threshold)
-    write_atomically(out / "audit.csv", table.to_csv(index=False, lineterminator="\n").encode())
+    write_atomically(out / NAME, table.to_csv(index=False, lineterminator="\n").encode())
     write_atomically(out / "audit.html", write_page(pairs, table, collection, features, summary))
     write_atomically(out / "audit.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"{' and '.join(dict.fromkeys(collection.table['data']))}: {describe(summary)}")

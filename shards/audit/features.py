@@ -7,6 +7,8 @@ Invariants: an image's features depend on its pixels alone; what cannot be read,
 import hashlib
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ SIDE = 300  # pixels of the longer side of an image that is compared; a smaller 
 KEY_POINTS = 300
 CONTRAST = 0.01  # of a key point; with OpenCV's own 0.04 a quarter of HAM10000's images have under 120
 SMALL = 64  # pixels of the longer side of a thumbnail
-PER_PART = 500  # images whose features are one file
+PER_PART = 500  # images whose features are one file, of these arrays:
+JOINED, OF_EACH = ("points", "descriptors"), ("counts", "thumbnails", "sizes", "files", "pixels", "problems")
 SCALE = 381.0  # of a descriptor of length 1, to bytes
 
 
@@ -55,7 +58,7 @@ class Features:
 
 
 def extract(collection: Collection, folder: Path, threads: int = 0) -> Features:
-    """Features of all images of a collection; those that `folder` has already are read from it.
+    """Features of all images of a collection; those that `folder` has already are read from it, and those of other images removed.
 
     Args:
         threads: 0 for one a core.
@@ -63,9 +66,13 @@ def extract(collection: Collection, folder: Path, threads: int = 0) -> Features:
     Raises:
         OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made ({error}). Give a folder that can be written as --out.") from error
     names, versions = collection.names, collection.versions
     arrays: list[dict[str, np.ndarray]] = []
+    used = set()
     with (
         ThreadPoolExecutor(threads or usable_cores()) as pool,
         tqdm(total=len(names), unit=" images", desc="key points", disable=None) as bar,
@@ -73,6 +80,7 @@ def extract(collection: Collection, folder: Path, threads: int = 0) -> Features:
         for start in range(0, len(names), PER_PART):
             rows = range(start, min(start + PER_PART, len(names)))
             path = folder / f"{_key(versions[start : rows.stop])}.npz"
+            used.add(path)
             if (known := _load(path, len(rows))) is None:
                 made = pool.map(lambda row: _describe(collection.read, row, names[row]), rows)
                 known = _stack(_counted(made, bar))
@@ -82,6 +90,8 @@ def extract(collection: Collection, folder: Path, threads: int = 0) -> Features:
             else:
                 bar.update(len(rows))
             arrays.append(known)
+    for path in set(folder.glob("*.npz")) - used:  # of images that were changed or taken out since
+        path.unlink(missing_ok=True)
     joined = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
     problems = {row: str(why) for row, why in enumerate(joined.pop("problems")) if why}
     return Features(**joined, problems=problems)
@@ -99,13 +109,13 @@ def _key(versions: list[str]) -> str:
 
 
 def _load(path: Path, n_images: int) -> dict[str, np.ndarray] | None:
-    """A part that was computed before; None where there is none, or one of another program's making."""
+    """A part that was computed before; None where there is none, or one that is damaged, or of another program's making."""
     try:
         with np.load(path, allow_pickle=False) as file:
             part = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    return part if len(part.get("counts", ())) == n_images else None
+    return part if set(part) == {*JOINED, *OF_EACH} and len(part["counts"]) == n_images else None
 
 
 def _describe(read: Callable[[int], bytes], row: int, name: str) -> dict:
@@ -144,9 +154,8 @@ def _entry(points: np.ndarray, descriptors: np.ndarray, grey: np.ndarray, file: 
 
 def _stack(entries: Iterator[dict]) -> dict[str, np.ndarray]:
     made = list(entries)
-    joined = {name: np.concatenate([one[name] for one in made]) for name in ("points", "descriptors")}
-    rest = ("counts", "thumbnails", "sizes", "files", "pixels", "problems")
-    return joined | {name: np.array([one[name] for one in made]) for name in rest}
+    joined = {name: np.concatenate([one[name] for one in made]) for name in JOINED}
+    return joined | {name: np.array([one[name] for one in made]) for name in OF_EACH}
 
 
 def scaled(rgb: np.ndarray) -> np.ndarray:

@@ -22,19 +22,22 @@ SHAPE = {
 }
 
 
-def default_folder(path: Path | str) -> Path:
-    """Where an audit is written: beside what was audited; of a URL, here."""
-    if isinstance(path, str):
-        return Path(f"{without_secrets(path).rstrip('/').rpartition('/')[2]}-audit")
-    return path.resolve().with_name(f"{path.resolve().name}-audit")
+def default_folder(path: Path | str, other: Path | str | None = None) -> Path:
+    """Where an audit is written: beside what was audited, or the first of two; of a URL, here."""
+    name = "-and-".join(_name(place) for place in (path, other) if place) + "-audit"
+    return Path(name) if isinstance(path, str) else path.resolve().with_name(name)
+
+
+def _name(place: Path | str) -> str:
+    return without_secrets(place).rstrip("/").rpartition("/")[2] if isinstance(place, str) else place.resolve().name
 
 
 def find_audit(dataset: Dataset) -> dict | None:
-    """The summary of the audit of a packed dataset; None where none is beside it, or where it was packed again since."""
+    """The summary of the audit of a packed dataset alone; None where none is beside it, or where it was packed again since."""
     if not isinstance(dataset.folder, Path):  # behind a URL
         return None
     summary = read_audit(default_folder(dataset.folder))
-    return summary if summary and dataset.fingerprint in summary["fingerprints"].values() else None
+    return summary if summary and set(summary["fingerprints"].values()) == {dataset.fingerprint} else None
 
 
 def keep_audit(dataset: Dataset, folder: Path) -> None:

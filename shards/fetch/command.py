@@ -18,6 +18,7 @@ from shards.fetch.download import PublicFile, check, discard, download
 from shards.fetch.fetched import Download, Fetched, find_changed, read_fetched
 from shards.fetch.releases import RELEASES, Release, check_server
 from shards.fetch.unzip import Listed, crc32, list_archive, unpack
+from shards.files import free_name
 from shards.locks import HAS_LOCKS, open_alone
 from shards.storage import without_secrets
 from shards.terminal import user_path
@@ -140,8 +141,9 @@ def _is_intact(folder: Path, name: str, done: Download, verify: bool) -> bool:
     if changed:
         print(f"{name}: {len(changed)} of its files are missing or changed, as {changed[0]}; it is fetched again")
         if changed == [name] and (folder / name).exists():  # a table that somebody edited, it may be
-            os.replace(folder / name, folder / f"{name}.changed")
-            print(f"{folder / name}.changed is the one that was there")
+            aside = free_name(folder / f"{name}.changed")
+            os.replace(folder / name, aside)
+            print(f"{aside} is the one that was there")
     return not changed
 
 
@@ -184,7 +186,10 @@ def _size(path: Path) -> int:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Inside, no other process of this machine fetches into the folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"The folder {folder} cannot be made ({error}). Give another one.") from error
     path = folder / ".fetch.lock"
     file = open_alone(path) if HAS_LOCKS else -1
     if file is None:

@@ -68,8 +68,10 @@ def read_fetched(folder: Path) -> Fetched | None:
         problem = misfit(content, SHAPE)
     except ValueError as error:
         content, problem = {}, str(error)
-    inside = [] if problem else [Path(name) for one in content["downloads"].values() for name in one["files"]]
-    if problem or any(name.is_absolute() or ".." in name.parts for name in inside):
+    downloads = {} if problem else content["downloads"]
+    inside = [Path(name) for one in downloads.values() for name in one["files"]]
+    outside = [name for name in downloads if name != Path(name).name or not downloads[name]["files"]]
+    if problem or outside or any(name.is_absolute() or ".." in name.parts for name in inside):
         raise ValueError(
             f"{path} is damaged ({problem or 'it names files elsewhere'}). Remove it, and run the same command."
         )

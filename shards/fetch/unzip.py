@@ -4,6 +4,8 @@ In: an archive and the name of a folder. Out: the folder, and size and CRC-32 of
 a file has the size and the CRC that the archive lists; a kill at any moment leaves no half folder under its name.
 """
 
+import errno
+import lzma
 import os
 import shutil
 import stat
@@ -51,8 +53,12 @@ def unpack(archive: Path, folder: Path, is_ours: bool, progress: Callable[[int],
             os.sync()
         listed = {path: (member.file_size, member.CRC) for path, member in members.items()}
         _place(partial, folder, listed, is_ours)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(_damaged(archive, error)) from error
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # bzip2's; a place before the start of the file
+            raise ValueError(_damaged(archive, error)) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return listed

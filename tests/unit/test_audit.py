@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,6 +289,90 @@ def test_two_datasets_of_other_sizes_and_classes_are_compared(tmp_path):
     collection = open_collection(first, COLUMNS)
     with pytest.raises(ValueError, match="the same dataset"):
         join(collection, collection)
+
+
+def test_an_audit_of_two_datasets_is_none_of_either(leaking, tmp_path):
+    source, packed = leaking[0], shutil.copytree(leaking[1], tmp_path / "packed")
+    assert audit(packed) == 1
+    own = (packed.with_name("packed-audit") / "audit.csv").read_bytes()
+    other = write(tmp_path / "clinic", {"i00": texture(0), "i01": texture(900)}, {}, {"i01": "b"})
+    pack(other, tmp_path / "other", "--protocol", "test")
+    audit(packed, tmp_path / "other")
+    both = packed.with_name("packed-and-other-audit")
+    assert set(json.loads((both / "audit.json").read_bytes())["fingerprints"]) == {str(packed), str(tmp_path / "other")}
+    assert (packed.with_name("packed-audit") / "audit.csv").read_bytes() == own
+    assert find_audit(load(packed))["images"] == 24
+    (both / "audit.json").replace(packed.with_name("packed-audit") / "audit.json")
+    assert find_audit(load(packed)) is None
+    with pytest.raises(ValueError, match=r"is an audit of .*other and .*packed, whose images may have equal names"):
+        merge_duplicates(read_source(source, COLUMNS), both / "audit.csv")
+
+
+def test_what_a_person_corrected_stays_when_the_audit_is_made_again(leaking, tmp_path, capsys):
+    packed = shutil.copytree(leaking[1], tmp_path / "packed")
+    folder = packed.with_name("packed-audit")
+
+    def rows() -> pd.DataFrame:
+        return pd.read_csv(folder / "audit.csv", dtype=str, keep_default_na=False)
+
+    def answer(place: int, word: str) -> None:
+        rows().assign(same=[word if row == place else same for row, same in enumerate(rows()["same"])]).to_csv(
+            folder / "audit.csv", index=False
+        )
+
+    assert audit(packed) == 1
+    untouched = (folder / "audit.csv").read_bytes()
+    assert audit(packed) == 1
+    assert (folder / "audit.csv").read_bytes() == untouched
+    assert "corrected row" not in capsys.readouterr().out
+    for word, kept, code in (("", "no", 0), ("No", "no", 0), ("perhaps", "perhaps", 0), ("yes", "yes", 1)):
+        answer(0, word)
+        assert audit(packed) == code
+        assert rows()["same"][0] == kept
+        assert ("1 corrected row(s)" in capsys.readouterr().out) == (word != "yes")
+    answer(0, "no")
+    lines = (folder / "audit.csv").read_text().replace(rows()["image_id_a"][0], "gone")
+    (folder / "audit.csv").write_text(lines)
+    assert audit(packed) == 1
+    assert (folder / "audit.csv.before").read_text() == lines
+    assert "has 1 corrected row(s) that are found no more; it is audit.csv.before now" in capsys.readouterr().out
+    (folder / "audit.csv").write_text("what is this")
+    assert audit(packed) == 1
+    assert (folder / "audit.csv.before-2").read_text() == "what is this"
+    assert (folder / "audit.csv").read_bytes() == untouched
+
+
+def test_another_threshold_is_no_correction(changed, tmp_path):
+    audit(changed, "--out", tmp_path / "out", "--threshold", "1000")
+    few = pd.read_csv(tmp_path / "out" / "audit.csv", dtype=str, keep_default_na=False)["same"]
+    audit(changed, "--out", tmp_path / "out")
+    many = pd.read_csv(tmp_path / "out" / "audit.csv", dtype=str, keep_default_na=False)["same"]
+    audit(changed, "--out", tmp_path / "anew")
+    assert (few == "yes").sum() < (many == "yes").sum()
+    assert (tmp_path / "out" / "audit.csv").read_bytes() == (tmp_path / "anew" / "audit.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:3000], lambda data: data[:-900] + b"x" + data[-899:], lambda data: b""]
+)
+def test_damaged_key_points_are_computed_again_and_old_ones_removed(tmp_path, damage):
+    source = write(tmp_path / "source", {"a": texture(1), "b": texture(2)}, {}, {"b": "b"})
+    before = extract(open_collection(source, COLUMNS), tmp_path / "out")
+    (part,) = (tmp_path / "out").glob("*.npz")
+    part.write_bytes(damage(part.read_bytes()))
+    np.savez(tmp_path / "out" / "older.npz", counts=np.zeros(2))
+    after = extract(open_collection(source, COLUMNS), tmp_path / "out")
+    assert np.array_equal(before.descriptors, after.descriptors)
+    assert list((tmp_path / "out").glob("*.npz")) == [part]
+    np.savez(part, counts=np.zeros(2))
+    assert np.array_equal(extract(open_collection(source, COLUMNS), tmp_path / "out").descriptors, before.descriptors)
+
+
+def test_an_audit_that_cannot_be_written_says_so(leaking, capsys):
+    _, packed = leaking
+    assert audit(packed, "--out", packed / "dataset.json") == 1
+    assert "cannot be made" in (said := capsys.readouterr().err)
+    assert "--out" in said
 
 
 def test_images_of_one_colour_and_damaged_ones_are_named_and_never_a_pair(tmp_path, capsys):
