@@ -15,6 +15,15 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 PIECE = 2**20
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    UnicodeDecodeError,
+    NotImplementedError,
+    RuntimeError,
+)
 Listed = dict[str, tuple[int, int]]  # path below the folder, with / -> bytes, CRC-32
 
 
@@ -53,10 +62,10 @@ def unpack(archive: Path, folder: Path, is_ours: bool, progress: Callable[[int],
             os.sync()
         listed = {path: (member.file_size, member.CRC) for path, member in members.items()}
         _place(partial, folder, listed, is_ours)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+    except DAMAGE as error:
         raise ValueError(_damaged(archive, error)) from error
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # bzip2's; a place before the start of the file
+        if type(error) is OSError and error.errno in (None, errno.EINVAL):  # bzip2's; a place before the file's start
             raise ValueError(_damaged(archive, error)) from error
         raise
     finally:

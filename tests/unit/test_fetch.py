@@ -11,12 +11,14 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shards import cli
 from shards.fetch import web as web_module
 from shards.fetch.command import fetch
 from shards.fetch.releases import RELEASES, check_server
+from shards.fetch.unzip import unpack
 from shards.ham10000 import read_ham10000, read_isic2018
 from shards.index import load
 from support.processes import ROOT, environment
@@ -266,6 +268,44 @@ def test_images_that_are_gone_or_changed_come_again_and_other_files_stay(publish
         assert ham(raw, server) == (0, 7)
         assert ham(raw, server, verify=True) == (1, 7)
         assert (raw / f"{TABLE}.changed").read_bytes().startswith(b"Lesion")
+        (raw / TABLE).write_bytes(b"M" + (raw / TABLE).read_bytes()[1:])
+        assert ham(raw, server, verify=True) == (1, 7)
+        assert (raw / f"{TABLE}.changed").read_bytes().startswith(b"Lesion")
+        assert (raw / f"{TABLE}.changed-2").read_bytes().startswith(b"Mesion")
+
+
+@pytest.mark.parametrize("name", ["../mine.zip", "sub/mine.zip", "mine.zip"])
+def test_a_record_of_what_came_removes_nothing_that_did_not(published, tmp_path, name):
+    raw = tmp_path / "raw"
+    with publishing(published) as server:
+        ham(raw, server)
+        (raw / "sub").mkdir()
+        (raw / name).write_text("mine")
+        record = json.loads((raw / "fetched.json").read_bytes())
+        record["downloads"][name] = record["downloads"][PART] | {"is_kept": False, "files": {}}
+        (raw / "fetched.json").write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=r"fetched\.json is damaged"):
+            ham(raw, server)
+        assert (raw / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_a_damaged_archive_of_any_compression_is_named(tmp_path, kind):
+    content = np.random.default_rng(0).integers(0, 9, 3000, np.uint8).tobytes()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", kind) as archive:
+        archive.writestr("x.bin", content)
+    whole = (tmp_path / "a.zip").read_bytes()
+    for place in range(60, 400, 7):
+        (tmp_path / "a.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"a\.zip is damaged"):
+            unpack(tmp_path / "a.zip", tmp_path / "a", False, lambda n: None)
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(tmp_path, capsys):
+    (tmp_path / "raw").write_text("")
+    assert run("fetch", "ham10000", tmp_path / "raw") == 1
+    assert "cannot be made" in capsys.readouterr().err
 
 
 def test_a_folder_that_somebody_else_made_is_not_touched(published, tmp_path):

@@ -243,6 +243,11 @@ def test_one_hot_columns_and_numbers_become_names():
     labels = read_labels(CELLS, Path("t.csv"), "xyz", ["n"], ["benign", "malignant"])
     assert (labels.values, labels.classes) == (["benign", "malignant", "benign"], ("benign", "malignant"))
     assert "0 is benign, 1 is malignant" in labels.said
+    swapped = pd.DataFrame({"n": ["0", "2", "1"]})  # numbers that are the names, in an order of their user's
+    labels = read_labels(swapped, Path("t.csv"), "xyz", ["n"], ["2", "1", "0"])
+    assert (labels.values, labels.classes) == (["0", "2", "1"], ("2", "1", "0"))
+    labels = read_labels(swapped[1:], Path("t.csv"), "yz", ["n"], ["1", "2", "3"])
+    assert (labels.values, labels.classes) == (["2", "1"], ("1", "2"))
     ten = pd.DataFrame({"n": [str(number) for number in range(11)]})
     assert read_labels(ten, Path("t.csv"), "x" * 11, ["n"], ()).classes == tuple(ten["n"])
 

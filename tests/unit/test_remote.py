@@ -144,6 +144,24 @@ def test_an_object_with_other_bytes_is_refused_by_its_url_and_not_kept(packed, a
         assert not [name for name in files_of(Path(access.cache_dir)) if name.endswith(".part")]
 
 
+@pytest.mark.parametrize("gigabytes", [1.0, 0.0])
+def test_a_shard_that_is_shorter_behind_its_url_is_said_at_once(packed, tmp_path, gigabytes):
+    folder = shutil.copytree(packed, tmp_path / "data")
+    (folder / "train-000000.tar").write_bytes(b"<html>" * 50)
+    with serving(folder) as server:
+        dataset, began = load(server.url, Access(str(tmp_path / "cache"), gigabytes, 60.0)), time.monotonic()
+        with pytest.raises(ValueError, match=r"train-000000\.tar has 300 bytes instead of"):
+            all_images(dataset)
+        assert time.monotonic() - began < 30
+
+
+def test_a_cache_without_a_home_is_said(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: Path("~nobody-of-this-name").expanduser())
+    with pytest.raises(OSError, match=r"has no folder .*data\.cache_dir"):
+        Access().folder  # noqa: B018 - a property
+
+
 def test_a_shard_that_changes_under_a_running_job_is_named_and_refused(packed, tmp_path, access):
     folder = shutil.copytree(packed, tmp_path / "data")
     with serving(folder) as server:
@@ -207,6 +225,9 @@ def test_urls_are_told_from_folders_and_secrets_are_cut_out():
         "https://u:p@h:8/d?sig=1&b=2#c": "https://h:8/d",
         "no url? no: a@b": "no url? no: a@b",
         "(https://h/a?x=1) and s3://k@b/c": "(https://h/a) and s3://b/c",
+        "https://user:pa(s's)word@h:9/data/x: no": "https://h:9/data/x: no",
+        "'https://h/data?sv=1&sig=A(B)C'": "'https://h/data'",
+        "at https://u:<p>@h/d?sig=1.": "at https://h/d.",
     }
     for text, clean in shown.items():
         assert without_secrets(text) == clean

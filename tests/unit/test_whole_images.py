@@ -101,6 +101,14 @@ def test_a_jpeg_that_lacks_its_end_marker_alone_is_whole(missing):
     assert np.array_equal(opened, open_rgb(data, "x"))
 
 
+def test_a_progressive_jpeg_without_its_end_marker_may_lack_more_and_is_no_image():
+    data = saved(PICTURE, "JPEG", progressive=True)
+    scans = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+    for cut in (data[: scans[-1]], data[:-2]):
+        with pytest.raises(ValueError, match=r"Cannot decode the image x"):
+            open_rgb(cut, "x")
+
+
 def test_what_follows_a_jpeg_and_bytes_before_a_marker_are_no_damage():
     data = saved(PICTURE, "JPEG")
     for other in (data + b"\0" * 100, data[:-2] + b"\0" + data[-2:]):
