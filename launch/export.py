@@ -47,7 +47,7 @@ def _wanted(options: argparse.Namespace) -> Export:
             f"--opset must be {FIRST_OPSET} or more: torch.onnx writes none below. Got {options.opset} instead."
         )
     preprocessing = "none" if options.format == "safetensors" else options.preprocessing or "inside"
-    return Export(options.format, preprocessing, options.int8, options.opset, options.temperature == "run")
+    return Export(options.format, preprocessing, options.int8, options.opset, options.temperature == "fit")
 
 
 def _folder_name(wanted: Export) -> str:
@@ -68,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--int8", action="store_true", help="write a quantised file beside the other (onnx)")
     parser.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators (default: torch's choice)")
     parser.add_argument(
-        "--temperature", choices=["run", "off"], default="run", help="off: probabilities without the run's temperature"
+        "--temperature",
+        choices=["fit", "off"],
+        default="fit",
+        help="fit (default): logits are divided by a temperature fitted on validation; off: by none",
     )
     parser.add_argument("--data", type=user_place, help="where the run's dataset is now (default: the run's data.path)")
     parser.add_argument("--out", type=user_path, help="folder to write (default: RUN/export-FORMAT[-outside])")

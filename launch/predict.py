@@ -6,7 +6,7 @@ Images are prepared as packing prepares them, and predicted as an evaluation pre
 
 import argparse
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 import torch
@@ -23,6 +23,7 @@ from harness.report.heat_maps import check_heat_maps
 from harness.report.prediction_page import draw_maps, draw_nearest, write_prediction_page
 from harness.run.console import LOGGER, start_console
 from launch.options import add_run_options
+from shards.image import image_suffixes
 from shards.index import load, load_table
 from shards.inputs import Inputs, find_inputs
 from shards.raw import RawReader
@@ -30,6 +31,7 @@ from shards.reader import SplitReader
 from shards.storage import is_url, without_secrets
 from shards.terminal import run_and_exit, user_path, user_place
 
+MOST_NEAREST = 20  # training images that a page shows of each image
 SOME_UNREADABLE = 3  # the exit code where images could not be read, and all others were predicted
 
 
@@ -40,11 +42,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_output(options.out, options.overwrite)
         _check_page(options)
+        _check_inputs(options.inputs)
         runs = open_together([options.run, *options.others], _choices(options))
         results = _results_of_one(runs)
         temperature = _temperature(results, options)
         config = runs[0].config
         size = config.eval.image_size or config.data.image_size
+        is_as_evaluated = results is not None and (results.views, results.image_size) == (config.eval.views, size)
+        if temperature is not None and results and not is_as_evaluated:
+            raise ValueError(
+                f"The temperature of {options.run} was fitted for the views {results.views} at {results.image_size} pixels, and these are "
+                f"{config.eval.views} at {size}. Leave out --temperature, or --views and --image-size."
+            )
         set_arithmetic(config.run.tf32, config.run.deterministic)
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
@@ -53,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             if _is_packed(options.inputs)
             else find_inputs(options.inputs, options.image_column, options.image_root)
         )
+        _keep_inputs(options, inputs)
         members = [Member(str(run.folder), load_model(run, world), run.config, run.classes) for run in runs]
         if options.explain:
             check_heat_maps(members[0].model, config.model.name, size)
@@ -62,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         names, predictions, problems = _predict(members, runs, inputs, options, world)
         seconds = time.perf_counter() - began
         points = results.operating_points if results else []
-        if results and points and (results.views, results.image_size) != (config.eval.views, size):
+        if results and points and not is_as_evaluated:
             world.warn(
                 f"the thresholds (is_...) were chosen for the views {results.views} at {results.image_size} pixels, and these are "
                 f"{config.eval.views} at {size}"
@@ -155,10 +165,33 @@ def _check_page(options: argparse.Namespace) -> None:
         raise ValueError(
             "--page shows images as people have them. For packed shards, launch/evaluate.py draws a report."
         )
+    if page.is_dir():
+        raise IsADirectoryError(f"{page} is a folder. Give --page the name of a file.")
+    if page.resolve() == options.out.resolve():
+        raise ValueError("--page and --out are one file. Give --page FILE.html.")
     if page.exists() and not options.overwrite:
         raise FileExistsError(f"{page} exists. Give --overwrite to replace it, or another --page.")
     if not page.parent.is_dir():
         raise FileNotFoundError(f"The folder {page.parent} of --page does not exist. Make it, or name another.")
+
+
+def _check_inputs(words: list[str]) -> None:
+    """Refuse what is neither images nor packed shards, before a server is asked for it."""
+    for word in words:
+        if is_url(word) and PurePosixPath(word.partition("?")[0]).suffix.lower() in image_suffixes():
+            raise ValueError(f"{without_secrets(word)} is an image behind a URL. Download it, and give the file.")
+        if not is_url(word) and (Path(word).expanduser() / "config.yaml").is_file():
+            raise ValueError(f"{word} is a run's folder. To average several runs, give the others after --with.")
+
+
+def _keep_inputs(options: argparse.Namespace, inputs: Inputs | None) -> None:
+    """Refuse to write over what is predicted, or over the table that names it."""
+    given = [Path(word).expanduser() for word in options.inputs if not is_url(word)]
+    for name in ("out", "page"):
+        path = getattr(options, name)
+        same_name = [read for read in (*given, *(inputs.paths if inputs else ())) if path and read.name == path.name]
+        if any(read.resolve() == path.resolve() for read in same_name):
+            raise ValueError(f"--{name} {path} is one of the inputs, and would be lost. Give another file.")
 
 
 def _is_packed(words: list[str]) -> bool:
@@ -222,8 +255,9 @@ def _parser() -> argparse.ArgumentParser:
         "--nearest",
         type=int,
         default=0,
+        choices=range(MOST_NEAREST + 1),
         metavar="N",
-        help="show on the page the N training images most like each (of several runs, by the first); their features are kept in RUN",
+        help=f"show on the page the N (at most {MOST_NEAREST}) training images most like each (of several runs, by the first); their features are kept in RUN",
     )
     add("--data", type=user_place, help="packed training data, for --nearest (default: the run's data.path)")
     return parser

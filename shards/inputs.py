@@ -78,6 +78,7 @@ def _add_table(found: Inputs, path: Path, column: str, root: Path | None) -> Non
         file = finder.find(name)
         assert file is None or isinstance(file, Path)
         if file is None:
-            found.missing[len(found.paths)] = f"{preview([name])} of {path}: no such image below {root}."
+            what = preview([name]) if name else f"a blank cell in {column}"
+            found.missing[len(found.paths)] = f"{what} of {path}: no such image below {root}."
         found.paths.append(file or Path(root, name))
         found.names.append(name)

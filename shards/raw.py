@@ -45,8 +45,9 @@ class RawReader:
         for place, row in enumerate(rows.tolist()):
             try:
                 yield place, self._paths[row].read_bytes()
-            except OSError as error:
-                self.problems[row] = f"Cannot read the image {self._names[row]} ({error.strerror})."
+            except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+                why = error.strerror if isinstance(error, OSError) else error
+                self.problems[row] = f"Cannot read the image {self._names[row]} ({why})."
                 yield place, b""
 
     def decode(self, shard: int, row: int, data: bytes, out: np.ndarray) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from harness.evaluation.calibration import Prior, change_prior, with_temperature
-from harness.evaluation.results import Predictions
+from harness.evaluation.results import Predictions, classes_of
 from shards.files import write_atomically
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -48,7 +48,7 @@ def output_rows(
     }
     rows |= {f"p_{name}": np.where(is_read, shown[:, number], np.nan) for number, name in enumerate(classes)}
     for point in points:
-        positive = [classes.index(name) for name in point["positive"].split("+")]
+        positive = [classes.index(name) for name in classes_of(point["positive"], classes)]
         is_positive = evaluated[:, positive].sum(1) >= point["threshold"]
         rows[f"is_{point['positive']}"] = np.where(is_read, np.where(is_positive, "true", "false"), "")
     rows["error"] = [problems.get(place, "") for place in range(len(names))]
@@ -64,6 +64,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out must end in {', '.join(SUFFIXES)}. Got {path.name}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Give --out the name of a file.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists. Give --overwrite to replace it, or another --out.")
     if not path.parent.is_dir():

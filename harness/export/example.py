@@ -19,15 +19,19 @@ session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionPro
 metadata = session.get_modelmeta().custom_metadata_map
 classes, points = json.loads(metadata["classes"]), json.loads(metadata["thresholds"])
 for path in sys.argv[1:]:
-    upright = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    upright = ImageOps.exif_transpose(Image.open(path))
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+    upright = upright.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", upright.size, "black"), upright).convert("RGB")
     (probabilities,) = session.run(None, {"images": np.asarray(image)[None]})[0].tolist()
     named = dict(zip(classes, probabilities))
     print(path, max(named, key=named.get), json.dumps(named))
     for point in points:  # positive: one class, or several joined by +
-        score = sum(named[name] for name in point["positive"].split("+"))
+        positive = point["positive"]
+        score = sum(named[name] for name in ([positive] if positive in named else positive.split("+")))
         verdict = "at least" if score >= point["threshold"] else "below"
-        print(f"  {point['positive']}: {score:.4f}, {verdict} {point['threshold']}")
+        print(f"  {positive}: {score:.4f}, {verdict} {point['threshold']}")
 ```
 
 Transparency is laid on black, as in training. Colour profiles are not applied: convert images that have one to sRGB first.

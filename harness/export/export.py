@@ -7,12 +7,13 @@ everything in it was checked; a file that answers otherwise than the harness is 
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from harness.evaluation.calibration import fit_temperature, with_temperature
 from harness.evaluation.metrics import paired_differences
 from harness.export import formats, quantize, scoring
 from harness.export.card import Written, describe_cost, model_card
@@ -33,7 +34,8 @@ class Export:
     """What is asked for.
 
     kind: onnx, torch or safetensors. preprocessing: inside or outside the graph; none for safetensors, which has no graph.
-    int8: a quantised file beside it (onnx). opset: of ONNX; None for torch's choice. calibrated: with the run's temperature.
+    int8: a quantised file beside it (onnx). opset: of ONNX; None for torch's choice. calibrated: with a temperature, fitted on the
+    center view of the validation split.
     """
 
     kind: str
@@ -70,9 +72,9 @@ def export_run(run: Path, out: Path, wanted: Export, data: Path | str | None = N
     """
     if wanted.kind == "onnx":
         formats.require_extra()
+    out = out.resolve()  # of a link, where it leads to
     _refuse_existing(out, overwrite)
-    trained = load_trained(run, data, wanted.calibrated)
-    answers = _ask_harness(trained, wanted)
+    trained, answers = _ask_harness(load_trained(run, data), wanted)
     everything = len(answers.places) == len(answers.labels)
     thresholds = scoring.choose_thresholds(trained, answers.probabilities, answers.labels) if everything else []
     words = metadata(trained, wanted.preprocessing, thresholds)
@@ -89,6 +91,8 @@ def export_run(run: Path, out: Path, wanted: Export, data: Path | str | None = N
 def _refuse_existing(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
+    if out == Path.cwd():
+        raise FileExistsError(f"{out} is the folder you are in. Give a new folder inside it: --out FOLDER")
     if not overwrite:
         raise FileExistsError(
             f"{out} is there already. Replace it with --overwrite, or name another folder: --out FOLDER"
@@ -120,17 +124,20 @@ def _filled(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _ask_harness(trained: Trained, wanted: Export) -> Answers:
-    """The harness's answers: to all images where thresholds or the cost of int8 need them, else to a sample."""
+def _ask_harness(trained: Trained, wanted: Export) -> tuple[Trained, Answers]:
+    """The run with its temperature, and the harness's answers with it: to a sample where nothing needs all images."""
     reader = SplitReader(trained.dataset, "val")
     labels, groups = scoring.labels_and_groups(reader)
-    needs_all = wanted.int8 or trained.results.operating_points
+    needs_all = wanted.calibrated or wanted.int8 or trained.results.operating_points
     places = np.arange(len(labels)) if needs_all else scoring.spread(len(labels), scoring.SAMPLE)
     LOGGER.info(
         f"{trained.name} of {trained.weights.folder}: predicting {len(places)} validation images with the harness"
     )
     probabilities = scoring.predict_images(scoring.harness_predict(trained), reader, places)
-    return Answers(reader, places, probabilities, labels, groups)
+    if wanted.calibrated:
+        trained = replace(trained, temperature=fit_temperature(probabilities, labels))
+        probabilities = with_temperature(probabilities, trained.temperature)
+    return trained, Answers(reader, places, probabilities, labels, groups)
 
 
 def _write(trained: Trained, wanted: Export, path: Path, words: dict[str, str]) -> formats.Run:

@@ -1,8 +1,8 @@
 """How an exported file answers: on stored images, beside the harness, and how fast.
 
 In: stored images of a split, and functions from images to probabilities. Out: differences, thresholds, milliseconds.
-Invariants: the harness's own answer is the center view of `plain_view` through the run's model; a threshold is chosen on the
-validation split, for the very probabilities that the file gives.
+Invariants: the harness's own answer is the center view of `plain_view` through the run's model; temperature and thresholds are
+chosen on the validation split, for the very probabilities that the file gives.
 """
 
 import time
@@ -14,6 +14,7 @@ import torch
 
 from harness.data.augment import plain_view
 from harness.evaluation.calibration import threshold_for, with_temperature
+from harness.evaluation.results import classes_of
 from harness.export.trained import Trained
 from shards.index import load_table
 from shards.plan import locate_in_order
@@ -99,7 +100,7 @@ def choose_thresholds(trained: Trained, probabilities: np.ndarray, labels: np.nd
     """
     points = []
     for point in trained.results.operating_points:
-        numbers = [trained.classes.index(name) for name in point["positive"].split("+")]
+        numbers = [trained.classes.index(name) for name in classes_of(point["positive"], trained.classes)]
         scores = probabilities[:, numbers].sum(1)
         threshold = threshold_for(scores, np.isin(labels, numbers), point["wanted_sensitivity"])
         if threshold is not None:

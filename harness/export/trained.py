@@ -28,7 +28,7 @@ class Trained:
 
     model: with the best weights, on the CPU in float32, in evaluation mode. weights: where they are from. weights_sha256: of
     their file. config: settings of the run, with the mean and deviation of the weights and the path of the dataset. results:
-    its metrics.json. dataset: the one it was trained on. temperature: that logits are divided by.
+    its metrics.json. dataset: the one it was trained on. temperature: that logits are divided by, 1 for none.
     """
 
     model: nn.Module
@@ -37,7 +37,7 @@ class Trained:
     config: Config
     results: Results
     dataset: Dataset
-    temperature: float
+    temperature: float = 1.0
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -55,12 +55,11 @@ class Trained:
         return self.dataset.width, self.dataset.height
 
 
-def load_trained(run: Path, data: Path | str | None, calibrated: bool) -> Trained:
-    """Open a finished run.
+def load_trained(run: Path, data: Path | str | None) -> Trained:
+    """Open a finished run; without a temperature, since that of its results is of averages over views.
 
     Args:
-        data: where its dataset is now; None for where its settings have it. calibrated: whether to take the temperature of its
-            results, or 1.
+        data: where its dataset is now; None for where its settings have it.
 
     Raises:
         FileNotFoundError: no run, no best weights, no results, or no dataset, with what to do.
@@ -77,9 +76,8 @@ def load_trained(run: Path, data: Path | str | None, calibrated: bool) -> Traine
     dataset = _find_dataset(config.data, weights.provenance.dataset)
     model = build_model(config.model.name, len(opened.classes)).eval().requires_grad_(False)
     load_model(weights, model)
-    temperature = results.calibration["temperature"] if calibrated and results.calibration else 1.0
     digest = sha256(weights.folder / "model.safetensors")
-    return Trained(model, weights, digest, config, results, dataset, temperature)
+    return Trained(model, weights, digest, config, results, dataset)
 
 
 def _find_dataset(data: Data, fingerprint: str) -> Dataset:

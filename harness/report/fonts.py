@@ -1,6 +1,6 @@
 """Which names matplotlib can draw: fonts for scripts that its own has no letters of.
 
-In: a name. Out: the name, or what stands for it. Invariants: two names stay two; nothing is drawn as empty boxes.
+In: a name. Out: the name, or what stands for it. Invariants: two names that differ at their start or end stay two; nothing is drawn as empty boxes.
 """
 
 from functools import cache
@@ -32,12 +32,13 @@ def _letters() -> frozenset[int]:
     return frozenset(code for file in files for code in font_manager.get_font(file).get_charmap())
 
 
-def drawable(name: str) -> str:
-    """A name as matplotlib draws it unchanged: what stands between two dollars would be a formula. Long ones are cut.
+def drawable(name: str, most: int = MAX_NAME) -> str:
+    """A name as matplotlib draws it unchanged: what stands between two dollars would be a formula. Long ones lose their middle.
 
     A letter that no font here has is written as its number, as in Python.
     """
-    short = name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+    half = (most - 3) // 2
+    short = name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
     known = short if short.isascii() else "".join(c if ord(c) in _letters() else _number(c) for c in short)
     return known.replace("$", r"\$")
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MANY_CLASSES = 30  # beyond them a confusion matrix is a picture without numbers
 MAX_CURVES = 10
+MAX_TICK = 32  # characters of a class's name beside a confusion matrix
 
 
 def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: str) -> bytes:
@@ -33,14 +34,15 @@ def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], title: 
     shares = np.divide(counts, images, out=np.zeros(counts.shape), where=images > 0)
     has_numbers = len(classes) <= MANY_CLASSES
     side = max(4.5, 0.75 * (len(classes) if has_numbers else 10) + 1.8)
-    figure, (axes,) = new_figure(side, side * 0.92, 1)
+    named = range(0, len(classes), -(-len(classes) // MANY_CLASSES))  # every second, third, ... of many
+    names = [drawable(classes[number], MAX_TICK) for number in named]
+    beyond = 0.08 * max(0, max(map(len, names)) - 8)  # inches that longer names take
+    figure, (axes,) = new_figure(side + beyond, side * 0.92 + 0.7 * beyond, 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape) if has_numbers else ():
         colour = "white" if shares[row, column] > 0.55 else "black"
         text = f"{counts[row, column]}\n{shares[row, column]:.0%}" if images[row] else "0"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    named = range(0, len(classes), -(-len(classes) // MANY_CLASSES))  # every second, third, ... of many
-    names = [drawable(classes[number]) for number in named]
     axes.set_xticks(named, names, rotation=45, ha="right")
     axes.set_yticks(named, [f"{name} ({n})" for name, n in zip(names, images[named, 0], strict=True)])
     axes.set(xlabel="predicted", ylabel="label (images)", title=title)

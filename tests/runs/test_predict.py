@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from harness.evaluation.results import read_predictions
+from harness.evaluation.output import output_rows
+from harness.evaluation.results import Predictions, read_predictions
 from harness.evaluation.trained import Choices, open_together
 from shards import cli
 from shards.index import load, load_table
@@ -140,6 +141,17 @@ def test_every_format_says_the_same_and_a_page_shows_it(finished_run, photos, tm
         (["a.png", "--out", "p.xlsx"], "must end in .csv, .jsonl, .parquet"),
         (["a.png", "--out", "no/p.csv"], "The folder no of --out does not exist"),
         (["a.png", "--views", "ten"], "ten"),
+        (
+            ["a.png", "--temperature", "--views", "none"],
+            "was fitted for the views flips at 32 pixels, and these are none at 32",
+        ),
+        (["t.csv", "--image-column", "file", "--out", "t.csv", "--overwrite"], "--out t.csv is one of the inputs"),
+        (["a.png", "--page", "../here/a.png", "--overwrite"], "is one of the inputs, and would be lost"),
+        (["a.png", "--page", "p.csv"], "--page and --out are one file"),
+        (["a.png", "--page", "none", "--overwrite"], "none is a folder. Give --page"),
+        (["a.png", "--out", "folder.csv", "--overwrite"], "folder.csv is a folder. Give --out"),
+        (["https://u:p@localhost:9/x.JPG?sig=1"], "https://localhost:9/x.JPG is an image behind a URL. Download it"),
+        (["RUN"], "is a run's folder. To average several runs"),
     ],
 )
 def test_what_cannot_be_predicted_is_said_before_anything_is_computed(
@@ -147,16 +159,37 @@ def test_what_cannot_be_predicted_is_said_before_anything_is_computed(
 ):
     from launch.predict import main
 
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     Image.new("RGB", (9, 9)).save("a.png")
     Path("old.csv").write_text("mine")
     Path("none").mkdir()
+    Path("folder.csv").mkdir()
     pd.DataFrame({"file": ["a.png"], "note": ""}).to_csv("t.csv", index=False)
-    words = [str(packed) if word == "PACKED" else word for word in words]
+    words = [{"PACKED": str(packed), "RUN": str(finished_run)}.get(word, word) for word in words]
     out = [] if "--out" in words else ["--out", "p.csv"]
     assert main([str(finished_run), *words, *out]) == 1
     assert said in capsys.readouterr().err
     assert Path("old.csv").read_text() == "mine"
+    assert Path("t.csv").read_text() == "file,note\na.png,\n"
+    Image.open("a.png").load()
+
+
+def test_a_class_with_a_plus_is_not_two_joined_by_one():
+    probabilities = np.array([[0.5, 0.3, 0.2]])
+    predictions = Predictions(np.arange(1), np.zeros(1, int), probabilities, probabilities, np.zeros(1))
+    points = [{"positive": "HER2+", "threshold": 0.2}, {"positive": "a+b", "threshold": 0.9}]
+    rows = output_rows(["x"], predictions, ("a", "b", "HER2+"), {}, points)
+    assert rows[["is_HER2+", "is_a+b"]].to_numpy().tolist() == [["true", "false"]]
+
+
+def test_cells_that_are_no_names_of_images_have_their_reason(finished_run, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_bytes(b"file\na.png\nb\x00.png\n \n")
+    predicted(finished_run, tmp_path / "t.csv", "--image-column", "file", out=tmp_path / "p.csv", code=3)
+    whole, *errors = read(tmp_path / "p.csv")["error"]
+    assert whole == ""
+    assert ["no such image" in error for error in errors] == [True] * len(errors)
 
 
 def test_a_folder_without_a_run_and_one_without_weights_are_refused(finished_run, tmp_path, capsys):

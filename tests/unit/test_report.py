@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -256,6 +257,21 @@ def test_names_in_scripts_that_no_font_here_has_are_drawn_as_numbers_and_stay_ap
 @pytest.mark.filterwarnings("error:Glyph")
 def test_names_in_other_scripts_are_drawn_where_a_font_has_them():
     draw_confusion(np.eye(2, dtype=int).tolist(), ("黒色腫", "שומה"), "two")
+
+
+def test_long_names_stay_apart_and_leave_the_matrix_its_room():
+    names = [
+        f"Animalia_Chordata_Mammalia_Carnivora_Phocidae_Halichoerus_grypus_{end}" for end in ("grypus", "macrorhynchus")
+    ]
+    assert len({drawable(name) for name in names}) == 2
+    assert max(len(drawable(name)) for name in names) <= fonts.MAX_NAME
+    short, long = (
+        Image.open(io.BytesIO(draw_confusion([[1, 2], [3, 4]], of, "two"))).size for of in (("a", "b"), tuple(names))
+    )
+    assert long[0] > short[0] + 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what matplotlib says where there is no room left
+        draw_confusion(np.eye(7, dtype=int).tolist(), (*names, *"abcde"), "seven")
 
 
 def test_citation_and_license_of_the_data_are_printed_where_they_are_known(run):
