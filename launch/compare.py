@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.config import load_config
 from harness.evaluation.calibration import Prior
-from harness.evaluation.folds import Scored, in_one_order, join_folds, read_scored
+from harness.evaluation.folds import PROTOCOL, Scored, in_one_order, join_folds, read_scored
 from harness.evaluation.metrics import SUMMARY_METRICS, paired_differences
 from harness.evaluation.results import Results, read_predictions, read_results
 from harness.report.text import class_table, format_metric, title
@@ -103,16 +104,19 @@ def difference(first: list[Run], second: list[Run], prior: str = "own") -> str:
     if odd := next((one for one in results if set(one.classes) != set(classes)), None):
         other = sorted(set(odd.classes) ^ set(classes))
         return f"no paired difference: some of them do not know the classes {', '.join(other[:10])}"
-    n_first = len(of_first := _scored(first, classes, prior))
-    parts = in_one_order([*of_first, *_scored(second, classes, prior)])
+    of_first, of_second = _scored(first, classes, prior), _scored(second, classes, prior)
+    parts = in_one_order([*of_first, *of_second])
     if parts is None:
-        return "no paired difference: they were evaluated on different images"
+        folds = dict.fromkeys(part.numbers for part in (*of_first, *of_second) if part.numbers)
+        return "no paired difference: they were evaluated on different images" + (
+            f" (folds {' and '.join(folds)})" if len(folds) > 1 else ""
+        )
     if not all(part.has_folds_of(parts[0]) for part in parts):
         return "no paired difference: they are of different folds"
     probabilities = [part.probabilities for part in parts]
     labels, groups = parts[0].labels(classes), parts[0].images["group"].to_numpy()
     names = (*SUMMARY_METRICS, *(f"recall of {name}" for name in classes))
-    before, after = probabilities[:n_first], probabilities[n_first:]
+    before, after = probabilities[: len(of_first)], probabilities[len(of_first) :]
     gains = paired_differences(before, after, labels, classes, groups, names, parts[0].folds)
     lines = [f"{_named(second, after)} minus {_named(first, before)} (95 % intervals of the paired difference):"]
     for name, found in gains.items():
@@ -129,24 +133,44 @@ def difference(first: list[Run], second: list[Run], prior: str = "own") -> str:
 
 def _scored(runs: list[Run], classes: tuple[str, ...], prior: str) -> list[Scored]:
     """What the runs of one setting predicted; those of the folds of a cross-validation are one."""
-    return join_folds(
-        [read_scored(one, read_predictions(folder), classes, correction_to(one, prior)) for folder, one in runs]
-    )
+    parts = [
+        read_scored(str(folder), one, read_predictions(folder), classes, correction_to(one, prior), _recipe(folder))
+        for folder, one in runs
+    ]
+    return join_folds(parts)
+
+
+def _recipe(folder: Path) -> str:
+    """The settings that make a model, as text; empty where the folder is of no run, and in none."""
+    for run in (folder, folder.resolve().parent):
+        if (run / "config.yaml").is_file():
+            config = load_config(run / "config.yaml")
+            settings = config.model, config.optim, config.augment, config.data.global_batch_size, config.data.image_size
+            return repr((*settings, config.run.epochs, config.run.monitor))
+    return ""
 
 
 def _folds_together(runs: list[Run], prior: str) -> list[str]:
-    """The table of all folds' images, for each cross-validation among the runs of the same classes."""
+    """The table of all folds' images, for each cross-validation among the runs of the same classes; and what is in none."""
     classes = runs[0][1].classes
     of_folds = [(folder, one) for folder, one in runs if "fold" in one.protocol and set(one.classes) == set(classes)]
+    scored = _scored(of_folds, classes, prior) if len(of_folds) > 1 else []
+    joined = [whole for whole in scored if whole.cut and whole.n_runs > 1]
     lines = []
-    for whole in _scored(of_folds, classes, prior) if len(of_folds) > 1 else []:
-        if whole.cut and whole.n_runs > 1:
-            found = whole.metrics(classes)
-            lines.append(
-                f"\n{whole.n_runs} of {whole.cut['folds']} folds together: {found['images']} images, each scored by the run of its "
-                f"fold\n{class_table(found, of_folds[0][1].group_name)}\n"
-                "areas under curves (auc) are means over the folds, the rest counts all images together"
-            )
+    for whole in joined:
+        found, cut = whole.metrics(classes), whole.cut or {}
+        lines.append(
+            f"\n{whole.n_runs} of {cut[f'{PROTOCOL}folds']} folds together ({whole.numbers}): {found['images']} images, each scored by the "
+            f"run of its fold\nruns: {', '.join(whole.folds_of)}\n{class_table(found, str(cut['group_name']))}\n"
+            "areas under curves (auc) are means over the folds, the rest counts all images together"
+        )
+    for whole in scored if joined else []:
+        if whole not in joined:
+            (name,), cut, others = whole.folds_of, whole.cut or {}, joined[0].cut or {}
+            odd = sorted(key for key in cut.keys() | others if cut.get(key) != others.get(key)) or [
+                "fold, or images, that another one has"
+            ]
+            lines.append(f"note: {name} (fold {whole.numbers}) is not among them: {', '.join(odd)}")
     return lines
 
 

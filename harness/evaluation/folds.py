@@ -1,7 +1,7 @@
 """Results that are compared: the folds of a cross-validation are taken together, as one result of all their images.
 
-In: results and the rows of their `predictions.csv`. Out: `Scored`. Invariants: an image stands in a `Scored` once; results of
-other data, splits or seeds of the split are never taken together.
+In: results and the rows of their `predictions.csv`. Out: `Scored`. Invariants: an image, and a fold, stands in a `Scored` once; results of
+other splits, seeds of the split, recipes, models, views or sizes are never taken together, nor of data with another citation or group.
 """
 
 from dataclasses import dataclass, replace
@@ -14,19 +14,33 @@ from harness.evaluation.calibration import Prior, change_prior
 from harness.evaluation.metrics import compute_metrics
 from harness.evaluation.results import Results
 
+PROTOCOL = "protocol's "
+SAME = ("split", "model", "views", "image_size", "group_name", "citation", "license")  # in all folds, of `Results`
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Scored:
     """N images and their probabilities: of one run, or of the runs of several folds.
 
     images: N rows by id, with `label` and `group` as text and the number of the `fold`, -1 for none. probabilities: (N, C).
-    cut: how the folds were cut, equal for those of one cross-validation; None without. n_runs: runs that scored the images.
+    cut: what is equal in all folds of one cross-validation: data, split and its seed, recipe, views; None without. folds_of: name of
+    each run that scored the images -> its fold.
     """
 
     images: pd.DataFrame
     probabilities: np.ndarray
     cut: dict[str, Any] | None
-    n_runs: int = 1
+    folds_of: dict[str, int]
+
+    @property
+    def n_runs(self) -> int:
+        """Runs that scored the images."""
+        return len(self.folds_of)
+
+    @property
+    def numbers(self) -> str:
+        """The folds, as text; empty without cross-validation."""
+        return ", ".join(str(number) for number in sorted(self.folds_of.values()) if number >= 0)
 
     @property
     def folds(self) -> np.ndarray | None:
@@ -49,37 +63,56 @@ class Scored:
         return compute_metrics(self.probabilities, self.labels(classes), classes, groups, self.folds)
 
 
-def read_scored(results: Results, rows: pd.DataFrame, classes: tuple[str, ...], correction: Prior | None) -> Scored:
+def read_scored(
+    name: str,
+    results: Results,
+    rows: pd.DataFrame,
+    classes: tuple[str, ...],
+    correction: Prior | None = None,
+    recipe: str = "",
+) -> Scored:
     """One result, its probabilities brought to another prior if asked for.
 
     Args:
-        rows: as `read_predictions` returns them. classes: the result's, in the order wanted.
+        name: of the run. rows: as `read_predictions` returns them. classes: the result's, in the order wanted.
+        recipe: what tells the settings of trainings apart, as far as it is known.
+
+    Raises:
+        ValueError: the rows are of other classes than the result.
     """
     rows = rows.set_index("image_id")
+    if missing := [one for one in results.classes if f"p_{one}" not in rows]:
+        raise ValueError(
+            f"The predictions of {name} have no class {missing[0]}, and its metrics.json has. Run launch/evaluate.py on the run."
+        )
     own = rows[[f"p_{name}" for name in results.classes]].to_numpy(np.float64)  # (N, C)
     corrected = change_prior(own, correction) if correction else own
     probabilities = corrected[:, [results.classes.index(name) for name in classes]]
     fold = results.protocol.get("fold")
     cut = None
     if fold is not None and results.dataset == results.trained_on:  # not another dataset, whose images all models score
-        protocol = {name: value for name, value in results.protocol.items() if name != "fold"}
-        cut = protocol | {"split": results.split, "classes": sorted(classes)}
-    return Scored(rows[["label", "group"]].assign(fold=-1 if fold is None else fold), probabilities, cut)
+        cut = {f"{PROTOCOL}{key}": value for key, value in results.protocol.items() if key != "fold"}
+        cut |= {key: getattr(results, key) for key in SAME} | {"recipe": recipe, "classes": sorted(classes)}
+    number = -1 if fold is None else fold
+    return Scored(rows[["label", "group"]].assign(fold=number), probabilities, cut, {name: number})
 
 
 def join_folds(parts: list[Scored]) -> list[Scored]:
     """Those of one cross-validation as one, each other one alone; of several seeds in each fold, one for each seed.
 
-    Results are joined in the order given where they are of one cross-validation and have no image in common. Where all folds
-    score one held-out test set, each stays alone.
+    Results are joined in the order given where they are of one cross-validation, of other folds, and have no image in common.
+    Where all folds score one held-out test set, each stays alone.
     """
     joined: list[Scored] = []
     for part in parts:
         for number, whole in enumerate(joined):
-            if part.cut and part.cut == whole.cut and part.images.index.intersection(whole.images.index).empty:
+            is_other = set(part.folds_of.values()).isdisjoint(whole.folds_of.values())
+            is_other &= part.images.index.intersection(whole.images.index).empty
+            if part.cut and part.cut == whole.cut and is_other:
                 images = pd.concat([whole.images, part.images])
                 probabilities = np.concatenate([whole.probabilities, part.probabilities])
-                joined[number] = replace(whole, images=images, probabilities=probabilities, n_runs=whole.n_runs + 1)
+                folds_of = whole.folds_of | part.folds_of
+                joined[number] = replace(whole, images=images, probabilities=probabilities, folds_of=folds_of)
                 break
         else:
             joined.append(part)

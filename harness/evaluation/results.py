@@ -157,6 +157,8 @@ def read_predictions(folder: Path) -> pd.DataFrame:
         names = [name.removeprefix("p_") for name in rows if name.startswith("p_")]
         if missing := [name for name in ("key", *as_text) if name not in rows]:
             raise ValueError(f"it has no column {missing[0]}")
+        if rows["image_id"].duplicated().any():
+            raise ValueError("it names an image twice")
         if not len(rows) or not set(rows["label"]) | set(rows["prediction"]) <= set(names):
             raise ValueError("it has no rows, or names a class without a column of probabilities")
         probabilities = rows[[f"p_{name}" for name in names]].to_numpy(np.float64)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -59,7 +60,7 @@ def test_all_folds_are_told_as_one_result_of_all_images(write, finished_run, cap
     classes = read_results(finished_run).classes
     probabilities, labels = drawn(1, len(classes), 0.2)
     together = compute_metrics(probabilities, labels, classes, GROUPS)
-    assert f"3 of 3 folds together: {N_IMAGES} images" in shown
+    assert f"3 of 3 folds together (0, 1, 2): {N_IMAGES} images" in shown
     low, high = together["intervals"]["balanced_accuracy"]
     assert f"balanced accuracy {together['balanced_accuracy']:.3f} ({low:.3f} to {high:.3f})" in shown
     recall = together["per_class"]["mel"]["recall"]
@@ -104,6 +105,54 @@ def test_folds_of_different_cuts_are_not_taken_together(write, capsys):
     known = [write(f"known{fold}", fold) for fold in range(N_FOLDS)]
     shown = shown_by(capsys, *known, "--against", write("all", None))
     assert "no paired difference: they are of different folds" in shown
+
+
+def test_folds_of_two_models_or_recipes_are_never_mixed(write, finished_run, capsys):
+    """Where one of them lacks a fold, the other's does not take its place."""
+    good = [write(f"good{fold}", fold, certainty=0.9) for fold in (0, 1)]
+    bad = [write(f"bad{fold}", fold, certainty=0.0, model="resnet50") for fold in range(N_FOLDS)]
+    shown = shown_by(capsys, good[0], *bad, good[1])
+    assert (
+        f"2 of 3 folds together (0, 1): 160 images, each scored by the run of its fold\nruns: {', '.join(good)}"
+        in shown
+    )
+    assert (
+        f"3 of 3 folds together (0, 1, 2): 240 images, each scored by the run of its fold\nruns: {', '.join(bad)}"
+        in shown
+    )
+    shown = shown_by(capsys, *good, "--against", *bad)
+    assert "no paired difference: they were evaluated on different images (folds 0, 1 and 0, 1, 2)" in shown
+    config = (finished_run / "config.yaml").read_text()
+    for number, folder in enumerate(bad):
+        lr = "0.5" if number == 1 else "0.25"
+        Path(folder, "config.yaml").write_text(re.sub(r"(?m)^  lr: .*$", f"  lr: {lr}", config))
+    shown = shown_by(capsys, *bad)
+    assert "2 of 3 folds together (0, 2)" in shown
+    assert f"note: {bad[1]} (fold 1) is not among them: recipe" in shown
+
+
+def test_a_fold_that_is_not_among_them_is_named(write, capsys):
+    folders = [
+        write("0", 0),
+        write("1", 1),
+        write("2", 2, protocol={"united_pairs": 3}),
+        write("again", 0, citation="others"),
+    ]
+    shown = shown_by(capsys, *folders)
+    assert f"note: {folders[2]} (fold 2) is not among them: protocol's united_pairs" in shown
+    assert f"note: {folders[3]} (fold 0) is not among them: citation" in shown
+    assert "2 of 3 folds together (0, 1)" in shown
+
+
+@pytest.mark.parametrize(("damage", "said"), [("twice", "names an image twice"), ("class", "have no class mel")])
+def test_predictions_that_do_not_fit_are_said(write, capsys, damage, said):
+    folders = [write(f"fold{fold}", fold) for fold in range(N_FOLDS)]
+    path = Path(folders[1], "predictions.csv")
+    rows = pd.read_csv(path)
+    damaged = pd.concat([rows, rows[:1]]) if damage == "twice" else rows[rows["label"] != "mel"].drop(columns="p_mel")
+    damaged[~(damaged["prediction"] == "mel") | (damage == "twice")].to_csv(path, index=False)
+    assert main(folders) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_a_common_test_set_of_all_folds_is_no_cross_validation(write, finished_run, capsys):
