@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     from harness.model.normalization import with_normalization
     from harness.report.page import draw_report
     from harness.run.console import LOGGER, start_console
-    from harness.run.stop import STOPPED, follow_launcher
+    from harness.run.stop import exit_code, follow_launcher
     from harness.training.probe import probe
     from shards.index import load
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         LOGGER.error(str(error))
         return 1
-    return 0 if outcome == "finished" else STOPPED
+    return exit_code(outcome)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Without --config it trains the demo: lesions are drawn and packed first. Starting the same command again continues.
 """
 
-import os
 import shutil
 import sys
 import tempfile
@@ -22,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     from harness.model.normalization import with_normalization
     from harness.report.page import draw_report
     from harness.run.console import LOGGER, start_console
-    from harness.run.stop import STOPPED, follow_launcher
+    from harness.run.stop import exit_code, follow_launcher
     from harness.training.train import train
     from shards.index import load
     from shards.storage import is_url
@@ -43,9 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         LOGGER.error(str(error))
         return 1
-    # A launcher that restarts what fails must not restart what was asked to stop; it passes no code on, either way.
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    return 0 if outcome == "finished" or restarts else STOPPED
+    return exit_code(outcome)
 
 
 def draw_demo(packed: Path, images: int) -> None:

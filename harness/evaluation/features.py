@@ -4,10 +4,11 @@ In: a model, images. Out: features. Invariants: the center view, in fp32; the sa
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from copy import deepcopy
+from itertools import islice
 
 import torch
 from torch import nn
@@ -18,13 +19,14 @@ from harness.data.loader import Batch, LoaderOptions, evaluation_batches
 from harness.distributed.collectives import gather_rows
 from harness.distributed.hardware import decode_threads, set_thread_device
 from harness.distributed.world import World
+from harness.evaluation.predict import never
 from harness.model.build import find_head
 from shards.reader import ImageReader
 
 
 def feature_batches(
     model: nn.Module, reader: ImageReader, config: Config, world: World, rank: int = 0, n_ranks: int = 1
-) -> Iterator[tuple[Batch, torch.Tensor]]:
+) -> Generator[tuple[Batch, torch.Tensor], None, None]:
     """One rank's batches of a split in stored order, each with its features, (b, F) float32 on the world's device."""
     options = LoaderOptions(decode_threads(config.data.threads), config.data.prefetch_batches, world.device)
     size = config.eval.image_size or config.data.image_size
@@ -61,12 +63,15 @@ def without_head(model: nn.Module) -> nn.Module:
 
 
 def split_features(
-    model: nn.Module, reader: ImageReader, config: Config, world: World
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: nn.Module, reader: ImageReader, config: Config, world: World, stop: Callable[[], bool] = never
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Collective: features of all images of a split, each computed on one rank, and their labels.
 
+    Args:
+        stop: whether this rank was asked to stop; the ranks compare before each batch.
+
     Returns:
-        (N, F) float32 and (N,) int64, in the order of the keys, on rank 0; N is 0 on the others.
+        (N, F) float32 and (N,) int64, in the order of the keys, on rank 0; N is 0 on the others. None if a rank was asked to stop.
     """
     head = model.get_submodule(find_head(model))
     n_features = head.weight.shape[1] if isinstance(head, nn.Linear | nn.Conv2d) else 0
@@ -75,10 +80,14 @@ def split_features(
         [torch.empty(0, n_features)],
         [torch.empty(0, dtype=torch.int64)],
     )
-    for batch, features in feature_batches(model, reader, config, world, world.rank, world.size):
-        keys.append(batch.keys.cpu())
-        labels.append(batch.labels.cpu())
-        parts.append(features.cpu())
+    with closing(feature_batches(model, reader, config, world, world.rank, world.size)) as found:
+        for _ in range(0, sum(reader.shard_sizes), config.eval.batch_size * world.size):
+            if world.any_rank(stop()):
+                return None
+            for batch, features in islice(found, 1):  # in the last round, some ranks may have none
+                keys.append(batch.keys.cpu())
+                labels.append(batch.labels.cpu())
+                parts.append(features.cpu())
     columns = {"features": torch.cat(parts), "labels": torch.cat(labels)}
     _, columns = gather_rows(world, torch.cat(keys), columns)
     return columns["features"], columns["labels"]

@@ -60,8 +60,8 @@ class Run:
         """Collective: how the run fares, in state.json."""
         self.world.run_on_main(write_state, self.folder, status, progress, reason)
 
-    def stopped(self, progress: Progress) -> str:
-        """Collective: end a run that was asked to stop, after its checkpoint; `stopped`."""
+    def stopped(self, progress: Progress, then: str = "continues") -> str:
+        """Collective: end a run that was asked to stop, after its checkpoint; `stopped`. then: what the same command does."""
 
         def note() -> str:
             reason = self.stop.reason or "another process was asked"
@@ -70,7 +70,7 @@ class Run:
             return reason
 
         reason = self.world.run_on_main(note)
-        self.world.print(f"stopped as asked ({reason}) at step {progress.step}; the same command continues")
+        self.world.print(f"stopped as asked ({reason}) at step {progress.step}; the same command {then}")
         return "stopped"
 
 

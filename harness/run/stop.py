@@ -84,6 +84,15 @@ class StopRequest:
         self._first, self._signal = self._first or now, signal.Signals(number).name
 
 
+def exit_code(outcome: str) -> int:
+    """The code of a process whose run is `finished` or `stopped`: 0, or `STOPPED`.
+
+    A launcher that restarts what fails must not restart what was asked to stop; it passes no code on, either way.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return 0 if outcome == "finished" or restarts else STOPPED
+
+
 def follow_launcher() -> None:
     """When the launcher dies, ask to stop: otherwise the run would go on unseen (SIGUSR1 kills a launcher, for one)."""
     if sys.platform != "linux":

@@ -95,7 +95,11 @@ def fit_and_evaluate(config: Config, world: World, data: Data, model: nn.Module,
         raise ValueError(
             f"{config.model.name} does not end in a linear layer with a bias, which a probe needs. Use another model."
         )
-    splits = [split_features(model, reader, config, world) for reader in (data.train, data.val)]
+    splits = []
+    for reader in (data.train, data.val):
+        if (found := split_features(model, reader, config, world, run.stop.asked)) is None:
+            return run.stopped(Progress(), "starts the probe again")
+        splits.append(found)
     world.print(f"features of {sum(data.train.shard_sizes)} training and {sum(data.val.shard_sizes)} validation images")
 
     def fit() -> Probe:

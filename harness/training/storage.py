@@ -7,6 +7,7 @@ import time
 import uuid
 from pathlib import Path
 from shutil import disk_usage
+from tempfile import TemporaryFile
 
 import torch
 
@@ -76,14 +77,31 @@ def existing_folder(place: str) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
+def why_not_writable(place: str) -> str:
+    """What keeps a folder from being made, or files from being written in it; nothing where neither is so."""
+    path = Path(place).absolute()
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            return f"{part} is no folder"
+    try:
+        with TemporaryFile(dir=existing_folder(place)):
+            return ""
+    except OSError as error:
+        return f"{existing_folder(place)}: {error.strerror}"
+
+
 def check_disk(config: Config, model: torch.nn.Module) -> list[Check]:
-    """Room for the checkpoints of a run."""
+    """The places of a run's files can be written, and have room for its checkpoints."""
     weights, whole = weight_bytes(model), checkpoint_bytes(model, config.optim)
     found = []
     run, local = config.run.folder, config.run.checkpoint_dir
     places = [(run, Path(run), "run.folder")]
     places += [(local, saved_in(Path(run), local), "run.checkpoint_dir")] if local else []
     for place, folder, setting in places:
+        if problem := why_not_writable(place):
+            fix = f"name a folder that can be written as --{setting}"
+            found.append(Check("fail", "disk", f"{setting} {place} cannot be written: {problem}", fix))
+            continue
         needed = required_bytes(folder, weights, whole, config.run.keep_checkpoints)
         free = disk_usage(existing_folder(place)).free
         text = f"{place}: {free / 1e6:.0f} MB free, and checkpoints of {config.model.name} need up to {needed / 1e6:.0f} MB"

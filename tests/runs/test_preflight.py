@@ -99,6 +99,25 @@ def test_a_full_disk_is_found(tiny_config, monkeypatch):
     assert "1 MB free" in found.message
 
 
+@pytest.mark.parametrize("setting", ["folder", "checkpoint_dir"])
+def test_a_place_that_cannot_be_written_is_found(tiny_config, monkeypatch, tmp_path, setting):
+    (tmp_path / "file").write_text("")
+    config = replace(tiny_config, run=replace(tiny_config.run, **{setting: str(tmp_path / "file" / "x")}))
+    found = check_disk(config, outline(tiny_config.model.name, 7))
+    assert [check.message for check in found if check.level == "fail"] == [
+        f"run.{setting} {tmp_path}/file/x cannot be written: {tmp_path}/file is no folder"
+    ]
+    assert not list(tmp_path.glob("**/tmp*"))
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("harness.training.storage.TemporaryFile", refuse)
+    (found,) = check_disk(tiny_config, outline(tiny_config.model.name, 7))
+    assert found.level == "fail"
+    assert found.message.endswith("Permission denied")
+
+
 def test_checkpoints_in_a_local_folder_are_counted(tiny_config, monkeypatch, tmp_path):
     """Those of this run alone: the folder may hold others."""
     run, local = tmp_path / "run", tmp_path / "local"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from harness.evaluation.results import read_results
+from harness.run.stop import exit_code
 from harness.training.probe import refuse_training
 from harness.training.train import refuse_probe
 from support.processes import launch, state, weights
@@ -48,6 +49,17 @@ def test_two_processes_give_the_same_bytes(probed, asked, tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("probe.csv", "predictions.csv", "metrics.json"):
         assert (tmp_path / "run" / name).read_bytes() == (probed / name).read_bytes(), name
+
+
+def test_a_probe_that_is_asked_to_stop_stops_before_its_features_are_there(asked, tmp_path, monkeypatch):
+    limit = ["--run.time_limit_minutes", "0.0001", "--run.folder", tmp_path / "run"]
+    done = launch("probe", *asked, *limit)
+    assert done.returncode == 75, done.stderr
+    assert "the same command starts the probe again" in done.stdout
+    assert "features of" not in done.stdout
+    assert state(tmp_path / "run")["status"] == "stopped"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")  # the launcher would start it again
+    assert exit_code("stopped") == exit_code("finished") == 0
 
 
 def test_what_cannot_be_probed_is_refused(asked, finished_run, tmp_path):
