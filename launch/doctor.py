@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, settings = _parser().parse_known_args(arguments)
     start_console()
     if options.gpu:
+        if settings:
+            _parser().error(f"--gpu asks about a GPU alone; it goes with no other words: {' '.join(settings)}")
         checks = tried("GPU", check_named_gpu, options.gpu)
         return show([*checks, Check("ok", "versions", f"torch {versions()['torch']}")])
     config = read_config(settings)

@@ -130,6 +130,10 @@ def check_wheel(capability: tuple[int, int], architectures: list[str], name: str
         ValueError: saying which torch to install.
     """
     major, minor = capability
+    if not architectures:
+        raise ValueError(
+            f"This torch ({torch.__version__}) was built without CUDA, so it cannot use {name}. Install the one of PyPI: pip install torch"
+        )
     for architecture in architectures:
         kind, _, number = architecture.partition("_")
         digits = "".join(letter for letter in number if letter.isdigit())

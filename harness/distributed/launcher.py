@@ -53,6 +53,12 @@ def asked_for_cpu(environment: Mapping[str, str]) -> bool:
     return environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
+def tasks_apart(environment: Mapping[str, str]) -> int:
+    """Tasks of a job step (srun) or of mpirun, which tell a program their number in ways that are not asked here; 1 without."""
+    names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    return max((int(number) for name in names if (number := environment.get(name, "")).isdecimal()), default=1)
+
+
 def uses_cuda() -> bool:
     """Whether this process computes on a GPU: there is one, and the launcher was not asked for the CPU."""
     return torch.cuda.is_available() and not asked_for_cpu(os.environ)

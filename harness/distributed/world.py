@@ -29,6 +29,7 @@ from harness.distributed.launcher import (
     check_gpu_of_rank,
     launched_precision,
     start_accelerator,
+    tasks_apart,
     uses_cuda,
 )
 from harness.distributed.rendezvous import meet, open_store, pin_process_group
@@ -80,6 +81,11 @@ class World:
         self.is_main = self.rank == 0
         for sentence in in_vain:
             self.warn(sentence)
+        if self.size == 1 and (n_tasks := tasks_apart(os.environ)) > 1:
+            self.warn(
+                f"{n_tasks} tasks were started that know nothing of each other, and each does all of the work. For one run on several "
+                "processes, let each node's task start them by accelerate launch or torchrun, as launch/slurm/ does"
+            )
         self.host_pid = f"{socket.gethostname()}, process {os.getpid()}"
         self._has_trained, self._turns = False, 0  # works of rank 0 that the others waited for
         self.heartbeat: Heartbeat | None = None

@@ -71,9 +71,9 @@ def describe_mfu(config: Config, world: World, n_classes: int, images_per_s: flo
 
 
 def peak_flops(gpu: str, precision: str, tf32: bool) -> float | None:
-    """Peak FLOP/s of a GPU, by the name that torch gives it; None if it is not listed, or is a part of one (MIG)."""
+    """Peak FLOP/s of a GPU, by the name that torch gives it; None if it is not listed, is a part of one (MIG), or a slower kind (NVL)."""
     for name, (half, with_tf32, single) in PEAKS.items():
-        if name in gpu and "MIG" not in gpu:
+        if name in gpu and "MIG" not in gpu and "NVL" not in gpu:
             return 1e12 * (half if precision != "fp32" else with_tf32 if tf32 and with_tf32 else single)
     return None
 

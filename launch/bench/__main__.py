@@ -6,6 +6,7 @@ settings of `launch/train.py`. Machines differ and are shared: compare the ratio
 
 import argparse
 import json
+import os
 import platform
 import sys
 
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, settings = _parser().parse_known_args(arguments)
     if settings and options.run in (bench_pack, bench_plan, bench_audit):
         _parser().error(f"unknown words: {' '.join(settings)}")
+    if options.json and not options.json.absolute().parent.is_dir():
+        _parser().error(f"--json: the folder {options.json.absolute().parent} does not exist")
     try:
         options.config, options.settings = read_config(settings), settings
         numbers = options.run(options)
@@ -44,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # rank 0 speaks for all
     for name, value in numbers.items():
         if isinstance(value, list):  # a row each
             print(f"{name}\n{pd.DataFrame(value).to_string(index=False, float_format='{:.3f}'.format, na_rep='')}")

@@ -27,6 +27,10 @@ NODE_RANKS, NODE_STEPS, LOOK_UPS = 8, 1000, 50
 def bench_plan(options: Namespace) -> dict:
     """One rank of `--ranks`, with one lane and with `--lanes`, over `--shards` shards of `--shard-samples` samples."""
     found = {"samples": options.shards * options.shard_samples, "shards": options.shards, "ranks": options.ranks}
+    if (n_batches := found["samples"] // (options.batch * options.ranks)) < 4:
+        raise ValueError(
+            f"An epoch of {n_batches} batches is too short to measure. Lower --batch or --ranks, or raise --shards."
+        )
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         write_index(Path(scratch), options.shards, options.shard_samples)
         imports = _in_a_process(scratch, options, 0)
@@ -85,9 +89,10 @@ def measure_rank(folder: str, lanes: int, batch: int, ranks: int, block_shards: 
     look_up(middle)
     found["resume_after_load_cpu_s"] = time.process_time() - began
     began = time.process_time()
-    for number in range(middle + 1, middle + 1 + LOOK_UPS):
+    numbers = range(middle + 1, min(middle + 1 + LOOK_UPS, plan.n_batches))
+    for number in numbers:
         look_up(number)
-    found["look_up_cpu_ms"] = 1e3 * (time.process_time() - began) / LOOK_UPS
+    found["look_up_cpu_ms"] = 1e3 * (time.process_time() - began) / len(numbers)
     found |= memory_mb()
     return found | {"shards_of_a_node": _shards_of_a_node(plan, ranks)}
 

@@ -24,13 +24,13 @@ from shards.reader import SplitReader
 
 
 def bench_step(options: Namespace) -> dict:
-    """Milliseconds of an optimizer step on a batch in memory, and of its augmentation."""
+    """Milliseconds of an optimizer step on a batch in memory, and of its augmentation; images/s and batch of all processes."""
     trial = Trial(options.config)
     batch = next(iter(trial.batches(0)))
     views = trial.view(batch)
     step = min(seconds_of(lambda: trial.step(views, batch.labels), trial.world) for _ in range(options.rounds * 3))
     augment = min(seconds_of(lambda: trial.view(batch), trial.world) for _ in range(options.rounds * 3))
-    n = len(batch.keys)
+    n = options.config.data.global_batch_size
     return {
         "step_ms": 1e3 * step,
         "step_images_per_s": n / step,
@@ -49,7 +49,11 @@ def bench_augment(options: Namespace) -> dict:
     trial = Trial(options.config)
     batch = next(iter(trial.batches(0)))
     seconds = min(seconds_of(lambda: trial.view(batch), trial.world) for _ in range(options.rounds * 3))
-    return {"augment_ms": 1e3 * seconds, "images_per_s": len(batch.keys) / seconds, "setting": trial.describe()}
+    return {
+        "augment_ms": 1e3 * seconds,
+        "images_per_s": options.config.data.global_batch_size / seconds,
+        "setting": trial.describe(),
+    }
 
 
 def bench_train(options: Namespace) -> dict:
@@ -81,7 +85,7 @@ def bench_train(options: Namespace) -> dict:
     for epoch in range(options.rounds):
         for name, loop in loops.items():
             found[name].append(seconds_of(partial(loop, epoch), trial.world))
-    best = {name: n * len(batch.keys) / min(seconds) for name, seconds in found.items()}
+    best = {name: n * options.config.data.global_batch_size / min(seconds) for name, seconds in found.items()}
 
     def ratio(name: str) -> float:
         # Within each round: on a shared machine, the best of each are from different minutes.

@@ -1,6 +1,8 @@
 """The benchmarks run and print; what they print is never asserted, since machines differ."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from launch.bench.baselines import decode
 from launch.bench.remote import check_once, check_pixels
 from launch.bench.streamed import stored_samples
 from shards.reader import SplitReader
-from support.processes import launch
+from support.processes import ROOT, environment, launch
 
 
 def run(tmp_path, *words) -> dict:
@@ -40,6 +42,39 @@ def test_the_order_of_many_samples_is_measured_on_real_index_files(tmp_path):
     assert numbers["samples"] == 30_000
     assert numbers["shards_of_a_node, 1 lane(s)"] == 300
     assert 75 <= numbers["shards_of_a_node, 4 lane(s)"] <= 152  # 8 of 16 ranks have two of the four lanes
+
+
+def test_what_cannot_be_measured_or_written_is_said_first(tmp_path, capsys):
+    words = ["plan", "--shards", "10", "--shard-samples", "10", "--ranks", "2", "--batch", "20", "--lanes", "1"]
+    assert bench.main(words) == 1
+    assert "is too short to measure" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main([*words, "--json", str(tmp_path / "none" / "x.json")])
+    assert "none does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes_are_measured_as_one_and_rank_0_speaks(tiny, tmp_path):
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "launch.bench",
+        "step",
+        "--config",
+        tiny,
+        "--rounds",
+        "1",
+    ]
+    words = [sys.executable, *map(str, words), "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    assert (numbers["batch"], numbers["processes"]) == (12, 2)
+    assert done.stdout.count("step_images_per_s") == 1
+    assert numbers["step_images_per_s"] == pytest.approx(12 / numbers["step_ms"] * 1e3)
 
 
 def test_planted_copies_are_found_in_a_folder_of_ones_own_images(tmp_path, capsys):

@@ -48,6 +48,9 @@ def test_a_gpu_that_is_not_here_can_be_asked_about(name, capability):
 def test_an_unknown_gpu_is_an_error_with_the_known_ones(capsys):
     assert main(["--gpu", "voodoo2"]) == 1
     assert "h100" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--gpu", "a100", "--typo.x", "3"])
+    assert "no other words: --typo.x 3" in capsys.readouterr().err
 
 
 def test_ranks_that_differ_are_named():

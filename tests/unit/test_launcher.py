@@ -15,6 +15,7 @@ from harness.distributed.launcher import (
     refuse_other_parallelism,
     settings_file,
     start_accelerator,
+    tasks_apart,
 )
 from support.processes import ROOT, start
 
@@ -75,6 +76,15 @@ def test_a_device_and_a_compiler_of_the_environment_have_no_effect(monkeypatch):
     assert accelerator.state.dynamo_plugin.backend == DynamoBackend.NO
     assert accelerator.gradient_accumulation_steps == 1
     assert accelerator.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("environment", "n"),
+    [({"SLURM_STEP_NUM_TASKS": "8"}, 8), ({"OMPI_COMM_WORLD_SIZE": "2"}, 2), ({"SLURM_NTASKS": "8"}, 1), ({}, 1)],
+)
+def test_tasks_that_know_nothing_of_each_other_are_counted(environment, n):
+    """A job has SLURM_NTASKS; only its steps, which srun starts, have several tasks."""
+    assert tasks_apart(environment) == n
 
 
 def test_a_mac_computes_on_its_cpu_since_its_gpu_has_no_float64(monkeypatch):
