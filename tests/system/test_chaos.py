@@ -220,5 +220,5 @@ def test_a_read_only_disk_is_said(config, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     done = launch("train", "--config", config, "--run.folder", small_disk / "run")
     assert done.returncode == 1
-    assert "Cannot write the run folder" in done.stderr
+    assert f"run.folder {small_disk / 'run'} cannot be written" in done.stderr
     assert "Read-only file system" in done.stderr
