@@ -134,15 +134,17 @@ def difference(first: list[Run], second: list[Run], prior: str = "own") -> str:
 def _scored(runs: list[Run], classes: tuple[str, ...], prior: str) -> list[Scored]:
     """What the runs of one setting predicted; those of the folds of a cross-validation are one."""
     parts = [
-        read_scored(str(folder), one, read_predictions(folder), classes, correction_to(one, prior), _recipe(folder))
+        read_scored(
+            str(folder), one, read_predictions(folder), classes, correction_to(one, prior), _recipe(folder, one)
+        )
         for folder, one in runs
     ]
     return join_folds(parts)
 
 
-def _recipe(folder: Path) -> str:
-    """The settings that make a model, as text; empty where the folder is of no run, and in none."""
-    for run in (folder, folder.resolve().parent):
+def _recipe(folder: Path, results: Results) -> str:
+    """The settings that make a model of a fold, as text; empty without folds, and where the folder is of no run, and in none."""
+    for run in (folder, folder.resolve().parent) if "fold" in results.protocol else ():
         if (run / "config.yaml").is_file():
             config = load_config(run / "config.yaml")
             settings = config.model, config.optim, config.augment, config.data.global_batch_size, config.data.image_size

@@ -13,6 +13,7 @@ import torch
 
 from harness.distributed.hardware import set_arithmetic
 from harness.distributed.world import World
+from harness.evaluation.calibration import Prior
 from harness.evaluation.ensemble import Member, average, predict_each
 from harness.evaluation.evaluate import priors_of_runs, refuse_unknown_classes
 from harness.evaluation.nearest import training_split
@@ -45,15 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         _check_inputs(options.inputs)
         runs = open_together([options.run, *options.others], _choices(options))
         results = _results_of_one(runs)
-        temperature = _temperature(results, options)
         config = runs[0].config
         size = config.eval.image_size or config.data.image_size
         is_as_evaluated = results is not None and (results.views, results.image_size) == (config.eval.views, size)
-        if temperature is not None and results and not is_as_evaluated:
-            raise ValueError(
-                f"The temperature of {options.run} was fitted for the views {results.views} at {results.image_size} pixels, and these are "
-                f"{config.eval.views} at {size}. Leave out --temperature, or --views and --image-size."
-            )
+        temperature = _temperature(results, options, is_as_evaluated, f"{config.eval.views} at {size}")
         set_arithmetic(config.run.tf32, config.run.deterministic)
         world = World(config.run.precision, config.run.channels_last)
         world.print(world.describe())
@@ -77,12 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the thresholds (is_...) were chosen for the views {results.views} at {results.image_size} pixels, and these are "
                 f"{config.eval.views} at {size}"
             )
-        prior = priors_of_runs(runs) if options.prior_correction else None
-        if options.prior_correction and prior is None:
-            raise ValueError(
-                "Classes were balanced in the training of some of these runs and not of others, so their average is of no one class prior. "
-                "Leave out --prior-correction."
-            )
+        prior = _prior(runs, options)
 
         def write() -> None:
             rows = output_rows(names, predictions, runs[0].classes, problems, points, temperature, prior)
@@ -110,14 +101,31 @@ def _results_of_one(runs: list[TrainedRun]) -> Results | None:
     return read_results(runs[0].folder)
 
 
-def _temperature(results: Results | None, options: argparse.Namespace) -> float | None:
+def _temperature(
+    results: Results | None, options: argparse.Namespace, is_as_evaluated: bool, asked: str
+) -> float | None:
     if not options.temperature:
         return None
     if results is None or not results.calibration:
         raise ValueError(
             f"{options.run} has no temperature of its own (or several runs are averaged). Leave out --temperature."
         )
+    if not is_as_evaluated:
+        raise ValueError(
+            f"The temperature of {options.run} was fitted for the views {results.views} at {results.image_size} pixels, and these are "
+            f"{asked}. Leave out --temperature, or --views and --image-size."
+        )
     return results.calibration["temperature"]
+
+
+def _prior(runs: list[TrainedRun], options: argparse.Namespace) -> Prior | None:
+    prior = priors_of_runs(runs) if options.prior_correction else None
+    if options.prior_correction and prior is None:
+        raise ValueError(
+            "Classes were balanced in the training of some of these runs and not of others, so their average is of no one class prior. "
+            "Leave out --prior-correction."
+        )
+    return prior
 
 
 def _write_page(

@@ -273,10 +273,8 @@ def bootstrap_weights(groups: np.ndarray, resamples: int = RESAMPLES) -> Iterato
 
 def _check(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
     if len(labels) == 0 or probabilities.shape != (len(labels), len(classes)):
-        shape = probabilities.shape
-        raise ValueError(
-            f"Metrics need (N, {len(classes)}) probabilities for N > 0 labels. Got {shape} for {len(labels)} labels."
-        )
+        shapes = f"{probabilities.shape} for {len(labels)} labels"
+        raise ValueError(f"Metrics need (N, {len(classes)}) probabilities for N > 0 labels. Got {shapes}.")
     if not np.isfinite(probabilities).all() or abs(probabilities.sum(1) - 1).max() > 1e-3:
         raise ValueError(
             "Probabilities must be finite and sum to 1 in each row. The model's output is broken: lower optim.lr."
