@@ -48,9 +48,10 @@ def build_model(name: str, n_classes: int, drop_path: DropPath = "auto") -> nn.M
     parent, _, attribute = head.rpartition(".")
     old = model.get_submodule(head)
     if isinstance(old, nn.Conv2d):  # SqueezeNet
-        new = nn.Conv2d(old.in_channels, n_classes, (old.kernel_size[0], old.kernel_size[1]))
+        size = (old.kernel_size[0], old.kernel_size[1])
+        new = nn.Conv2d(old.in_channels, n_classes, size, dtype=old.weight.dtype)
     elif isinstance(old, nn.Linear):
-        new = nn.Linear(old.in_features, n_classes)
+        new = nn.Linear(old.in_features, n_classes, dtype=old.weight.dtype)
     else:
         raise AssertionError(f"find_head gave {head}, a {type(old).__name__}")
     setattr(model.get_submodule(parent), attribute, new)

@@ -195,7 +195,7 @@ def many_classes(finished_run, tmp_path_factory):
     del content["format"]
     (folder / "metrics.json").write_text(Results(**content | parts).to_json())
     names = np.array(classes)
-    rows = {"key": range(1000), "image_id": "i", "group": "g", "label": names[labels]}
+    rows = {"key": range(1000), "image_id": [f"i{n}" for n in range(1000)], "group": "g", "label": names[labels]}
     rows |= {"prediction": names[probabilities.argmax(1)], "spread": 0}
     rows |= {f"p_{name}": column for name, column in zip(classes, probabilities.T.round(7), strict=True)}
     pd.DataFrame(rows).to_csv(folder / "predictions.csv", index=False)
