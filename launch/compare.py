@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(compare(first, metrics, options.prior))
         if second:
             print("\nagainst\n" + compare(second, metrics, options.prior))
-        elif len(first) == 2:
+        elif len(first) == 2 and not _folds_together(first, options.prior):
             first, second = first[:1], first[1:]
         if second:
             print("\n" + difference(first, second, options.prior))

@@ -59,6 +59,27 @@ def open_alone(path: Path) -> int | None:
         os.close(file)
 
 
+@contextmanager
+def refused_twice(path: Path, error: str) -> Iterator[None]:
+    """Inside, no other process or thread of this machine is inside with the same file, which is gone afterwards.
+
+    Raises:
+        BlockingIOError: with that error; another one is inside.
+    """
+    if not HAS_LOCKS:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open_alone(path)
+    if file is None:
+        raise BlockingIOError(error)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
 def remove_idle(path: Path) -> bool:
     """Remove a file unless a process has it open, or does something with it."""
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from shards.description import Description, parse_description
 from shards.files import refuse_used_folder, sync
 from shards.image import FITS
-from shards.locks import HAS_LOCKS, open_alone
+from shards.locks import refused_twice
 from shards.places import FolderPlace, Place, open_place
 from shards.records import plans
 from shards.storage import PATIENCE_S, is_url, without_secrets
@@ -121,18 +121,12 @@ class Output:
         Raises:
             BlockingIOError: one does.
         """
-        if not isinstance(self.out, Path) or not HAS_LOCKS:
-            return
-        path = self.out.with_name(f".lock-{self.out.name}-{task.rank}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open_alone(path)
-        if file is None:
-            raise BlockingIOError(
+        if isinstance(self.out, Path):
+            error = (
                 f"Another process packs {self.shown} as task {task.rank} at this moment. Let it end. If a launcher started both, start "
                 "them with srun or torchrun, which number their tasks."
             )
-        stack.callback(os.close, file)
-        stack.callback(path.unlink, missing_ok=True)
+            stack.enter_context(refused_twice(self.out.with_name(f".lock-{self.out.name}-{task.rank}"), error))
 
     def open(self, task: Task, stack: ExitStack) -> None:
         """Make its folders. Files are written in `scratch` first, on the same disk or, of a URL, on one of this machine; it goes with `stack`."""

@@ -22,6 +22,7 @@ from harness.export.trained import Trained, load_trained, metadata
 from harness.run.checkpoint import put_in_place, temporary_of
 from harness.run.console import LOGGER
 from shards.files import sync, usable_cores
+from shards.locks import refused_twice
 from shards.reader import SplitReader
 
 CARD = "README.md"
@@ -79,6 +80,7 @@ def export_run(run: Path, out: Path, wanted: Export, data: Path | str | None = N
     thresholds = scoring.choose_thresholds(trained, answers.probabilities, answers.labels) if everything else []
     words = metadata(trained, wanted.preprocessing, thresholds)
     with _filled(out) as folder:
+        _refuse_existing(out, overwrite)  # another export may have ended since
         path = folder / formats.FILES[wanted.kind]
         opened = _write(trained, wanted, path, words)
         files = [_check(trained, wanted, answers, path, opened)]
@@ -111,17 +113,23 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _filled(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name, and the place of the one before it, when the block ends well."""
+    """A folder to fill, which takes its name, and the place of the one before it, when the block ends well.
+
+    Raises:
+        BlockingIOError: another process fills it.
+    """
     temporary = temporary_of(out)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in temporary.iterdir():
-            sync(path)
-        put_in_place(temporary, out)
-    finally:
+    error = f"Another process exports to {out} at this moment. Let it end, or name another folder: --out FOLDER"
+    with refused_twice(out.with_name(f".lock-{out.name}"), error):
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for path in temporary.iterdir():
+                sync(path)
+            put_in_place(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _ask_harness(trained: Trained, wanted: Export) -> tuple[Trained, Answers]:

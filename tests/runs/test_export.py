@@ -24,6 +24,7 @@ from harness.data.augment import plain_view
 from harness.evaluation.calibration import fit_temperature, with_temperature
 from harness.evaluation.metrics import paired_differences
 from harness.export import example, formats, scoring
+from harness.export import export as export_module
 from harness.export.card import model_card
 from harness.export.trained import Trained, load_trained, metadata
 from harness.run.recovery import find_best
@@ -317,6 +318,39 @@ def test_an_export_that_is_there_is_replaced_only_where_asked(decided_run, tmp_p
     assert "thesis.tex" in capsys.readouterr().err
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_exports_do_not_fill_one_folder_at_once(decided_run, tmp_path, monkeypatch, capsys):
+    """The second one is refused, and the first one ends as if alone."""
+    words = [str(decided_run), "--format", "safetensors", "--out", str(tmp_path / "out")]
+    write = formats.write_safetensors
+
+    def meanwhile(*arguments):
+        write(*arguments)
+        monkeypatch.setattr(formats, "write_safetensors", write)
+        assert main(words) == 1
+
+    monkeypatch.setattr(formats, "write_safetensors", meanwhile)
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "Another process exports to" in said.err
+    assert "--out" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"model.safetensors", "README.md"}
+
+
+def test_an_export_does_not_replace_one_that_ended_meanwhile(decided_run, tmp_path, monkeypatch, capsys):
+    words = [str(decided_run), "--format", "safetensors", "--out", str(tmp_path / "out")]
+    ask = export_module._ask_harness
+
+    def meanwhile(*arguments):
+        (tmp_path / "out").mkdir()
+        return ask(*arguments)
+
+    monkeypatch.setattr(export_module, "_ask_harness", meanwhile)
+    assert main(words) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_missing_package_is_named_with_what_to_install(decided_run, tmp_path, monkeypatch, capsys):

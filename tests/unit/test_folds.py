@@ -71,6 +71,9 @@ def test_all_folds_are_told_as_one_result_of_all_images(write, finished_run, cap
     ]
     assert f"macro auc {np.mean(areas):.3f} (" in shown
     assert "differ in the dataset" not in shown
+    two = shown_by(capsys, *(write(f"of two {fold}", fold) for fold in (0, 2)))
+    assert "2 of 3 folds together (0, 2)" in two
+    assert "paired difference" not in two  # they have no image in common, and that is no news
 
 
 def test_two_recipes_are_compared_on_the_images_of_all_folds(write, capsys):
