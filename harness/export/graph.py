@@ -30,6 +30,8 @@ class Preprocessing(nn.Module):
         super().__init__()
         self.stored, self.fit = stored, fit
         across, down = central_square(stored, augment, size)
+        self.columns, self.rows = _used(across), _used(down)
+        across, down = across[:, self.columns].contiguous(), down[:, self.rows].contiguous()
         mean, std = augment.normalization
         self.register_buffer("across", across)
         self.register_buffer("down", down)
@@ -38,7 +40,8 @@ class Preprocessing(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Resize as packing does, take the central square, normalise."""
-        levels = fit_levels(images.permute(0, 3, 1, 2).float(), self.stored, self.fit)
+        pixels = images.permute(0, 3, 1, 2).double()
+        levels = fit_levels(pixels, self.stored, self.fit, self.columns, self.rows).float()
         square = self.get_buffer("down") @ (levels @ self.get_buffer("across").T)
         return (square / 255 - self.get_buffer("mean")) / self.get_buffer("std")
 
@@ -81,6 +84,12 @@ def central_square(stored: tuple[int, int], augment: Augment, size: int) -> tupl
         weights.append(torch.cat(parts).T.contiguous())
     across, down = (found.clone() for found in weights)
     return across, down
+
+
+def _used(weights: torch.Tensor) -> slice:
+    """The pixels of n that any of S rows weighs; weights: (S, n)."""
+    places = weights.any(0).nonzero()
+    return slice(int(places[0]), int(places[-1]) + 1)
 
 
 def trace(classifier: Classifier, example: torch.Tensor, name: str) -> torch.export.ExportedProgram:

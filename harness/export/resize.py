@@ -1,8 +1,8 @@
 """Pillow's antialiased bicubic resize to the stored size, as two matrix products in the graph.
 
 In: (N, 3, H, W) levels of grey, H and W dynamic. Out: (N, 3, h, w), whole numbers. Invariants: what `shards.image.fit` gives,
-within one level; an image of the stored size stays as it is. No operator for resizing is used: each runtime has its own
-antialiasing.
+to the bit: Pillow adds up whole numbers below 2^31, which float64 holds and float32 does not. An image of the stored size stays as it
+is. No operator for resizing is used: each runtime has its own antialiasing.
 
 What is not in the graph: packing first averages blocks where it shrinks by 4 or more (Pillow's `reducing_gap`), for speed.
 """
@@ -16,22 +16,27 @@ RADIUS = 2.0  # of the cubic, in pixels
 FRACTION = 2.0**22  # Pillow computes in whole numbers; its weights have so many bits behind the point
 
 
-def fit_levels(levels: torch.Tensor, size: tuple[int, int], how: str) -> torch.Tensor:
-    """Bring images to the stored size.
+ALL = slice(None)
+
+
+def fit_levels(
+    levels: torch.Tensor, size: tuple[int, int], how: str, columns: slice = ALL, rows: slice = ALL
+) -> torch.Tensor:
+    """Bring images to the stored size, and compute no more than some of its columns and rows.
 
     Args:
-        levels: (N, 3, H, W) float32 in 0..255, whole numbers. size: (width, height) in pixels. how: cover, contain or squeeze.
+        levels: (N, 3, H, W) float64 in 0..255, whole numbers. size: (width, height) in pixels. how: cover, contain or squeeze.
 
     Returns:
-        (N, 3, height, width) float32 in 0..255, whole numbers.
+        (N, 3, height, width) float64, of the columns and rows asked for, in 0..255, whole numbers.
 
     Raises:
         ValueError: no such fit.
     """
     height, width = levels.shape[2:]
     (left, right, new_width), (top, bottom, new_height) = _boxes(height, width, size, how)
-    across = _weights(width, size[0], left, right, new_width)
-    down = _weights(height, size[1], top, bottom, new_height)
+    across = _weights(width, size[0], left, right, new_width)[columns]
+    down = _weights(height, size[1], top, bottom, new_height)[rows]
     # Between the two, Pillow keeps whole levels, none beyond black and white: so their order matters where edges are sharp.
     # Since version 13 it begins with the columns where these lose many pixels.
     lost = _number(height) - new_height
@@ -82,7 +87,7 @@ def _weights(n_in: int, n_out: int, start: torch.Tensor, stop: torch.Tensor, res
         start, stop: in pixels, and resized: a whole number up to n_out; all () float64.
 
     Returns:
-        (n_out, n_in) float32, each row sums to 1, or to 0 where there is only padding.
+        (n_out, n_in) float64, each row sums to 1, or to 0 where there is only padding.
     """
     start, stop = start.float(), stop.float()  # Pillow hands its box on in single precision
     scale = (stop - start).double() / resized
@@ -96,7 +101,7 @@ def _weights(n_in: int, n_out: int, start: torch.Tensor, stop: torch.Tensor, res
     far = (((distance - 5) * distance + 8) * distance - 4) * CUBIC
     cubic = torch.where(distance < 1, near, torch.where(distance < RADIUS, far, torch.zeros_like(distance)))
     normalised = (cubic / cubic.sum(1, keepdim=True) * FRACTION).round() / FRACTION
-    return torch.where(is_inside[:, None], normalised, torch.zeros_like(normalised)).float()
+    return torch.where(is_inside[:, None], normalised, torch.zeros_like(normalised))
 
 
 def _number(value: int) -> torch.Tensor:
