@@ -12,10 +12,12 @@ import os
 import runpy
 import sys
 
+import accelerate  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import scipy.optimize  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
+import torchvision  # noqa: F401
 
 
 def become(request: dict, which: int) -> None:
