@@ -14,8 +14,6 @@ from shards.image import FITS
 CUBIC = -0.5  # Pillow's a (Keys, 1981); OpenCV's and torch's plain bicubic have -0.75
 RADIUS = 2.0  # of the cubic, in pixels
 FRACTION = 2.0**22  # Pillow computes in whole numbers; its weights have so many bits behind the point
-
-
 ALL = slice(None)
 
 

@@ -7,8 +7,8 @@ raise, memory (a bare MemoryError), bug (an error that is not expected), overflo
 inf (a weight), stop-val and stop-test (touch RUN/stop at unit number STEP of that split), fill-test (fill the disk then),
 elsewhere (as STEP 0, from the start: the working directory is its subfolder `elsewhere`).
 
-It adds models: one that normalises each image by itself, so that nothing depends on how a batch is shared out, one that is
-tiny, one that meets the other ranks in each forward pass, and one with a weight that is not used.
+It adds models: one in double precision that normalises each image by itself, so that nothing depends on how a batch is shared out,
+one that is tiny, one that meets the other ranks in each forward pass, and one with a weight that is not used.
 
 FITS=N or N:RANK: forward passes of more than N images run out of memory. LOSS_SCALE=X: fp16's loss scaling, on a CPU.
 ONCE=1: no disturbance after the launcher has restarted the processes.
