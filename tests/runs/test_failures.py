@@ -19,6 +19,7 @@ from harness.training.preflight import check_settings
 from shards.index import load, load_table
 from support.processes import (
     SAVING,
+    Begun,
     assert_equal_weights,
     bare_ranks,
     command,
@@ -362,7 +363,7 @@ def test_a_micro_batch_that_fits_on_every_rank_is_found_and_changes_nothing_else
 @pytest.mark.slow
 def test_fp16_that_skips_for_ever_fails_with_advice_and_a_few_skips_are_counted(finished_run, tmp_path):
     run, words = tmp_path / "few", ["--config", finished_run.parent / "tiny.yaml", "--optim.ema", "0.9"]
-    scaled = start(command("driven", *words, "--run.folder", run), LOSS_SCALE="1024", DISTURB="overflow@2 overflow@7")
+    scaled = Begun(command("driven", *words, "--run.folder", run), LOSS_SCALE="1024", DISTURB="overflow@2 overflow@7")
     said = scaled.communicate(timeout=90)
     assert scaled.returncode == 0, said
     assert said[0].count("  1 steps skipped (fp16)") == 2  # of two epochs of three
@@ -376,7 +377,7 @@ def test_fp16_that_skips_for_ever_fails_with_advice_and_a_few_skips_are_counted(
     ]
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
     run = tmp_path / "for ever"
-    scaled = start(command("driven", *words, "--run.folder", run), LOSS_SCALE="1", DISTURB="overflow@2")
+    scaled = Begun(command("driven", *words, "--run.folder", run), LOSS_SCALE="1", DISTURB="overflow@2")
     said = scaled.communicate(timeout=90)
     assert scaled.returncode == 1
     assert re.search(r"error: Gradients overflow in fp16 at step \d+: .* Lower optim.lr", said[1]), said

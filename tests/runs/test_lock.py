@@ -13,7 +13,7 @@ import pytest
 
 from harness.run import lock as module
 from harness.run.lock import RunLock
-from support.processes import command, launch, start, state, wait_for_step
+from support.processes import Begun, command, launch, state, wait_for_step
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_damaged_lock_is_nobodys(tmp_path, quick, content):
 @pytest.mark.slow
 def test_two_jobs_on_one_run_folder_are_told_apart(finished_run, tmp_path):
     config, run = finished_run.parent / "tiny.yaml", tmp_path / "run"
-    first = start(command("driven", "--config", config, "--run.folder", run), DISTURB="hang@2")
+    first = Begun(command("driven", "--config", config, "--run.folder", run), DISTURB="hang@2")
     wait_for_step(first, run, 0)
     second = launch("train", "--config", config, "--run.folder", run)
     assert second.returncode == 1

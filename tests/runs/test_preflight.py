@@ -20,7 +20,7 @@ from harness.training.storage import check_disk
 from harness.training.train import train
 from launch.doctor import main
 from shards.index import load
-from support.processes import command, ended, launch, start
+from support.processes import Begun, command, ended, launch, start
 
 OLD = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # torch 2.7's
 NEW = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.15's
@@ -201,7 +201,7 @@ def test_a_precision_of_the_launcher_that_the_device_lacks_is_refused(tiny):
 def test_a_process_that_meets_nobody_ends_in_time_with_one_sentence(tiny, tmp_path):
     words = command("driven", "--config", tiny, "--run.folder", tmp_path / "run")
     alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29655", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    seconds, errors = ended(start(words, COLLECTIVE_TIMEOUT_S="3", **alone), 60)
+    seconds, errors = ended(Begun(words, COLLECTIVE_TIMEOUT_S="3", **alone), 60)
     assert seconds < 50
     assert re.search(r"error: Process 1 of 2 on .* did not meet the others at localhost:29655", errors), errors
 

@@ -14,6 +14,7 @@ import pytest
 from harness.run.stop import StopRequest
 from support.processes import (
     SAVING,
+    Begun,
     assert_equal_weights,
     command,
     deterministic_log,
@@ -89,7 +90,7 @@ def test_a_run_whose_accelerate_launch_was_killed_stops_with_a_checkpoint(finish
 def test_a_second_request_leaves_at_once(finished_run, tmp_path):
     run = tmp_path / "run"
     words = command("driven", "--config", finished_run.parent / "tiny.yaml", "--run.folder", run)
-    process = start(words, DISTURB="hang@2")
+    process = Begun(words, DISTURB="hang@2")
     wait_for_step(process, run, 0)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)

@@ -12,11 +12,11 @@ import pytest
 from harness.config import load_config
 from shards.index import load, load_table
 from support.processes import (
+    Begun,
     assert_equal_weights,
     command,
     deterministic_log,
     launch,
-    start,
     state,
     wait_for_step,
     weights,
@@ -91,7 +91,7 @@ def test_a_finished_run_started_again_shows_its_results_and_computes_nothing(fin
 
 
 def begin(config, folder, *words):
-    return start(command("train", "--config", config, "--run.folder", folder, *words))
+    return Begun(command("train", "--config", config, "--run.folder", folder, *words))
 
 
 @pytest.mark.slow

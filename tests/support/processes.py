@@ -2,12 +2,16 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import Timer
@@ -73,27 +77,47 @@ def zygote() -> subprocess.Popen:
     )
 
 
+@contextmanager
+def killed_after(timeout: float, pids: list[int]) -> Iterator[list[bool]]:
+    """Processes that have not ended in time are killed, and the list that it gives is no longer empty."""
+    late = []
+
+    def end() -> None:
+        late.append(True)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    timer = Timer(timeout, end)
+    timer.start()
+    yield late
+    timer.cancel()
+
+
+def ask(request: dict) -> list[int]:
+    """The zygote's answer."""
+    server = zygote()
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return list(map(int, server.stdout.readline().split()))
+
+
+def ask_to_begin(
+    words: list[str], environments: list[dict[str, str]], cwd: Path, outs: list[Path], errors: list[Path]
+) -> list[int]:
+    """Begin a Python program in each environment, with files for what it prints; the numbers of the processes."""
+    files = {"outs": list(map(str, outs)), "errs": list(map(str, errors))}
+    return ask({"words": words, "envs": environments, "cwd": str(cwd)} | files)
+
+
 def fork(
     words: list[str], environments: list[dict[str, str]], timeout: float, cwd: Path
 ) -> subprocess.CompletedProcess:
     """Run a Python program from the zygote, one process in each environment, all in one folder."""
     with tempfile.TemporaryDirectory() as folder:
         outs, errors = ([Path(folder, f"{kind}{n}") for n in range(len(environments))] for kind in ("out", "err"))
-        files = {"outs": list(map(str, outs)), "errs": list(map(str, errors))}
-        server = zygote()
-        server.stdin.write(json.dumps({"words": words, "envs": environments, "cwd": str(cwd)} | files) + "\n")
-        server.stdin.flush()
-        pids, late = list(map(int, server.stdout.readline().split())), []
-
-        def end() -> None:
-            late.append(True)
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
-
-        timer = Timer(timeout, end)
-        timer.start()
-        codes = list(map(int, server.stdout.readline().split()))
-        timer.cancel()
+        pids = ask_to_begin(words, environments, cwd, outs, errors)
+        with killed_after(timeout, pids) as late:
+            codes = ask({"wait": pids})
         out, error = ("".join(path.read_text() for path in paths) for paths in (outs, errors))
         if late:
             raise subprocess.TimeoutExpired(words, timeout, out, error)
@@ -108,9 +132,55 @@ def free_port() -> str:
 
 
 def start(words: list[str], folder: Path = ROOT, **variables: str) -> subprocess.Popen:
-    """Start a command, in a folder and in a session of its own, so that a signal reaches whom the test means."""
+    """Start any command, in a folder and in a session of its own, so that a signal reaches whom the test means."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     return subprocess.Popen(words, **pipes, env=environment(**variables), cwd=folder, start_new_session=True)
+
+
+class Begun:
+    """A program of ours that was forked from the zygote and is watched as a `subprocess.Popen` is."""
+
+    def __init__(self, words: list[str], folder: Path = ROOT, **variables: str):
+        """Start `command(...)` in a folder and in a process group of its own."""
+        self.returncode, self.words = None, words
+        with tempfile.TemporaryDirectory() as pipes:
+            out, error = Path(pipes, "out"), Path(pipes, "err")
+            os.mkfifo(out)
+            os.mkfifo(error)
+            (self.pid,) = ask_to_begin(words[1:], [environment(**variables)], folder, [out], [error])
+            # Each open waits for the other side's, in the same order.
+            self.stdout, self.stderr = (open(path, errors="replace") for path in (out, error))  # noqa: SIM115
+        self.handle = os.pidfd_open(self.pid)
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended."""
+        if self._ended(timeout) is None:
+            raise subprocess.TimeoutExpired(self.words, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """What it printed, once it has ended; where it has not in time, it is killed."""
+        with ThreadPoolExecutor(2) as threads, killed_after(timeout, [self.pid]) as late:
+            out, error = threads.map(lambda pipe: pipe.read(), (self.stdout, self.stderr))
+            self.wait()
+        if late:
+            raise subprocess.TimeoutExpired(self.words, timeout, out, error)
+        return out, error
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        if self.returncode is None:
+            signal.pidfd_send_signal(self.handle, number)
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None and select.select([self.handle], [], [], timeout)[0]:
+            os.close(self.handle)
+            (self.returncode,) = ask({"wait": [self.pid]})
+        return self.returncode
 
 
 def state(run: Path) -> dict:
@@ -118,7 +188,7 @@ def state(run: Path) -> dict:
     return json.loads((run / "state.json").read_text()) if (run / "state.json").is_file() else {}
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen | Begun, run: Path, step: int) -> None:
     """Until a run has saved that step."""
     deadline = time.monotonic() + 60
     while state(run).get("step", -1) < step:
@@ -148,7 +218,7 @@ def deterministic_log(run: Path) -> list[dict]:
 
 def bare_ranks(
     config: Path, run: Path, disturb: str, *more, folders: tuple[Path, Path] = (ROOT, ROOT), **variables: str
-) -> list[subprocess.Popen]:
+) -> list[Begun]:
     """Two ranks without a launcher that would tidy up after one of them, as under a plain `srun`.
 
     Args:
@@ -158,7 +228,7 @@ def bare_ranks(
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     shared |= {"DISTURB": disturb, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables
     return [
-        start(words, folder, RANK=rank, LOCAL_RANK=rank, **shared) for rank, folder in zip("01", folders, strict=True)
+        Begun(words, folder, RANK=rank, LOCAL_RANK=rank, **shared) for rank, folder in zip("01", folders, strict=True)
     ]
 
 

@@ -13,12 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from support.processes import (
     SAVING,
+    Begun,
     assert_equal_weights,
     bare_ranks,
     command,
     deterministic_log,
     launch,
-    start,
     state,
     weights,
 )
@@ -85,7 +85,7 @@ def test_a_run_of_two_ranks_that_is_killed_at_random_moments_ends_with_the_same_
 def wait_for_moment(kind: str, run, ranks, chance: random.Random) -> None:
     """Until the moment to kill: any while starting; some steps into training; in the middle of a save."""
     if kind == "starting":
-        time.sleep(chance.uniform(0.5, 6))
+        time.sleep(chance.uniform(0, 3))
         return
     before = state(run).get("step", -1)
     wait(ranks[0], run, before + 1)
@@ -185,7 +185,7 @@ def fill(path) -> None:
 
 def test_a_disk_that_fills_up_loses_nothing_but_the_steps_since_the_last_checkpoint(config, finished_run, small_disk):
     run, filler = small_disk / "run", small_disk / "filler"
-    process = start(command("driven", "--config", config, "--run.folder", run, *SAVING), DISTURB="slow@1")
+    process = Begun(command("driven", "--config", config, "--run.folder", run, *SAVING), DISTURB="slow@1")
     wait(process, run, 3)
     with pytest.raises(OSError, match="No space left"):
         fill(filler)

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from harness.distributed import trackers
 from harness.distributed.trackers import start_trackers
-from support.processes import SAVING, command, start, state
+from support.processes import SAVING, Begun, command, state
 
 SETTINGS = {"optim.lr": 0.1, "data.threads": 2}
 
@@ -103,7 +103,7 @@ def test_wandb_goes_on_in_the_same_run(tiny, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     words = command("driven", "--config", tiny, "--run.folder", tmp_path / "run", *SAVING, "--run.trackers", "[wandb]")
     for disturb, code in (("stop@3", 75), ("", 0)):
-        process = start(words, DISTURB=disturb)
+        process = Begun(words, DISTURB=disturb)
         _, error = process.communicate(timeout=120)
         assert process.returncode == code, error
     ids = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
