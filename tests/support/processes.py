@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from threading import Timer
@@ -85,12 +85,15 @@ def killed_after(timeout: float, pids: list[int]) -> Iterator[list[bool]]:
     def end() -> None:
         late.append(True)
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     timer = Timer(timeout, end)
     timer.start()
-    yield late
-    timer.cancel()
+    try:
+        yield late
+    finally:
+        timer.cancel()
 
 
 def ask(request: dict) -> list[int]:
