@@ -105,11 +105,11 @@ def ask(request: dict) -> list[int]:
 
 
 def ask_to_begin(
-    words: list[str], environments: list[dict[str, str]], cwd: Path, outs: list[Path], errors: list[Path]
+    words: list[str], environments: list[dict[str, str]], cwd: Path, outs: list[Path], errors: list[Path], leads: bool
 ) -> list[int]:
     """Begin a Python program in each environment, with files for what it prints; the numbers of the processes."""
     files = {"outs": list(map(str, outs)), "errs": list(map(str, errors))}
-    return ask({"words": words, "envs": environments, "cwd": str(cwd)} | files)
+    return ask({"words": words, "envs": environments, "cwd": str(cwd), "leads": leads} | files)
 
 
 def fork(
@@ -118,7 +118,7 @@ def fork(
     """Run a Python program from the zygote, one process in each environment, all in one folder."""
     with tempfile.TemporaryDirectory() as folder:
         outs, errors = ([Path(folder, f"{kind}{n}") for n in range(len(environments))] for kind in ("out", "err"))
-        pids = ask_to_begin(words, environments, cwd, outs, errors)
+        pids = ask_to_begin(words, environments, cwd, outs, errors, leads=False)
         with killed_after(timeout, pids) as late:
             codes = ask({"wait": pids})
         out, error = ("".join(path.read_text() for path in paths) for paths in (outs, errors))
@@ -150,7 +150,7 @@ class Begun:
             out, error = Path(pipes, "out"), Path(pipes, "err")
             os.mkfifo(out)
             os.mkfifo(error)
-            (self.pid,) = ask_to_begin(words[1:], [environment(**variables)], folder, [out], [error])
+            (self.pid,) = ask_to_begin(words[1:], [environment(**variables)], folder, [out], [error], leads=True)
             # Each open waits for the other side's, in the same order.
             self.stdout, self.stderr = (open(path, errors="replace") for path in (out, error))  # noqa: SIM115
         self.handle = os.pidfd_open(self.pid)

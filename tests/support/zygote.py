@@ -3,9 +3,9 @@
 Importing torch takes most of the time of a short run. Each run is a process of its own all the same, with its own
 environment, working directory and output files; nothing but the imports is shared, and no thread has been started.
 
-It reads one JSON line a request: {words, cwd, envs, outs, errs}, with one environment and two files for each process, each of
-which leads a process group of its own; the answer is a line of process numbers. {wait: numbers} is answered by a line of
-their exit codes, when all have ended.
+It reads one JSON line a request: {words, cwd, envs, outs, errs, leads}, with one environment and two files for each process, and
+whether it leads a process group of its own, which Ctrl-C does not reach; the answer is a line of process numbers. {wait: numbers}
+is answered by a line of their exit codes, when all have ended.
 """
 
 import json
@@ -23,7 +23,8 @@ import torchvision  # noqa: F401
 
 def become(request: dict, which: int) -> None:
     """In a new process: run the program as if it had been started by itself."""
-    os.setpgid(0, 0)
+    if request["leads"]:
+        os.setpgid(0, 0)
     os.environ.clear()
     os.environ.update(request["envs"][which])
     os.chdir(request["cwd"])
